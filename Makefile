@@ -1,0 +1,62 @@
+# `make demo` and `make test` do everything on a fresh machine; they need python3 (3.10 to 3.13) with its venv module.
+#
+#     make demo      environment in .venv, install, and a Llama fine-tuned privately (outputs/demo)
+#     make test      the same environment with what the tests need; ruff, mypy, pytest
+#     make lint      ruff and mypy alone
+#     make format    sort the imports and repair what ruff can repair by itself
+#     make clean     remove the environment, outputs, and every cache
+#
+# Another interpreter: `make test PYTHON=python3.12` (after `make clean`). Some tests: `make test PYTEST_ARGS="-k ledger"`.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+DEMO_DIR ?= outputs/demo
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+# An install is repeated when one of these is newer than its stamp, and not otherwise.
+INPUTS := setup.cfg pyproject.toml constraints.txt
+CHECKED := dpft recipes tools
+
+.PHONY: help demo test lint format clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^#     //p' Makefile
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "dpft needs Python 3.10 or newer, and $(PYTHON) is %d.%d: name another with make PYTHON=..." % v[:2])'
+	$(PYTHON) -m venv $(VENV)
+
+# One pip command each, so that one resolution sees all requirements. The stamp of the larger install serves for the smaller.
+$(VENV)/.stamp-demo: $(INPUTS) | $(BIN)/python
+	$(PIP_INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.stamp-test: $(INPUTS) | $(BIN)/python
+	$(PIP_INSTALL) --editable '.[deepspeed,peft,dev]'
+	@touch $@ $(VENV)/.stamp-demo
+
+# `accelerate launch` would leave one thread to a CPU run: it sets OMP_NUM_THREADS=1 where the environment has no number.
+demo: $(VENV)/.stamp-demo
+	@threads="$${OMP_NUM_THREADS:-$$($(BIN)/python -c 'import os; print(os.cpu_count() or 1)')}"; \
+	set -x; \
+	OMP_NUM_THREADS="$$threads" $(BIN)/accelerate launch --config_file accelerate_config.yaml \
+	  recipes/llama_dp.py --output_dir $(DEMO_DIR) $(DEMO_ARGS)
+
+lint: $(VENV)/.stamp-test
+	$(BIN)/ruff check .
+	$(BIN)/mypy $(CHECKED)
+
+# No test may reach for the network.
+test: lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+format: $(VENV)/.stamp-test
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist outputs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,46 @@
+"""dpft: fine-tuning of Hugging Face language models under differential privacy, at long context."""
+
+from dpft.clipping.state import ClipStats
+from dpft.errors import (
+    AccountingError,
+    BudgetExceededError,
+    ClippingError,
+    DPFTError,
+    EngineError,
+    LedgerError,
+    PrivacyConfigError,
+    UnsupportedModuleError,
+    WrapError,
+)
+from dpft.loader import PrivateDataLoader
+from dpft.noise import GaussianNoise
+from dpft.optimizer import DPOptimizer
+from dpft.prepare import PrivacyRun, prepare
+from dpft.privacy import PrivacyConfig, PrivacyPlan, privacy_report, privacy_statement_markdown
+from dpft.wrap import clipped_loss, stats, unwrap, wrap
+
+__all__ = [
+    "AccountingError",
+    "BudgetExceededError",
+    "ClipStats",
+    "ClippingError",
+    "DPFTError",
+    "DPOptimizer",
+    "EngineError",
+    "GaussianNoise",
+    "LedgerError",
+    "PrivacyConfig",
+    "PrivacyConfigError",
+    "PrivacyPlan",
+    "PrivacyRun",
+    "PrivateDataLoader",
+    "UnsupportedModuleError",
+    "WrapError",
+    "clipped_loss",
+    "prepare",
+    "privacy_report",
+    "privacy_statement_markdown",
+    "stats",
+    "unwrap",
+    "wrap",
+]

@@ -1,0 +1,82 @@
+"""Checks of the graph that is about to be clipped: what cannot be covered is refused before it is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from dpft.errors import UnsupportedModuleError
+
+_SITES = frozenset({"LinearSiteBackward", "EmbeddingSiteBackward", "LayerNormSiteBackward", "ExpandSiteBackward"})
+
+
+def walk(root: Any) -> Iterator[tuple[Any, Any]]:
+    """Every edge ``(node, child)`` of the autograd graph below ``root``, each node once."""
+    seen: set[Any] = {root}
+    stack: list[Any] = [root]
+    while stack:
+        node = stack.pop()
+        for child, _ in node.next_functions:
+            if child is None:
+                continue
+            yield node, child
+            if child not in seen:
+                seen.add(child)
+                stack.append(child)
+
+
+def is_reentrant(node: Any) -> bool:
+    """Whether a node is a reentrant checkpoint: its inside cannot be seen, and it refuses ``inputs=``."""
+    name: str = node.name()
+    return name.endswith("CheckpointFunctionBackward")
+
+
+def has_reentrant(loss: Tensor) -> bool:
+    """Whether a reentrant checkpoint is in the graph of ``loss``."""
+    return loss.grad_fn is not None and any(is_reentrant(node) for node, _ in walk(loss.grad_fn))
+
+
+def audit_graph(losses: Tensor, names: dict[int, str]) -> bool:
+    """Walk the autograd graph of ``losses`` and hold every trainable parameter against the rules.
+
+    Args:
+        losses: ``[B]`` per-example losses.
+        names: ``id`` of each covered parameter -> its full name.
+
+    Returns:
+        Whether there is a reentrant checkpoint in it.
+
+    Raises:
+        UnsupportedModuleError: a parameter is reached by another operation than its rule's (a functional call that
+            bypasses its module), or is not one of the model's.
+    """
+    root = losses.grad_fn
+    if root is None:
+        raise UnsupportedModuleError(
+            "the per-example losses do not depend on any trainable parameter: they have no grad_fn. Was the forward "
+            "run under torch.no_grad(), or is every parameter frozen?"
+        )
+    reentrant = False
+    for node, child in walk(root):
+        reentrant = reentrant or is_reentrant(node)
+        variable = getattr(child, "variable", None)
+        if isinstance(variable, nn.Parameter):
+            _check_leaf(variable, node.name(), names)
+    return reentrant
+
+
+def _check_leaf(parameter: nn.Parameter, parent: str, names: dict[int, str]) -> None:
+    known = names.get(id(parameter))
+    if known is None:
+        raise UnsupportedModuleError(
+            f"the losses depend on a trainable parameter of shape {list(parameter.shape)} (through {parent}) "
+            "that is not one of the wrapped model's: it would be trained on an unclipped gradient. Put it into "
+            "the model before dpft.wrap, or set requires_grad_(False)."
+        )
+    if parent not in _SITES:
+        raise UnsupportedModuleError(
+            f"parameter {known!r} is used by {parent} directly, not through its module's forward, so its "
+            "gradient is not seen per example. Wrap with strategy='per_example', or freeze it."
+        )

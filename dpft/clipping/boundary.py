@@ -1,0 +1,96 @@
+"""The clip boundary: the autograd node between the per-example losses and the scalar that the user calls backward on.
+
+::
+
+    losses [B] --ClipBoundary--> scalar loss
+
+Its value is the mean of the losses; its backward leaves the clipped **sum** of their gradients. It holds the losses'
+graph and does all work on it itself, in nested passes, so the outer backward sees one node whose inputs are the
+parameters: hooks on them, the engines' among them, fire as in plain training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dpft.clipping.state import ClipState
+from dpft.clipping.strategies import Job, run_plain
+from dpft.errors import ClippingError
+
+
+class ClipBoundary(torch.autograd.Function):
+    """See the module. ``box`` holds the :class:`Job` until it has run, once."""
+
+    @staticmethod
+    def forward(ctx: Any, tap: Tensor, box: list[Job], value: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.box, ctx.count, ctx.device = box, len(parameters), value.device.type
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:  # type: ignore[override]  # fixed arity
+        if not ctx.box:
+            raise ClippingError(
+                "backward was called twice on one loss. Its clipped gradient is in .grad already, and adding it again "
+                "would exceed the clip norm. Run a new forward."
+            )
+        job = ctx.box.pop()
+        with torch.autocast(ctx.device, enabled=False):
+            if job.state.clipping == "none" and job.strategy != "per_example":
+                run_plain(job, scale)
+                grads = None
+            else:
+                grads = job.run(scale)
+        if grads is None:
+            grads = [None] * ctx.count
+        return None, None, None, *grads
+
+
+def clip_boundary(
+    state: ClipState,
+    losses: Tensor | Sequence[Tensor],
+    weights: Tensor | None,
+    strategy: str,
+) -> Tensor:
+    """The scalar loss whose backward leaves the clipped sum.
+
+    Args:
+        state: of the wrapped model.
+        losses: ``[B]`` per-example losses, or B scalars with a graph each.
+        weights: ``[B]``, 0 for padding rows; None means no padding.
+        strategy: one of the planner's.
+
+    Returns:
+        ``[]`` float32, the mean of the losses over rows of positive weight; 0 where there is none.
+
+    Raises:
+        ClippingError: losses or weights of the wrong shape.
+    """
+    if isinstance(losses, Tensor):
+        detached = losses.detach()
+    else:
+        detached = torch.stack([x.detach() for x in losses]) if losses else torch.empty(0)
+    if detached.dim() != 1:
+        raise ClippingError(
+            f"expected per-example losses of shape [B], got {list(detached.shape)}. Use reduction='none' and average "
+            "over each example's own tokens, not over the batch."
+        )
+    if weights is None:
+        weights = torch.ones_like(detached)
+    if weights.shape != detached.shape:
+        raise ClippingError(
+            f"example_weight has shape {list(weights.shape)}; expected {list(detached.shape)}, one weight per "
+            "example: 1, or 0 for a padding row"
+        )
+    weights = weights.detach().to(detached.device)
+    present = weights > 0
+    value = torch.where(present, detached.float(), 0.0).sum() / present.sum().clamp(min=1)
+    job = Job(state, losses, weights, strategy, state.take_trace())
+    delivered = list(state.parameters.values()) if strategy in ("one_pass", "per_example") else []
+    loss: Tensor = ClipBoundary.apply(state.tap, [job], value, *delivered)
+    return loss

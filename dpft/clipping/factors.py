@@ -1,0 +1,82 @@
+"""Clip functions: from per-example norms to the factors that bound each example's contribution.
+
+===========  ==========================  =======================  =================================================
+clip         factor                      sensitivity (add/remove) source
+===========  ==========================  =======================  =================================================
+abadi        ``min(1, C / norm)``        C                        Abadi et al. 2016, arXiv 1607.00133, algorithm 1
+automatic    ``C / (norm + gamma)``      C (strictly below)       Bu et al. 2023, arXiv 2206.07136, AUTO-S
+===========  ==========================  =======================  =================================================
+
+======================  ===============================================================
+norm or weight          factor
+======================  ===============================================================
+norm 0                  abadi 1, automatic ``C / gamma``; the contribution is zero anyway
+norm inf or NaN         0, and the example's contribution is masked to exactly zero
+example_weight 0        0, and masked likewise: a padding row
+example_weight NaN      0
+======================  ===============================================================
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+ClipFunction = Literal["abadi", "automatic"]
+
+
+@dataclass(frozen=True)
+class ClipRule:
+    """A clip function with its constants.
+
+    Args:
+        max_grad_norm: C > 0, the bound on one example's contribution in L2 norm.
+        function: ``"abadi"`` or ``"automatic"``.
+        gamma: stability constant > 0 of ``"automatic"``, in units of the norm.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    max_grad_norm: float
+    function: ClipFunction = "abadi"
+    gamma: float = 0.01
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.max_grad_norm) and self.max_grad_norm > 0):
+            raise ValueError(f"max_grad_norm is {self.max_grad_norm!r}; expected a finite number above 0")
+        if self.function not in ("abadi", "automatic"):
+            raise ValueError(f"clip_function is {self.function!r}; expected 'abadi' or 'automatic'")
+        if not (math.isfinite(self.gamma) and self.gamma > 0):
+            raise ValueError(f"clip_gamma is {self.gamma!r}; expected a finite number above 0")
+
+    @property
+    def sensitivity(self) -> float:
+        """Largest L2 norm of one example's contribution to the clipped sum."""
+        return self.max_grad_norm
+
+    def factors(self, sq_norms: Tensor, weights: Tensor | None = None, slack: float = 0.0) -> Tensor:
+        """Clip factors from squared norms.
+
+        Args:
+            sq_norms: ``[B]`` float64.
+            weights: ``[B]``, 0 for a padding row, 1 for an example; clamped to [0, 1]. None means all 1.
+            slack: relative amount by which the released gradient's norm may exceed the measured one (rounding of
+                low-precision products); the norm is taken that much larger.
+
+        Returns:
+            ``[B]`` float64, in [0, 1] for abadi; 0 where the norm is not finite.
+        """
+        norms = sq_norms.sqrt() * (1.0 + slack)
+        if self.function == "abadi":
+            factors = (self.max_grad_norm / norms).clamp(max=1.0)
+        else:
+            factors = self.max_grad_norm / (norms + self.gamma)
+        factors = torch.where(torch.isfinite(norms), factors, 0.0)
+        if weights is not None:
+            factors = factors * torch.nan_to_num(weights.to(factors), nan=0.0).clamp(0.0, 1.0)
+        return factors

@@ -1,0 +1,264 @@
+"""The backward passes that sites report to: norms, norms with what is kept, the weighted sum, the isolation probe.
+
+A pass is made for one traversal of one graph and thrown away; nothing here outlives a step.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dpft.kernels.embedding import head_rows_at_tokens
+from dpft.kernels.linear import Method, sq_norm
+from dpft.rules.base import EmbeddingUse, LinearUse, MatrixUse
+
+# Rounding of a product to bf16 (8 significand bits) is at most 2^-9 of an entry; twice it bounds the ratio of two
+# differently rounded versions of one gradient.
+LOW_PRECISION_SLACK = 2.0**-8
+
+
+def grad_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype that ``weight.grad`` is to have: float32 for a bf16 weight under :class:`dpft.DPOptimizer`."""
+    return getattr(weight, "grad_dtype", None) or weight.dtype
+
+
+def weighted_vector(grad: Tensor, factors: Tensor) -> Tensor:
+    """``sum_i factors_i * grad[i]`` of ``grad [B, ...]``; a zero factor contributes exactly zero, NaN or not."""
+    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    shape = (-1, *[1] * (grad.dim() - 1))
+    return (grad.to(dtype) * factors.to(dtype).view(shape)).masked_fill_((factors == 0).view(shape), 0).sum(0)
+
+
+@dataclass
+class Trace:
+    """What one forward used: filled by the sites, taken by the boundary that the forward's losses go through.
+
+    Attributes:
+        uses: how often each matrix was used. A hint: a reentrant checkpoint hides its uses.
+        ids: token ids ``[B, T]`` of an embedding that was used once.
+    """
+
+    uses: Counter[str] = field(default_factory=Counter)
+    ids: dict[str, Tensor] = field(default_factory=dict)
+
+
+class NormPass:
+    """Two-pass strategy, first traversal: per-example squared norms and nothing kept.
+
+    A matrix used once contributes its squared norm. A tied embedding and head contribute theirs and the cross term. A
+    matrix used otherwise more than once has its per-example gradient summed over the uses before it is squared: exact
+    in every case, or reported as unresolved, and then the traversal is repeated with that matrix in ``shared``.
+    """
+
+    weighted = False
+
+    def __init__(
+        self, batch_size: int, device: torch.device, method: Method | None, trace: Trace, shared: set[str]
+    ) -> None:
+        self.batch_size, self.method = batch_size, method
+        self.trace, self.shared = trace, shared
+        self.sq = torch.zeros(batch_size, dtype=torch.float64, device=device)
+        self.slack = 0.0
+        self._vectors: dict[str, Tensor] = {}
+        self._summed: dict[str, Tensor] = {}
+        self._heads: dict[str, Tensor] = {}
+        self._kinds: dict[str, list[type]] = {}
+
+    def vector(self, key: str, grad: Tensor, weight: Tensor) -> None:
+        grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        self._vectors[key] = self._vectors[key] + grad if key in self._vectors else grad
+
+    def matrix(self, use: MatrixUse, x: Tensor, g: Tensor, weight: Tensor) -> None:
+        self._kinds.setdefault(use.key, []).append(type(use))
+        if g.dtype.itemsize < 4:
+            self.slack = LOW_PRECISION_SLACK
+        if use.key in self.shared:
+            grad = use.add_grad(x, g, None).to(torch.promote_types(g.dtype, torch.float32))
+            self._summed[use.key] = self._summed[use.key].add_(grad) if use.key in self._summed else grad
+            return
+        self.sq += use.sq_norm(x, g, self.method)
+        ids = self.trace.ids.get(use.key)
+        if ids is None or self.trace.uses[use.key] != 2:
+            return
+        if isinstance(use, LinearUse) and not use.transposed:
+            # In a language model the head's backward comes first; what the embedding will need of it is [B, T, D].
+            self._heads[use.key] = head_rows_at_tokens(ids, x, g)
+        elif isinstance(use, EmbeddingUse) and use.key in self._heads:
+            rows = self._heads.pop(use.key)
+            if use.padding_idx is not None:
+                rows.masked_fill_((x == use.padding_idx).unsqueeze(-1), 0)
+            self.sq += 2 * (rows.double() * g).sum((1, 2))
+            self._kinds[use.key] = [type(use)]  # both uses and their cross term are in
+
+    def finish(self) -> set[str]:
+        """Complete :attr:`sq`; returns the keys whose uses could not be combined in this traversal."""
+        for grad in (*self._vectors.values(), *self._summed.values()):
+            self.sq += sq_norm(grad)
+        self._vectors, self._summed, self._heads = {}, {}, {}
+        return {key for key, kinds in self._kinds.items() if len(kinds) > 1 and key not in self.shared}
+
+
+@dataclass
+class _Kept:
+    """One matrix in the one-pass strategy: its per-example gradients, or the pairs that they are products of."""
+
+    sq: Tensor
+    grad: Tensor | None = None
+    pairs: list[tuple[MatrixUse, Tensor, Tensor]] = field(default_factory=list)
+
+
+class KeepPass:
+    """One-pass strategy: norms, and of each matrix the smaller of ``[B, d, p]`` and the pair ``(x, g)``.
+
+    Args:
+        batch_size: B.
+        device: of the norms.
+        keep: ``"smaller"``; ``"gradients"`` always materialises, which is classic DP-SGD.
+    """
+
+    weighted = False
+
+    def __init__(self, batch_size: int, device: torch.device, keep: Literal["smaller", "gradients"]) -> None:
+        self.batch_size, self.keep = batch_size, keep
+        self.sq = torch.zeros(batch_size, dtype=torch.float64, device=device)
+        self.slack = 0.0
+        self._kept: dict[str, _Kept] = {}
+        self._vectors: dict[str, Tensor] = {}
+
+    def vector(self, key: str, grad: Tensor, weight: Tensor) -> None:
+        grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        self._vectors[key] = self._vectors[key] + grad if key in self._vectors else grad
+
+    def _materialise(self, use: MatrixUse, x: Tensor, g: Tensor) -> bool:
+        # At B = 1 the product is the gradient itself, which has to exist in the end.
+        return self.keep == "gradients" or keeps_gradient(use, self.batch_size, x, g)
+
+    def matrix(self, use: MatrixUse, x: Tensor, g: Tensor, weight: Tensor) -> None:
+        kept = self._kept.get(use.key)
+        if kept is None and self._materialise(use, x, g):
+            grad = use.add_grad(x, g, None)
+            self._kept[use.key] = _Kept(sq_norm(grad), grad)
+        elif kept is None:
+            self._kept[use.key] = _Kept(use.sq_norm(x, g, None), pairs=[(use, x, g)])
+        elif kept.grad is None and (cross := _tied_cross(kept, use, x, g)) is not None:
+            kept.sq = kept.sq + use.sq_norm(x, g, None) + cross
+            kept.pairs.append((use, x, g))
+        else:
+            # Used again: gradients add up before they are squared.
+            for pair in kept.pairs:
+                kept.grad = pair[0].add_grad(pair[1], pair[2], kept.grad)
+            kept.pairs = []
+            kept.grad = use.add_grad(x, g, kept.grad)
+            kept.sq = sq_norm(kept.grad)
+        if self._kept[use.key].pairs and g.dtype.itemsize < 4:
+            self.slack = LOW_PRECISION_SLACK
+
+    def finish(self) -> set[str]:
+        """Complete :attr:`sq`; returns the empty set: whatever a matrix's uses, they were combined."""
+        for kept in self._kept.values():
+            self.sq += kept.sq
+        for grad in self._vectors.values():
+            self.sq += sq_norm(grad)
+        return set()
+
+    def release(self, key: str, weight: Tensor, factors: Tensor) -> Tensor | None:
+        """The weighted gradient of one parameter, giving up what was kept for it; None if the parameter was not used.
+
+        Args:
+            key: full canonical name.
+            weight: the parameter; the result has its shape and its gradient's dtype.
+            factors: ``[B]`` float64.
+        """
+        dtype = grad_dtype(weight)
+        vector = self._vectors.pop(key, None)
+        if vector is not None:
+            return weighted_vector(vector, factors).to(dtype).view(weight.shape)
+        kept = self._kept.pop(key, None)
+        if kept is None:
+            return None
+        out: Tensor | None = None
+        if kept.grad is not None:
+            return _weighted_sum(kept.grad, factors, dtype)
+        while kept.pairs:
+            use, x, g = kept.pairs.pop()
+            out = use.weighted_grad(x, g, factors, out, dtype if out is None else out.dtype)
+        return out
+
+
+def keeps_gradient(use: MatrixUse, batch_size: int, x: Tensor, g: Tensor) -> bool:
+    """Whether one-pass keeps ``[B, d, p]`` rather than the pair ``x [B, T, ...]``, ``g [B, T, d]``: the smaller."""
+    if batch_size == 1 and isinstance(use, LinearUse):
+        return True
+    pair = x.numel() * x.element_size() + g.numel() * g.element_size()
+    return batch_size * use.grad_numel() * g.element_size() <= pair
+
+
+def _tied_cross(kept: _Kept, use: MatrixUse, x: Tensor, g: Tensor) -> Tensor | None:
+    """``[B]``: twice the inner product of a kept head with this embedding's gradient; None if they are not that."""
+    if not (len(kept.pairs) == 1 and isinstance(use, EmbeddingUse)):
+        return None
+    head, h, g_head = kept.pairs[0]
+    if not isinstance(head, LinearUse) or head.transposed:
+        return None
+    return 2 * (head_rows_at_tokens(x, h, g_head, use.padding_idx).double() * g).sum((1, 2))
+
+
+def _weighted_sum(grad: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
+    """``sum_i factors_i * grad[i]`` in ``dtype``; in place where there is one example and nothing to convert."""
+    sum_dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    total: Tensor | None = None
+    for i, g in enumerate(grad.unbind(0)):
+        # mul_ on a float32 slice overwrites what was kept, which nobody needs any more
+        part = g.to(sum_dtype).mul_(factors[i].to(sum_dtype)).masked_fill_(factors[i] == 0, 0)
+        if total is None:
+            total = part if len(grad) == 1 else part.clone() if part.data_ptr() == g.data_ptr() else part
+        else:
+            total.add_(part)
+    assert total is not None
+    return total.to(dtype)
+
+
+class WeightedPass:
+    """Two-pass strategy, second traversal: every site returns its weighted gradient."""
+
+    weighted = True
+
+    def __init__(self, factors: Tensor) -> None:
+        self.batch_size, self.factors = len(factors), factors
+
+    def matrix(self, use: MatrixUse, x: Tensor, g: Tensor, weight: Tensor) -> Tensor:
+        return use.weighted_grad(x, g, self.factors, None, grad_dtype(weight))
+
+    def vector(self, key: str, grad: Tensor, weight: Tensor) -> Tensor:
+        return weighted_vector(grad, self.factors).to(grad_dtype(weight)).view(weight.shape)
+
+
+class ProbePass:
+    """Backward from the losses of some examples: no other example's rows may receive a gradient, at any site.
+
+    Args:
+        seeded: ``[B]`` bool, the examples whose losses are seeded.
+    """
+
+    weighted = False
+
+    def __init__(self, seeded: Tensor) -> None:
+        self.batch_size, self._seeded = len(seeded), seeded
+        self.mixed: dict[str, Tensor] = {}
+        self.reached = torch.zeros((), dtype=torch.bool, device=seeded.device)
+
+    def _look(self, key: str, g: Tensor) -> None:
+        # 0 * inf is NaN and says nothing about mixing
+        nonzero = (torch.nan_to_num(g.flatten(1), nan=0.0) != 0).any(1)
+        self.mixed[key] = (nonzero & ~self._seeded).any() | self.mixed.get(key, torch.zeros_like(self.reached))
+        self.reached |= (nonzero & self._seeded).any()
+
+    def matrix(self, use: MatrixUse, x: Tensor, g: Tensor, weight: Tensor) -> None:
+        self._look(use.key, g)
+
+    def vector(self, key: str, grad: Tensor, weight: Tensor) -> None:
+        self._look(key, grad)

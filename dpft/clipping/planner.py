@@ -1,0 +1,78 @@
+"""Which strategy a batch takes, and why: by shape, dtype and memory, in numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import psutil
+import torch
+
+from dpft.kernels.linear import choose_method
+from dpft.rules.base import EmbeddingUse, LinearUse, MatrixUse
+
+Strategy = Literal["one_pass", "two_pass", "per_example"]
+
+# Share of the memory that is free when a shape is first seen which one-pass may take for what it keeps.
+FREE_MEMORY_SHARE = 0.5
+
+__all__ = ["Choice", "Strategy", "choose_method", "choose_strategy", "free_memory", "kept_bytes"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A strategy with its reason in words and numbers."""
+
+    strategy: Strategy
+    reason: str
+
+
+def kept_bytes(uses: Iterable[MatrixUse], batch_size: int, seq_len: int, itemsize: int) -> int:
+    """Bytes that one-pass keeps for a batch: per matrix the smaller of ``[B, d, p]`` and the pair ``(x, g)``."""
+    total = 0
+    for use in uses:
+        gradient = batch_size * use.grad_numel() * itemsize
+        if isinstance(use, LinearUse):
+            pair = batch_size * seq_len * (use.in_features + use.out_features) * itemsize
+            total += gradient if batch_size == 1 else min(gradient, pair)
+        elif isinstance(use, EmbeddingUse):
+            total += min(gradient, batch_size * seq_len * (use.dim * itemsize + 8))
+    return total
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on ``device``."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free) + int(cached)
+    return int(psutil.virtual_memory().available)
+
+
+def choose_strategy(
+    uses: Iterable[MatrixUse], batch_size: int, seq_len: int, itemsize: int, memory: int | None, device: torch.device
+) -> Choice:
+    """One-pass where what it keeps fits, else two-pass.
+
+    One-pass does the work of a plain step (1.00 x its FLOPs); two-pass 1.67 x and keeps nothing.
+
+    Args:
+        uses: the model's trainable matrices.
+        batch_size: B of the physical batch.
+        seq_len: T.
+        itemsize: bytes per element of activations.
+        memory: bytes that one-pass may keep beyond one gradient; None asks ``device``.
+        device: where the model is.
+    """
+    uses = list(uses)
+    gradient = sum(use.grad_numel() for use in uses) * itemsize
+    extra = max(0, kept_bytes(uses, batch_size, seq_len, itemsize) - gradient)
+    allowed = int(FREE_MEMORY_SHARE * free_memory(device)) if memory is None else memory
+    numbers = (
+        f"B={batch_size}, T={seq_len}: one-pass keeps {extra / 2**20:.1f} MiB beyond one gradient of "
+        f"{gradient / 2**20:.1f} MiB; {allowed / 2**20:.1f} MiB allowed"
+    )
+    if extra <= allowed:
+        return Choice("one_pass", f"one_pass: 1.00 x the FLOPs of a plain step. {numbers}")
+    return Choice("two_pass", f"two_pass: 1.67 x the FLOPs of a plain step, nothing kept. {numbers}")

@@ -1,0 +1,123 @@
+"""What a wrapped model carries: its clip rule, its parameters, the pass that is running."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dpft.clipping.factors import ClipRule
+from dpft.clipping.passes import Trace
+from dpft.clipping.planner import Choice, Strategy, choose_strategy
+from dpft.errors import WrapError
+from dpft.rules.base import MatrixUse, Pass
+
+Clipping = Literal["flash", "ghost", "fast", "per_sample", "none"]
+
+
+@dataclass(frozen=True)
+class ClipStats:
+    """What the last clipped backward measured. Data-dependent and not released: it stays on this machine.
+
+    Attributes:
+        norms: ``[B]`` float32, each example's gradient norm; 0 for a padding row's.
+        clip_factors: ``[B]`` float32, what each gradient was multiplied by; 0 where the norm was not finite.
+        example_weights: ``[B]`` float32, 0 for padding rows.
+        strategy: the strategy that ran.
+    """
+
+    norms: Tensor
+    clip_factors: Tensor
+    example_weights: Tensor
+    strategy: str
+
+
+@dataclass
+class ClipState:
+    """State of one wrapped model; lives on the model as ``_dpft_state``.
+
+    Attributes:
+        clipping: the mode.
+        strategy: what was asked for; ``"auto"`` is decided per batch shape.
+        rule: the clip function with C.
+        memory: bytes that one-pass may keep beyond one gradient; None asks the device.
+        uses: the trainable matrices, by canonical name.
+        parameters: trainable parameters by canonical name, as they were when last registered.
+        flattening: names of parameters in modules that are known to see ``[B * T, ...]`` in order.
+        backwards: clipped backward passes so far.
+        probed_at: the number of the last one before which the isolation check came to a result.
+        delivering: per-example strategy: parameters whose clipped gradient autograd is about to accumulate.
+    """
+
+    clipping: Clipping
+    strategy: Strategy | Literal["auto"]
+    rule: ClipRule
+    memory: int | None
+    uses: dict[str, MatrixUse]
+    parameters: dict[str, nn.Parameter]
+    flattening: set[str] = field(default_factory=set)
+    tap: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
+    active: Pass | None = None
+    batch_size: int | None = None
+    seq_len: int = 1
+    trace: Trace = field(default_factory=Trace)
+    shared: set[str] = field(default_factory=set)
+    probed_at: int = 0
+    delivering: set[str] = field(default_factory=set)
+    hooks: list[Any] = field(default_factory=list)
+    choices: dict[tuple[int, int], Choice] = field(default_factory=dict)
+    last: ClipStats | None = None
+    backwards: int = 0
+
+    def record_use(self, key: str, ids: Tensor | None = None) -> None:
+        """See :class:`dpft.rules.base.Host`. A recomputed forward is not a second use."""
+        if self.active is not None:
+            return
+        self.trace.uses[key] += 1
+        if ids is not None:
+            self.trace.ids[key] = ids
+
+    def begin(self, batch_size: int, seq_len: int) -> None:
+        """A forward of the whole model starts."""
+        self.batch_size, self.seq_len = batch_size, seq_len
+
+    def take_trace(self) -> Trace:
+        """The uses since the last boundary; the next forward starts anew."""
+        trace, self.trace = self.trace, Trace()
+        return trace
+
+    def check_parameters(self, model: nn.Module) -> None:
+        """Refuse a model whose trainable parameters are not the ones that were covered.
+
+        Raises:
+            WrapError: names each parameter that was replaced, added, frozen or unfrozen since.
+        """
+        now: dict[int, str] = {}
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                now[id(p)] = name
+        then = {id(p): name for name, p in self.parameters.items()}
+        if now.keys() == then.keys():
+            return
+        added = sorted(name for i, name in now.items() if i not in then)
+        gone = sorted(name for i, name in then.items() if i not in now)
+        raise WrapError(
+            "the trainable parameters are not the ones that dpft.wrap covered. New or replaced: "
+            f"{added or 'none'}; gone, frozen or replaced: {gone or 'none'}. An optimiser that holds the old "
+            "ones would train on nothing while epsilon is spent. Call dpft.unwrap(model), finish changing the model "
+            "(PEFT, device moves that re-create parameters, freezing), then wrap again and make the optimiser anew."
+        )
+
+    def choose(self, device: torch.device, batch_size: int) -> Choice:
+        """The strategy for a batch of the shape that the running forward has."""
+        if self.strategy != "auto":
+            return Choice(self.strategy, f"{self.strategy}: asked for")
+        shape = (batch_size, self.seq_len)
+        if shape not in self.choices:
+            itemsize = max((p.element_size() for p in self.parameters.values()), default=4)
+            self.choices[shape] = choose_strategy(
+                self.uses.values(), batch_size, self.seq_len, itemsize, self.memory, device
+            )
+        return self.choices[shape]

@@ -1,0 +1,258 @@
+"""The strategies: from per-example losses ``[B]`` and their graph to the clipped sum of the gradients.
+
+Each runs inside the backward of the clip boundary, as nested backward passes over the graph that the boundary holds.
+Nothing outside can reach a site's backward while a pass runs, and a site that is reached while none runs raises: a
+gradient that did not come through here is never mistaken for a clipped one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dpft.clipping.audit import audit_graph, has_reentrant
+from dpft.clipping.passes import KeepPass, NormPass, ProbePass, Trace, WeightedPass, grad_dtype
+from dpft.clipping.state import ClipState, ClipStats
+from dpft.errors import ClippingError
+from dpft.kernels.linear import Method, sq_norm
+from dpft.rules.base import Pass, running_pass
+
+_METHODS: dict[str, Method | None] = {"flash": None, "ghost": "gram_full", "fast": "materialise"}
+
+
+@dataclass
+class Job:
+    """One clipped backward, from the forward that made the losses to the gradients.
+
+    Attributes:
+        state: of the wrapped model.
+        losses: ``[B]`` with their graph, or B of shape ``[]`` with a graph each (per-example strategy).
+        weights: ``[B]``, 0 for padding rows.
+        strategy: one of the planner's.
+        trace: what the forward used.
+    """
+
+    state: ClipState
+    losses: Tensor | Sequence[Tensor]
+    weights: Tensor
+    strategy: str
+    trace: Trace
+
+    def __post_init__(self) -> None:
+        self.batch_size = len(self.weights)
+        self.reentrant = False
+
+    def run(self, scale: Tensor) -> list[Tensor | None] | None:
+        """The weighted gradients of the state's parameters, in their order; None where they are in ``.grad`` already.
+
+        Args:
+            scale: ``[]``, the gradient of the boundary's output: a factor of the result, not of the norms.
+        """
+        self.state.backwards += 1
+        if self.strategy == "per_example":
+            self.state.delivering = set()
+            grads = run_per_example(self, scale)
+            self.state.delivering = {
+                name for name, grad in zip(self.state.parameters, grads, strict=True) if grad is not None
+            }
+            return grads
+        assert isinstance(self.losses, Tensor)
+        names = {id(p): name for name, p in self.state.parameters.items()}
+        self.reentrant = audit_graph(self.losses, names)
+        self._probe()
+        return run_one_pass(self, scale) if self.strategy == "one_pass" else run_two_pass(self, scale)
+
+    def traverse(self, running: Pass, losses: Tensor, seeds: Tensor, retain_graph: bool) -> None:
+        """One backward pass over the graph during which ``running`` receives what the sites see."""
+        state = self.state
+        inputs: list[Tensor] | None = [state.tap]
+        if running.weighted:
+            inputs = list(state.parameters.values())
+        if self.reentrant:
+            inputs = None  # reentrant checkpointing refuses it; sites return None for weights unless weighted
+        previous, state.active = state.active, running
+        try:
+            torch.autograd.backward(losses, seeds, retain_graph=retain_graph, inputs=inputs)
+        finally:
+            state.active = previous
+
+    def _probe(self) -> None:
+        """The isolation check: see :class:`ProbePass`.
+
+        Seeds the examples whose index has a certain bit, and those whose has not: 2 log2(B) passes in which each
+        ordered pair of examples is told apart. At the first batch of more than one example, and each time that the
+        number of backward passes has doubled since, for mixing that depends on the data.
+        """
+        state = self.state
+        if self.batch_size < 2 or (state.probed_at > 0 and state.backwards < 2 * state.probed_at):
+            return
+        assert isinstance(self.losses, Tensor)
+        mixed: set[str] = set()
+        reached = False
+        index = torch.arange(self.batch_size, device=self.losses.device)
+        for bit in range((self.batch_size - 1).bit_length()):
+            for value in (0, 1):
+                seeded = (index >> bit & 1) == value
+                probe = ProbePass(seeded)
+                self.traverse(probe, self.losses, seeded.to(self.losses.dtype), retain_graph=True)
+                mixed |= {key for key, leaked in probe.mixed.items() if bool(leaked)}
+                reached = reached or bool(probe.reached)
+        if mixed:
+            raise ClippingError(
+                f"the loss of one example has a gradient in other examples' rows at {sorted(mixed)}: a layer mixes "
+                "examples (batch statistics, routing, a sequence-first layout, packed examples), so no bound on one "
+                "example's contribution would hold. Make the batch the first dimension of every layer's input and "
+                "remove the mixing, or wrap with strategy='per_example', which runs one example at a time."
+            )
+        if reached:
+            state.probed_at = state.backwards
+
+    def factors(self, sq_norms: Tensor, slack: float) -> Tensor:
+        """``[B]`` float64 clip factors, which also become the model's stats."""
+        weights = self.weights.to(sq_norms.device)
+        if self.state.clipping == "none":
+            factors = torch.nan_to_num(weights.to(sq_norms), nan=0.0).clamp(0, 1)
+        else:
+            factors = self.state.rule.factors(sq_norms, weights, slack)
+        self.state.last = ClipStats(
+            norms=sq_norms.sqrt().float(),
+            clip_factors=factors.float(),
+            example_weights=weights.float(),
+            strategy=self.strategy,
+        )
+        return factors
+
+
+def run_one_pass(job: Job, scale: Tensor) -> list[Tensor | None]:
+    """Norms and, per matrix, what the weighted sum will be formed from, in one traversal."""
+    assert isinstance(job.losses, Tensor)
+    keep = KeepPass(
+        job.batch_size, job.losses.device, "gradients" if job.state.clipping == "per_sample" else "smaller"
+    )
+    losses, job.losses = job.losses, ()
+    job.traverse(keep, losses, torch.ones_like(losses), retain_graph=False)
+    keep.finish()
+    factors = job.factors(keep.sq, keep.slack) * scale.to(keep.sq)
+    return [keep.release(name, p, factors) for name, p in job.state.parameters.items()]
+
+
+def run_two_pass(job: Job, scale: Tensor) -> None:
+    """Norms in one traversal, then the weighted gradients, natively accumulated, in another of the same graph."""
+    assert isinstance(job.losses, Tensor)
+    state = job.state
+    losses, job.losses = job.losses, ()
+    seeds = torch.ones_like(losses)
+    for _ in range(2):
+        norms = NormPass(job.batch_size, losses.device, _METHODS[state.clipping], job.trace, state.shared)
+        job.traverse(norms, losses, seeds, retain_graph=True)
+        unresolved = norms.finish()
+        if not unresolved:
+            break
+        state.shared = state.shared | unresolved
+    else:
+        raise ClippingError(f"the uses of {sorted(unresolved)} changed between two traversals of one graph")
+    factors = job.factors(norms.sq, norms.slack) * scale.to(norms.sq)
+    job.traverse(WeightedPass(factors), losses, seeds, retain_graph=False)
+
+
+def run_plain(job: Job, scale: Tensor) -> None:
+    """``clipping="none"``: the plain sum of the gradients of the unpadded examples' losses."""
+    losses, job.losses = job.losses, ()
+    assert isinstance(losses, Tensor)
+    unknown = torch.full((job.batch_size,), torch.nan, dtype=torch.float64, device=losses.device)  # nobody asked
+    weights = job.factors(unknown, 0.0)
+    seeds = (weights * scale.to(weights)).to(losses.dtype)
+    torch.autograd.backward(losses, seeds)
+
+
+def run_per_example(job: Job, scale: Tensor) -> list[Tensor | None]:
+    """Backward of one example at a time. The last one's clipped gradient is returned, the others' go to ``.grad``.
+
+    So a parameter's gradient is delivered by autograd once, and one gradient is held besides ``.grad``.
+    """
+    parameters = list(job.state.parameters.values())
+    squares, all_factors = [], []
+    result: list[Tensor | None] = [None] * len(parameters)
+    losses, job.losses = list(job.losses), ()
+    for i in range(job.batch_size):
+        loss, losses[i] = losses[i], torch.empty(0)
+        grads = _example_gradient(job.state, loss, parameters)
+        del loss
+        sq = torch.zeros(1, dtype=torch.float64, device=job.weights.device)
+        for grad in grads:
+            if grad is not None:
+                sq += sq_norm(grad.unsqueeze(0))
+        factor = job.state.rule.factors(sq, job.weights[i : i + 1].to(sq.device))
+        if job.state.clipping == "none":
+            factor = torch.nan_to_num(job.weights[i : i + 1].to(sq), nan=0.0).clamp(0, 1)
+        squares.append(sq)
+        all_factors.append(factor)
+        drop, multiplier = factor == 0, (factor * scale.to(factor)).squeeze()
+        for k, grad in enumerate(grads):
+            if grad is None:
+                continue
+            grads[k] = None
+            p = parameters[k]
+            part = grad.to(torch.promote_types(grad_dtype(p), torch.float32))
+            part = part.mul_(multiplier.to(part)).masked_fill_(drop, 0).to(grad_dtype(p))
+            if i + 1 == job.batch_size:
+                result[k] = part
+            elif p.grad is None:
+                p.grad = part
+            else:
+                p.grad.add_(part)
+            del grad, part
+    if squares:
+        job.state.last = ClipStats(
+            norms=torch.cat(squares).sqrt().float(),
+            clip_factors=torch.cat(all_factors).float(),
+            example_weights=job.weights.float(),
+            strategy=job.strategy,
+        )
+    return result
+
+
+def _example_gradient(state: ClipState, loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
+    """Gradient of one loss, outside ``.grad``."""
+    previous, state.active = state.active, _Anything()
+    aside: list[Tensor | None] | None = None
+    try:
+        if not has_reentrant(loss):
+            return list(torch.autograd.grad(loss, parameters, allow_unused=True))
+        # Reentrant checkpointing works through .grad alone: put what is there aside.
+        aside = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        torch.autograd.backward(loss)
+        return [p.grad for p in parameters]
+    finally:
+        state.active = previous
+        if aside is not None:
+            for p, grad in zip(parameters, aside, strict=True):
+                p.grad = grad
+
+
+class _Anything(WeightedPass):
+    """Marks that a per-example backward runs; no site reports to it, for the per-example strategy has none."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.ones(1, dtype=torch.float64))
+
+
+def guard_parameters(state: ClipState) -> None:
+    """Per-example strategy: make a gradient that did not come through the boundary an error, not an update."""
+
+    def guard(name: str) -> Callable[[Tensor], None]:
+        def hook(grad: Tensor) -> None:
+            if state.active is not None:
+                return
+            if name not in state.delivering:
+                running_pass(state, name)  # raises: nothing is running
+            state.delivering.discard(name)
+
+        return hook
+
+    state.hooks = [p.register_hook(guard(name)) for name, p in state.parameters.items()]

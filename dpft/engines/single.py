@@ -1,0 +1,42 @@
+"""One process: what Accelerate's configuration may be, and what would void the guarantee."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from accelerate.utils import DistributedType
+
+from dpft.errors import EngineError
+
+
+def check_single_process(accelerator: Any) -> None:
+    """Refuse every configuration in which the private gradient would not be exact.
+
+    Args:
+        accelerator: an ``accelerate.Accelerator``.
+
+    Raises:
+        EngineError: names the setting and the value to use.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != world:
+        raise EngineError(
+            f"the launcher started {world} processes and Accelerate sees {accelerator.num_processes}: every process "
+            "would train alone on the same data. Launch with a configuration that Accelerate supports on this device."
+        )
+    if accelerator.distributed_type != DistributedType.NO or accelerator.num_processes != 1:
+        raise EngineError(
+            f"distributed_type is {accelerator.distributed_type} with {accelerator.num_processes} processes; "
+            "this version of dpft.prepare supports one process. Launch with --num_processes 1 and without FSDP "
+            "or DeepSpeed."
+        )
+    if accelerator.mixed_precision == "fp16":
+        raise EngineError(
+            "mixed_precision is 'fp16', whose loss scaling skips steps depending on the data. Use 'bf16' or 'no'."
+        )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise EngineError(
+            f"gradient_accumulation_steps is {accelerator.gradient_accumulation_steps}; expected 1: the loader cuts a "
+            "logical batch into physical ones by itself (max_physical_batch_size)."
+        )

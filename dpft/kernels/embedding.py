@@ -1,0 +1,105 @@
+"""Per-example squared gradient norms of an embedding, alone or tied to the output head.
+
+An embedding's per-example gradient has one row per distinct token: the sum of the output's gradients over the
+positions that hold it. O(T D) work, and never ``[T, T]`` or ``[B, V, D]``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dpft.kernels.linear import TILE_ELEMENTS, sq_norm
+
+
+def _masked(ids: Tensor, padding_idx: int | None) -> Tensor | None:
+    return None if padding_idx is None else (ids == padding_idx).unsqueeze(-1)
+
+
+def _segments(ids: Tensor) -> Tensor:
+    """``[B, T]`` index, in 0..T-1, of the distinct token that a position holds, without a device synchronisation."""
+    ordered, order = ids.sort(dim=1)
+    starts = torch.zeros_like(ordered)
+    starts[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).to(starts.dtype)
+    return torch.empty_like(ids).scatter_(1, order, starts.cumsum(1))
+
+
+def embedding_sq_norm(ids: Tensor, g: Tensor, padding_idx: int | None = None) -> Tensor:
+    """Squared norm of each example's embedding gradient.
+
+    Args:
+        ids: ``[B, T]`` int64 token ids.
+        g: ``[B, T, D]`` gradient of the output.
+        padding_idx: a token whose row receives no gradient.
+
+    Returns:
+        ``[B]`` float64.
+    """
+    batch, seq_len, dim = g.shape
+    total = torch.zeros(batch, dtype=torch.float64, device=g.device)
+    if g.numel() == 0:
+        return total
+    rows = (_segments(ids) + torch.arange(batch, device=ids.device).unsqueeze(1) * seq_len).reshape(-1)
+    dtype = torch.float64 if g.dtype == torch.float64 else torch.float32
+    skip = _masked(ids, padding_idx)
+    step = max(1, TILE_ELEMENTS // (batch * seq_len))
+    for i in range(0, dim, step):
+        block = g[:, :, i : i + step].to(dtype)
+        if skip is not None:
+            block = block.masked_fill(skip, 0)
+        summed = block.new_zeros((batch * seq_len, block.shape[2])).index_add_(0, rows, block.flatten(0, 1))
+        total += sq_norm(summed.view(batch, -1))
+    return total
+
+
+def add_embedding_grad(out: Tensor, ids: Tensor, g: Tensor, padding_idx: int | None = None) -> Tensor:
+    """Add each example's embedding gradient to ``out [B, V, D]`` in place; ``ids [B, T]``, ``g [B, T, D]``."""
+    skip = _masked(ids, padding_idx)
+    g = g if skip is None else g.masked_fill(skip, 0)
+    for i in range(len(out)):
+        out[i].index_add_(0, ids[i], g[i].to(out.dtype))
+    return out
+
+
+def weighted_embedding_grad(
+    ids: Tensor, g: Tensor, factors: Tensor, out: Tensor, padding_idx: int | None = None
+) -> Tensor:
+    """Add ``sum_i factors_i * grad_i`` to ``out [V, D]`` (float32 or float64) in place.
+
+    An example whose factor is zero contributes exactly zero, NaN or not.
+    """
+    skip = _masked(ids, padding_idx)
+    drop = factors == 0
+    step = max(1, TILE_ELEMENTS // max(1, g[0].numel())) if len(ids) else 1
+    for i in range(0, len(ids), step):
+        chunk = slice(i, i + step)
+        rows = g[chunk].to(out.dtype) * factors[chunk].to(out.dtype).view(-1, 1, 1)
+        rows.masked_fill_(drop[chunk].view(-1, 1, 1), 0)
+        if skip is not None:
+            rows.masked_fill_(skip[chunk], 0)
+        out.index_add_(0, ids[chunk].flatten(), rows.flatten(0, 1))
+    return out
+
+
+def head_rows_at_tokens(ids: Tensor, h: Tensor, g_head: Tensor, padding_idx: int | None = None) -> Tensor:
+    """Rows of the head's per-example gradient at the tokens of the input, ``m_t = sum_s g_head[s, ids_t] h_s``.
+
+    The inner product of a tied weight's two gradients is ``sum_t <g_embedding_t, m_t>``: a tied weight's squared norm
+    is the embedding's, the head's and twice that.
+
+    Args:
+        ids: ``[B, T]``; h: ``[B, S, D]``; g_head: ``[B, S, V]``.
+        padding_idx: of the embedding, which has no gradient there.
+
+    Returns:
+        ``[B, T, D]`` in float32 (float64 for float64 inputs).
+    """
+    batch, seq_len = ids.shape
+    dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
+    out = torch.empty((batch, seq_len, h.shape[2]), dtype=dtype, device=h.device)
+    step = max(1, TILE_ELEMENTS // max(1, h.shape[1]))
+    for i in range(batch):
+        for t in range(0, seq_len, step):
+            out[i, t : t + step] = g_head[i].index_select(1, ids[i, t : t + step]).mT @ h[i]
+    skip = _masked(ids, padding_idx)
+    return out if skip is None else out.masked_fill_(skip, 0)

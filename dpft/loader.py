@@ -1,0 +1,101 @@
+"""The loader: from a sampler's physical batches to tensors on the device, padding rows included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from dpft.errors import PrivacyConfigError
+from dpft.privacy.sampler import PhysicalBatch, PhysicalBatchSampler
+
+Collate = Callable[[list[Any]], Mapping[str, Any]]
+
+
+class _Fetch(Dataset[Any]):
+    """Maps a :class:`PhysicalBatch` to a collated batch; runs in the DataLoader's workers."""
+
+    def __init__(self, dataset: Any, collate: Collate, static_shapes: bool) -> None:
+        self.dataset, self.collate, self.static_shapes = dataset, collate, static_shapes
+
+    def __getitem__(self, physical: PhysicalBatch) -> tuple[dict[str, Any], bool, int]:
+        examples = self._examples(physical.indices)
+        # An empty physical batch still runs through the model, as one row of weight zero at least.
+        padding = physical.num_padding if self.static_shapes else int(not examples)
+        if padding:
+            template = examples[0] if examples else self._examples([0])[0]
+            examples = examples + [template] * padding
+        batch = dict(self.collate(examples))
+        rows = len(examples)
+        for name, value in batch.items():
+            if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] != rows:
+                raise PrivacyConfigError(
+                    f"collate_fn returned {name!r} of shape {list(value.shape)} for {rows} examples; expected "
+                    "one row per example. Packing several examples into a row changes the privacy unit and is "
+                    "not supported."
+                )
+        weight = torch.ones(rows)
+        if padding:
+            weight[rows - padding :] = 0.0
+            if isinstance(batch.get("labels"), Tensor):
+                batch["labels"] = batch["labels"].clone()
+                batch["labels"][rows - padding :] = -100
+        batch["example_weight"] = weight
+        return batch, physical.is_last, physical.step
+
+    def _examples(self, indices: Sequence[int]) -> list[Any]:
+        if not indices:
+            return []
+        many = getattr(self.dataset, "__getitems__", None)
+        return list(many(list(indices))) if many is not None else [self.dataset[i] for i in indices]
+
+
+class PrivateDataLoader:
+    """Iterates over physical batches, as dictionaries of tensors with ``example_weight [B]``; made by
+    ``dpft.prepare``.
+
+    Ends after the planned number of logical batches, however often it is iterated over and resumed. Do not prepare it
+    again: Accelerate would repeat examples to fill ranks.
+
+    Attributes:
+        is_last: whether the batch that was yielded last ends its logical batch.
+        step: number, from 0, of the logical batch that it belongs to.
+        num_steps: logical batches of the whole training.
+        privacy: the run's :class:`dpft.PrivacyRun`: plan, ledger, epsilon.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batches: PhysicalBatchSampler,
+        collate_fn: Collate | None,
+        *,
+        device: torch.device | str = "cpu",
+        num_workers: int = 0,
+        static_shapes: bool = False,
+        on_batch: Callable[[bool], None] | None = None,
+        privacy: Any = None,
+    ) -> None:
+        self._loader = DataLoader(
+            _Fetch(dataset, collate_fn or default_collate, static_shapes),
+            sampler=batches,  # type: ignore[arg-type]  # an Iterable of items is what DataLoader asks for
+            batch_size=None,
+            num_workers=num_workers,
+            pin_memory=torch.device(device).type == "cuda",
+        )
+        self.device, self.num_steps, self.privacy = torch.device(device), batches.num_steps, privacy
+        self.is_last, self.step = False, 0
+        self._on_batch = on_batch
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch, is_last, step in self._loader:
+            self.is_last, self.step = is_last, step
+            if self._on_batch is not None:
+                self._on_batch(is_last)
+            yield {
+                name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+                for name, value in batch.items()
+            }

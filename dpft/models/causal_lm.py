@@ -1,0 +1,91 @@
+"""What is particular to Hugging Face: the per-example loss of a causal LM, and the rules of its own layer classes."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dpft.errors import ClippingError
+from dpft.rules.base import Rule
+from dpft.rules.linear import LinearRule
+from dpft.rules.norm import ElementwiseRule
+from dpft.rules.registry import register_matcher
+
+_CAUSAL_LM = re.compile(r"(ForCausalLM|LMHeadModel)$")
+# Modules whose own code flattens [B, T, D] to [B * T, D], in order, on its way through the layers inside.
+_FLATTENS = frozenset({"OPTDecoderLayer"})
+_NORM = re.compile(r"(RMSNorm\w*|LayerNorm)$")
+
+
+def per_example_causal_lm_losses(
+    logits: Tensor,
+    labels: Tensor | None = None,
+    vocab_size: int | None = None,
+    shift_labels: Tensor | None = None,
+    ignore_index: int = -100,
+    **kwargs: Any,
+) -> Tensor:
+    """Each example's own loss: the mean of cross-entropy over its own unmasked tokens.
+
+    Takes the place of transformers' ``ForCausalLMLoss`` through ``model.loss_function``. ``num_items_in_batch`` is
+    not used: dividing by the batch's tokens would make each example's gradient depend on the others'.
+
+    Args:
+        logits: ``[B, T, V]``.
+        labels: ``[B, T]``, shifted here; ``ignore_index`` where there is nothing to predict.
+        vocab_size: V, as transformers passes it.
+        shift_labels: ``[B, T]``, labels that are shifted already.
+        ignore_index: label of masked positions.
+        **kwargs: whatever else transformers passes.
+
+    Returns:
+        ``[B]`` float32; 0, with a zero gradient, for an example without any unmasked token.
+    """
+    if shift_labels is None:
+        if labels is None:
+            raise ClippingError("the loss function was called without labels; expected labels [B, T]")
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    targets = shift_labels.to(logits.device)
+    if logits.shape[:-1] != targets.shape:
+        raise ClippingError(f"logits {list(logits.shape)} do not fit labels {list(targets.shape)}")
+    flat = F.cross_entropy(
+        logits.float().reshape(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=ignore_index, reduction="none"
+    )
+    counts = (targets != ignore_index).sum(1).clamp(min=1)
+    return flat.view(targets.shape).sum(1) / counts
+
+
+def find_causal_lm(model: nn.Module) -> nn.Module | None:
+    """The causal LM inside ``model`` (itself, or what PEFT or another container wraps), or None."""
+    for module in model.modules():
+        # On the class: PEFT's shell passes attribute reads through, but its loss is computed inside.
+        if hasattr(type(module), "loss_function") and (
+            _CAUSAL_LM.search(type(module).__name__) or getattr(module, "loss_type", None) == "ForCausalLM"
+        ):
+            return module
+    return None
+
+
+def flattening_parameters(model: nn.Module) -> set[str]:
+    """Full names of the parameters below a module that is known to flatten batch and time in order."""
+    names = set()
+    for path, module in model.named_modules():
+        if type(module).__name__ in _FLATTENS and type(module).__module__.startswith("transformers."):
+            names |= {f"{path}.{name}" if path else name for name, _ in module.named_parameters()}
+    return names
+
+
+def _match(module: nn.Module) -> Rule | None:
+    if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
+        return LinearRule(transposed=True)
+    own = list(module.named_parameters(recurse=False))
+    leaf = next(module.children(), None) is None
+    if leaf and own and _NORM.search(type(module).__name__) and all(p.dim() == 1 for _, p in own):
+        return ElementwiseRule()
+    return None
+
+
+register_matcher(_match)

@@ -1,0 +1,188 @@
+"""``DPOptimizer``: turns the clipped sum in ``.grad`` into one noised release per logical batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpft.errors import WrapError
+from dpft.noise import GaussianNoise
+
+
+class DPOptimizer(torch.optim.Optimizer):
+    """Any torch optimiser, stepping on ``(clipped sum + N(0, (sigma C)^2 I)) / expected_batch_size``.
+
+    ``.grad`` must hold the clipped sum of a logical batch, as :func:`dpft.wrap` leaves it; several physical batches
+    add up there. Parameters in bf16 get float32 gradients (``Tensor.grad_dtype``), which take the place of bf16
+    ones, so sums, noise and division are float32; the inner optimiser then receives the parameter's dtype. A
+    parameter without a gradient, and an empty logical batch, still receive noise.
+
+    Args:
+        optimizer: the inner optimiser, made on the model's parameters.
+        noise_multiplier: sigma >= 0; 0 is NOT private.
+        max_grad_norm: C > 0, the bound that the model was wrapped with.
+        expected_batch_size: b > 0, a constant that the user declares: never the size of the batch that was drawn.
+        noise: the noise's source; None makes one seeded by the operating system.
+        secure_rng: see :class:`dpft.noise.GaussianNoise`; only where ``noise`` is None.
+        is_last: says whether the running physical batch ends its logical batch. None: every ``step`` does.
+        on_release: called before each release changes a parameter; an exception stops it. The ledger goes here.
+        check: called before that; raises if the parameters are not the ones that are clipped.
+        sum_scale: s where what reaches ``.grad`` is s times the clipped sum (an engine's mean over ranks).
+
+    Raises:
+        ValueError: a value out of range, or no parameter.
+
+    Guarantee: with clipped sums of L2 sensitivity C, each acting ``step`` is one Gaussian mechanism of noise
+    multiplier sigma (Abadi et al. 2016, arXiv 1607.00133), and adds noise exactly once to every element.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        noise_multiplier: float,
+        max_grad_norm: float,
+        expected_batch_size: float,
+        *,
+        noise: GaussianNoise | None = None,
+        secure_rng: bool = False,
+        is_last: Callable[[], bool] | None = None,
+        on_release: Callable[[], None] | None = None,
+        check: Callable[[Iterable[nn.Parameter]], None] | None = None,
+        sum_scale: float = 1.0,
+    ) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, DPOptimizer):
+            raise ValueError(f"expected a torch.optim.Optimizer, not private yet; got {type(optimizer).__name__}")
+        _require("noise_multiplier", noise_multiplier, at_least=0.0)
+        for name, value in (
+            ("max_grad_norm", max_grad_norm),
+            ("expected_batch_size", expected_batch_size),
+            ("sum_scale", sum_scale),
+        ):
+            _require(name, value, above=0.0)
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self.inner = optimizer
+        self._link()
+        self.noise_multiplier = float(noise_multiplier)
+        self.max_grad_norm = float(max_grad_norm)
+        self.expected_batch_size = float(expected_batch_size)
+        self.sum_scale = float(sum_scale)
+        self.noise = GaussianNoise(secure=secure_rng) if noise is None else noise
+        self.releases = 0
+        self._is_last = is_last
+        self._on_release = on_release
+        self._check = check
+        self._open = False  # inside a logical batch: gradients may not be zeroed
+        self._spent = False  # .grad holds a release, not a sum
+        for p in self.parameters():
+            p.grad = None
+        self._accumulate_in_float32()
+
+    def _link(self) -> None:
+        self.param_groups = self.inner.param_groups
+        self.state = self.inner.state
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters of all groups, in order."""
+        return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+
+    def _accumulate_in_float32(self) -> None:
+        for p in self.parameters():
+            if p.dtype in (torch.bfloat16, torch.float16):
+                p.grad_dtype = torch.float32  # type: ignore[attr-defined]  # new in torch 2.10, not in its stubs
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # no closure, no loss
+        """End a physical batch; at the end of its logical batch, release and step the inner optimiser.
+
+        Raises:
+            ValueError: a closure, which would evaluate the gradient more than once.
+            WrapError: ``zero_grad`` was not called after the last release, or the parameters changed.
+        """
+        if closure is not None:
+            raise ValueError("DPOptimizer.step takes no closure: a release uses one gradient, computed once")
+        if self._is_last is not None and not self._is_last():
+            self._open = True
+            return
+        if self._spent:
+            raise WrapError(
+                "step() was called again without zero_grad() after the last release: .grad holds that release "
+                "plus new gradients. Call optimizer.zero_grad() after every optimizer.step()."
+            )
+        parameters = self.parameters()
+        if self._check is not None:
+            self._check(parameters)
+        for p in parameters:
+            if p.grad is not None and p.grad.dtype not in (torch.float32, torch.float64):
+                raise WrapError(
+                    f"a gradient of shape {list(p.shape)} is {p.grad.dtype}; expected float32, in which sums "
+                    "and noise are exact. Make the DPOptimizer before the first backward, and do not replace .grad."
+                )
+        if self._on_release is not None:
+            self._on_release()
+        for p in parameters:
+            self._release(p)
+        self.inner.step()
+        self.releases += 1
+        self._open, self._spent = False, True
+
+    @torch.no_grad()
+    def _release(self, p: nn.Parameter) -> None:
+        total: Tensor | None = p.grad
+        if total is None:
+            dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+            total = torch.zeros(p.shape, dtype=dtype, device=p.device)
+        self.noise.add_(total, self.noise_multiplier * self.max_grad_norm * self.sum_scale)
+        total.div_(self.expected_batch_size * self.sum_scale)
+        p.grad = None
+        if p.dtype != total.dtype:
+            p.grad_dtype = p.dtype  # type: ignore[attr-defined]  # new in torch 2.10, not in its stubs
+        p.grad = total.to(p.dtype)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients of a released logical batch; inside a logical batch nothing happens: it is "
+        "accumulating."""
+        if self._open:
+            return
+        for p in self.parameters():
+            p.grad = None
+        self._spent = False
+        self._accumulate_in_float32()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As the inner optimiser's; the new parameters must be among those that the model was wrapped with."""
+        inner = self.__dict__.get("inner")
+        if inner is None:  # called by torch.optim.Optimizer.__init__
+            super().add_param_group(param_group)
+            return
+        inner.add_param_group(param_group)
+        self._link()
+        self._accumulate_in_float32()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimiser's: no noise, no generator, no secret."""
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As the inner optimiser's."""
+        self.inner.load_state_dict(state_dict)
+        self._link()
+
+    def __repr__(self) -> str:
+        private = "" if self.noise_multiplier > 0 else ", NOT PRIVATE"
+        return (
+            f"DPOptimizer(noise_multiplier={self.noise_multiplier}, max_grad_norm={self.max_grad_norm}, "
+            f"expected_batch_size={self.expected_batch_size}{private}, inner={self.inner!r})"
+        )
+
+
+def _require(name: str, value: float, at_least: float | None = None, above: float | None = None) -> None:
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if ok and at_least is not None and value >= at_least:
+        return
+    if ok and above is not None and value > above:
+        return
+    bound = f">= {at_least}" if at_least is not None else f"> {above}"
+    raise ValueError(f"{name} is {value!r}; expected a finite number {bound}")

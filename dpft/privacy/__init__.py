@@ -1,0 +1,52 @@
+"""Sampling, accounting, ledger and report: what the privacy guarantee rests on. Imports nothing of dpft but errors."""
+
+from __future__ import annotations
+
+from dpft.privacy.accountant import Event, check_supported, compose_epsilon, discretization, epsilon
+from dpft.privacy.calibration import calibrate_noise_multiplier, max_steps_within
+from dpft.privacy.config import PrivacyConfig
+from dpft.privacy.ledger import Ledger, LedgerContent
+from dpft.privacy.mechanism import Mechanism
+from dpft.privacy.meter import EpsilonMeter
+from dpft.privacy.plan import PrivacyPlan
+from dpft.privacy.report import privacy_report, privacy_statement_markdown
+from dpft.privacy.sampler import (
+    FixedSizeSampler,
+    LogicalBatchSampler,
+    PhysicalBatch,
+    PhysicalBatchSampler,
+    PoissonSampler,
+    ShuffleSampler,
+    TruncatedPoissonSampler,
+    draw_seed,
+    make_sampler,
+    physical_batches,
+)
+
+__all__ = [
+    "EpsilonMeter",
+    "Event",
+    "FixedSizeSampler",
+    "Ledger",
+    "LedgerContent",
+    "LogicalBatchSampler",
+    "Mechanism",
+    "PhysicalBatch",
+    "PhysicalBatchSampler",
+    "PoissonSampler",
+    "PrivacyConfig",
+    "PrivacyPlan",
+    "ShuffleSampler",
+    "TruncatedPoissonSampler",
+    "calibrate_noise_multiplier",
+    "check_supported",
+    "compose_epsilon",
+    "discretization",
+    "draw_seed",
+    "epsilon",
+    "make_sampler",
+    "max_steps_within",
+    "physical_batches",
+    "privacy_report",
+    "privacy_statement_markdown",
+]

@@ -1,0 +1,395 @@
+"""The ledger: an append-only file with one line per release, on disk before the release happens.
+
+A run that is killed and resumed reports the epsilon of what the ledger counts, never less than was spent: every
+release is written and fsynced *before* the parameters change, so a crash can only over-count. A checkpoint holds no
+more than ``{run_id, count}``; a checkpoint that is behind the ledger continues from the ledger's count.
+
+The file holds JSON lines, each with a CRC-32 of itself:
+
+- the header: format, run id, configuration and plan, and the mechanism of segment 0;
+- ``segment``: every resume begins one, with the mechanism from there on;
+- ``release``: its number, 1, 2, 3, ... without gaps, and its segment;
+- ``torn``: written at the next start, after a last line that a crash cut short. A torn line counts as a release.
+
+A line that is damaged anywhere else, or a number out of order, is a :class:`~dpft.errors.LedgerError`: the count
+cannot be known, so nothing goes on. The CRC finds accidents, not forgers.
+
+Nothing that depends on the data is written: no losses, norms or sizes of drawn batches. Times are cut to the hour,
+because the time between two releases tells how large the drawn batch was.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+import uuid
+import weakref
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from dpft.errors import DPFTError, LedgerError
+from dpft.privacy.accountant import Event
+from dpft.privacy.mechanism import Mechanism
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class LedgerContent:
+    """What a ledger file says.
+
+    Attributes:
+        run_id: UUID of the run, the same over all resumes.
+        header: the first line.
+        events: mechanism and number of releases of each segment, in order; segments without releases included.
+        torn: how many lines at the end were cut short and are not marked so yet; they are counted in ``events``.
+        unterminated: whether the last line lacks its newline.
+    """
+
+    run_id: str
+    header: dict[str, Any]
+    events: tuple[Event, ...]
+    torn: int
+    unterminated: bool
+
+    @property
+    def count(self) -> int:
+        """Releases, torn lines among them."""
+        return sum(count for _, count in self.events)
+
+
+class Ledger:
+    """An open ledger, locked against every other process. Make it with :meth:`open`; only one rank may.
+
+    The caller's duty: call :meth:`record` before the parameters of a release change, and let its exception stop the
+    release.
+    """
+
+    def __init__(self, path: Path, fd: int, content: LedgerContent) -> None:
+        """Use :meth:`open`."""
+        self.path = path
+        self._fd = fd
+        self._pid = os.getpid()
+        self._run_id = content.run_id
+        self._events = list(content.events)
+        self._failed = False
+        self._finalizer = weakref.finalize(self, os.close, fd)
+        _OPEN.add(self)
+
+    # ------------------------------------------------------------------------------------------ open, close
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        mode: Literal["new", "resume"],
+        *,
+        mechanism: Mechanism,
+        config: dict[str, Any] | None = None,
+        fingerprint: str | None = None,
+        plan: dict[str, Any] | None = None,
+    ) -> Ledger:
+        """Creates a ledger, or opens one to go on with.
+
+        Args:
+            path: the file.
+            mode: ``new``: there must be no releases in it yet. ``resume``: it must exist and be whole.
+            mechanism: of the releases to come; on resume it may differ from the one before.
+            config: ``PrivacyConfig.to_dict()``, for the reader.
+            fingerprint: ``PrivacyConfig.fingerprint()``.
+            plan: ``PrivacyPlan.to_dict()``, for the reader.
+
+        Returns:
+            The open ledger. Its lock ends with :meth:`close` or with the process, however it dies.
+
+        Raises:
+            LedgerError: another process has it open, it is missing, damaged, not empty in mode ``new``, or the disk
+                refuses.
+        """
+        if mode not in ("new", "resume"):
+            raise LedgerError(f"mode={mode!r}; expected 'new' or 'resume'.")
+        file = Path(path)
+        fields = {"mechanism": mechanism.to_dict(), "fingerprint": fingerprint, "config": config, "plan": plan}
+        try:
+            if mode == "new":
+                file.parent.mkdir(parents=True, exist_ok=True)
+            fd = os.open(file, os.O_RDWR | os.O_APPEND | (os.O_CREAT if mode == "new" else 0), 0o644)
+        except FileNotFoundError as error:
+            raise LedgerError(
+                f"no ledger at {file}: what was spent before is unknown. Give the path of the run's ledger, or, if "
+                "nothing was ever released, open it with mode='new'."
+            ) from error
+        except OSError as error:
+            raise LedgerError(f"cannot open the ledger {file}: {error}.") from error
+        try:
+            _lock(fd, file)
+            content = _start_new(fd, file, fields) if mode == "new" else _start_again(fd, file, fields)
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(file, fd, content)
+
+    @staticmethod
+    def read(path: str | os.PathLike[str]) -> LedgerContent:
+        """Reads a ledger without locking or changing it, for reports.
+
+        Raises:
+            LedgerError: missing, damaged, or no ledger.
+        """
+        try:
+            return _parse(Path(path).read_bytes(), Path(path))
+        except OSError as error:
+            raise LedgerError(f"cannot read the ledger {path}: {error}.") from error
+
+    def close(self) -> None:
+        """Closes the file, which ends the lock. More than once does no harm."""
+        self._finalizer()
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------------------------------ the releases
+    def record(self) -> int:
+        """Writes one release, and returns when it is on the disk. Call it *before* the parameters change.
+
+        Returns:
+            The number of the release, from 1.
+
+        Raises:
+            LedgerError: the disk refused (full, gone), or this process may not write: the release must not happen.
+                After a refusal every further call fails, until the ledger is opened again with ``resume``.
+        """
+        if os.getpid() != self._pid:
+            raise LedgerError(f"process {os.getpid()} inherited the ledger {self.path}; its parent writes.")
+        if not self._finalizer.alive:
+            raise LedgerError(f"the ledger {self.path} is closed; open it with mode='resume' before releasing more.")
+        if self._failed:
+            raise LedgerError(
+                f"writing to the ledger {self.path} failed before; end the run, free the disk, and resume."
+            )
+        number = self.count + 1
+        line = _encode({"release": number, "segment": len(self._events) - 1, "time": _hour()})
+        try:
+            if os.fstat(self._fd).st_nlink == 0:
+                raise OSError("the file was deleted while the run went on")
+            _write(self._fd, line)
+        except BaseException as error:
+            # Whatever it was (a signal, too), part of a line may be in the file.
+            self._failed = True
+            if not isinstance(error, OSError):
+                raise
+            raise LedgerError(
+                f"release {number} could not be written to the ledger {self.path} ({error}); it did not happen. Free "
+                "the disk and resume."
+            ) from error
+        mechanism, count = self._events[-1]
+        self._events[-1] = (mechanism, count + 1)
+        return number
+
+    @property
+    def count(self) -> int:
+        """Releases so far, over all resumes; lines that a crash cut short count."""
+        return sum(count for _, count in self._events)
+
+    @property
+    def run_id(self) -> str:
+        """UUID of the run, the same over all resumes."""
+        return self._run_id
+
+    def events(self) -> list[Event]:
+        """Mechanism and count of each segment, for :func:`~dpft.privacy.accountant.compose_epsilon`.
+
+        Segments are not merged: for ``shuffle`` each one starts with an epoch of its own.
+        """
+        return [event for event in self._events if event[1] > 0]
+
+    # ------------------------------------------------------------------------------------------ checkpoints
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint: which ledger, and how far it was. No secret, no random state."""
+        return {"run_id": self.run_id, "count": self.count}
+
+    def check_resume(self, state: dict[str, Any]) -> None:
+        """Checks that a checkpoint belongs to this ledger. A checkpoint that is behind is fine.
+
+        Args:
+            state: from :meth:`state_dict`, out of the checkpoint.
+
+        Raises:
+            LedgerError: another run's ledger, or one that counts less than the checkpoint.
+        """
+        try:
+            run_id, count = str(state["run_id"]), int(state["count"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise LedgerError(f"the checkpoint's ledger state is {state!r}; expected run_id and count.") from error
+        if run_id != self.run_id:
+            raise LedgerError(
+                f"the checkpoint belongs to run {run_id}, and the ledger {self.path} to run {self.run_id}; give the "
+                "ledger that was written with the checkpoint."
+            )
+        if count > self.count:
+            raise LedgerError(
+                f"the checkpoint counts {count} releases and the ledger {self.path} only {self.count}: it is an old "
+                "copy, or was cut; give the ledger that was written with the checkpoint."
+            )
+
+
+# A forked child (a DataLoader's worker) would share the lock, and hold it after its parent died.
+_OPEN: weakref.WeakSet[Ledger] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    for ledger in list(_OPEN):
+        ledger.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+# ------------------------------------------------------------------------------------------------- the file
+def _lock(fd: int, file: Path) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise LedgerError(
+            f"another process has the ledger {file} open; two runs cannot share one. Wait for it, or end it."
+        ) from error
+    except OSError as error:
+        raise LedgerError(
+            f"the file system of {file} offers no locks ({error}); put the ledger on a local disk."
+        ) from error
+
+
+def _start_new(fd: int, file: Path, fields: dict[str, Any]) -> LedgerContent:
+    data = _read_all(fd)
+    if data and (count := _parse(data, file).count):
+        raise LedgerError(
+            f"the ledger {file} has {count} releases already. To go on with that run, resume it (mode='resume'); for "
+            "a new run choose another path. Deleting it makes the epsilon that was spent on these data unknown."
+        )
+    header = {"dpft_ledger": FORMAT, "run_id": str(uuid.uuid4()), "created": _hour(), **fields}
+    try:
+        os.ftruncate(fd, 0)
+        _write(fd, _encode(header))
+        _fsync_directory(file)
+    except OSError as error:
+        raise LedgerError(f"cannot write the ledger {file}: {error}.") from error
+    return _parse(_read_all(fd), file)
+
+
+def _start_again(fd: int, file: Path, fields: dict[str, Any]) -> LedgerContent:
+    content = _parse(_read_all(fd), file)
+    repair = b"\n" if content.unterminated else b""
+    if content.torn:
+        repair += _encode({"torn": content.torn})
+    try:
+        _write(fd, repair + _encode({"segment": len(content.events), "time": _hour(), **fields}))
+        _fsync_directory(file)
+    except OSError as error:
+        raise LedgerError(f"cannot write the ledger {file}: {error}.") from error
+    return _parse(_read_all(fd), file)
+
+
+def _parse(data: bytes, file: Path) -> LedgerContent:
+    """Reads every line; anything but a torn end is an error."""
+    lines = data.split(b"\n")
+    unterminated = bool(lines.pop())  # what follows the last newline: nothing, in a whole file
+    if unterminated:
+        lines.append(data[data.rfind(b"\n") + 1 :])
+    header = _decode(lines[0]) if lines else None
+    if header is None or "dpft_ledger" not in header:
+        raise LedgerError(
+            f"{file} does not begin with a whole ledger header: it is no ledger, is damaged, or its run died before "
+            "its first release. Restore it from a copy; delete it only if that run released nothing."
+        )
+    if header["dpft_ledger"] != FORMAT:
+        raise LedgerError(f"{file} has ledger format {header['dpft_ledger']!r}; this dpft reads {FORMAT}.")
+    try:
+        mechanisms, counts, torn = [Mechanism.from_dict(header["mechanism"])], [0], 0
+        for number, raw in enumerate(lines[1:], start=2):
+            line = _decode(raw)
+            if line is None:
+                torn += 1
+                counts[-1] += 1
+            elif "torn" in line:
+                if line["torn"] != torn:
+                    raise LedgerError(_damaged(file, number, f"marks {line['torn']} torn lines, and {torn} are there"))
+                torn = 0
+            elif torn:
+                raise LedgerError(_damaged(file, number - 1, "is damaged, and is not the last"))
+            elif "release" in line:
+                if line["release"] != sum(counts) + 1 or line["segment"] != len(counts) - 1:
+                    came = f"is release {line['release']} of segment {line['segment']}"
+                    raise LedgerError(
+                        _damaged(file, number, f"{came}, expected {sum(counts) + 1} of {len(counts) - 1}")
+                    )
+                counts[-1] += 1
+            elif line.get("segment") == len(counts):
+                mechanisms.append(Mechanism.from_dict(line["mechanism"]))
+                counts.append(0)
+            else:
+                raise LedgerError(_damaged(file, number, "is not one that this version writes"))
+        run_id = str(header["run_id"])
+    except LedgerError:
+        raise
+    except (DPFTError, KeyError, TypeError, AttributeError) as error:
+        raise LedgerError(f"the ledger {file} is damaged: {error!r}. Restore it from a copy.") from error
+    return LedgerContent(run_id, header, tuple(zip(mechanisms, counts, strict=True)), torn, unterminated)
+
+
+def _damaged(file: Path, number: int, what: str) -> str:
+    return f"the ledger {file} is damaged: line {number} {what}. What was spent is unknown; restore it from a copy."
+
+
+def _encode(fields: dict[str, Any]) -> bytes:
+    text = json.dumps(fields, separators=(",", ":"), allow_nan=False)
+    return f'{text[:-1]},"crc":"{zlib.crc32(text.encode()):08x}"}}\n'.encode()
+
+
+def _decode(raw: bytes) -> dict[str, Any] | None:
+    """The fields of a line; None where it is not whole."""
+    body, mark, crc = raw.rpartition(b',"crc":"')
+    if not mark or crc != f'{zlib.crc32(body + b"}"):08x}"}}'.encode():
+        return None
+    try:
+        fields = json.loads(body + b"}")
+    except ValueError:
+        return None
+    return fields if isinstance(fields, dict) else None
+
+
+def _write(fd: int, data: bytes) -> None:
+    """All of it, on the disk when this returns."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+    os.fsync(fd)
+
+
+def _read_all(fd: int) -> bytes:
+    os.lseek(fd, 0, os.SEEK_SET)
+    parts = []
+    while part := os.read(fd, 1 << 20):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def _fsync_directory(file: Path) -> None:
+    """Without it the name of a new file may be lost with the power, and the file with it."""
+    fd = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _hour() -> str:
+    return time.strftime("%Y-%m-%dT%H:00Z", time.gmtime())

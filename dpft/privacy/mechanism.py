@@ -1,0 +1,166 @@
+"""What one release is, as far as accounting is concerned: the sampler, its constants, and the noise multiplier.
+
+A :class:`Mechanism` is the part of the configuration that decides how much one release costs. The accountant takes it,
+the ledger stores it, and nothing else about a run changes the epsilon.
+
+One release is ``sum of clipped gradients of the sampled examples + N(0, (noise_multiplier * max_grad_norm)^2 I)``.
+One example changes the sum by at most ``max_grad_norm`` =: C when it is added or removed, under both clip functions:
+Abadi's ``min(1, C / n) * n <= C`` and the automatic ``C / (n + gamma) * n < C`` (n: the norm of its gradient). When it
+is *replaced* the sum can change by 2 C.
+
+===================  ==================  ===========  ================================================================
+sampler              adjacency           sensitivity  theorem
+===================  ==================  ===========  ================================================================
+poisson              add or remove one   C            Zhu, Dong, Wang 2022 (arXiv 2106.08567), Theorem 11; PLD by
+                                                      connect-the-dots, Doroshenko et al. 2022 (arXiv 2207.04380); RDP:
+                                                      Mironov, Talwar, Zhang 2019 (arXiv 1908.10530)
+poisson, unit user   add or remove the   up to k C    mixture of Gaussians, Choquette-Choo et al. 2023
+                     user                             (arXiv 2310.15526)
+truncated_poisson    add or remove one   C, or 2 C    arXiv 2508.15089 (dp_accounting's TruncatedSubsampledGaussian)
+                                         if cut
+fixed_size           replace one         2 C          Wang, Balle, Kasiviswanathan 2019 (arXiv 1808.00087), Theorem 27
+shuffle              zero out one        C            parallel composition within an epoch (McSherry 2009, Theorem 4;
+                                                      adaptive by fixing the permutation), Gaussians over the epochs
+                                                      (Dong, Roth, Su 2019, arXiv 1905.02383, Corollary 3.3)
+===================  ==================  ===========  ================================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from dpft.errors import AccountingError, PrivacyConfigError
+
+SamplerName = Literal["poisson", "truncated_poisson", "fixed_size", "shuffle"]
+AccountantName = Literal["pld", "rdp"]
+UnitName = Literal["example", "user"]
+AdjacencyName = Literal["add_or_remove_one", "replace_one", "zero_out"]
+
+SAMPLERS: tuple[str, ...] = get_args(SamplerName)
+
+# Which of the constants each sampler's theorem speaks of. The others must be None, so that equal mechanisms compare
+# equal, and so that the number of examples is not written down where it need not be public.
+_NEEDS: dict[str, frozenset[str]] = {
+    "poisson": frozenset({"sample_rate"}),
+    "truncated_poisson": frozenset({"sample_rate", "max_batch_size", "dataset_size"}),
+    "fixed_size": frozenset({"batch_size", "dataset_size"}),
+    "shuffle": frozenset({"batch_size", "dataset_size"}),
+}
+_ADJACENCY: dict[str, AdjacencyName] = {
+    "poisson": "add_or_remove_one",
+    "truncated_poisson": "add_or_remove_one",
+    "fixed_size": "replace_one",
+    "shuffle": "zero_out",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mechanism:
+    """The constants of one release.
+
+    Attributes:
+        sampler: how the logical batch is drawn.
+        noise_multiplier: standard deviation of the noise over ``max_grad_norm``; 0 means not private.
+        sample_rate: probability q of each example, in (0, 1]; ``poisson`` and ``truncated_poisson`` only.
+        batch_size: examples per logical batch; ``fixed_size`` and ``shuffle`` only.
+        max_batch_size: cap on the logical batch; ``truncated_poisson`` only.
+        dataset_size: number of examples N; only where the theorem takes it as public.
+        unit: what one person's data is, ``example`` or ``user``.
+        examples_per_user: upper bound k on the examples of one user; ``unit="user"`` only.
+
+    Raises:
+        PrivacyConfigError: a constant is missing, superfluous or out of range.
+        AccountingError: unit ``user`` with a sampler for which no theorem is implemented.
+    """
+
+    sampler: SamplerName
+    noise_multiplier: float
+    sample_rate: float | None = None
+    batch_size: int | None = None
+    max_batch_size: int | None = None
+    dataset_size: int | None = None
+    unit: UnitName = "example"
+    examples_per_user: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise PrivacyConfigError(f"sampler={self.sampler!r}; expected one of {', '.join(SAMPLERS)}.")
+        for name in ("sample_rate", "batch_size", "max_batch_size", "dataset_size"):
+            came, needed = getattr(self, name), name in _NEEDS[self.sampler]
+            if needed and came is None:
+                raise PrivacyConfigError(f"sampler={self.sampler!r} needs {name}, and it is None; give it.")
+            if not needed and came is not None:
+                raise PrivacyConfigError(f"sampler={self.sampler!r} takes no {name}, and got {came!r}; leave it out.")
+        if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
+            raise PrivacyConfigError(f"noise_multiplier={self.noise_multiplier!r}; expected a finite number >= 0.")
+        if self.sample_rate is not None and not 0 < self.sample_rate <= 1:
+            raise PrivacyConfigError(f"sample_rate={self.sample_rate!r}; expected a probability in (0, 1].")
+        for name in ("batch_size", "max_batch_size", "dataset_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise PrivacyConfigError(f"{name}={value!r}; expected a whole number >= 1.")
+        if self.batch_size is not None and self.dataset_size is not None and self.batch_size > self.dataset_size:
+            raise PrivacyConfigError(
+                f"batch_size={self.batch_size} is larger than the {self.dataset_size} examples of the dataset; "
+                "lower expected_batch_size."
+            )
+        if (self.unit == "user") != (self.examples_per_user is not None):
+            raise PrivacyConfigError(
+                f"unit={self.unit!r} with examples_per_user={self.examples_per_user!r}; give examples_per_user (an "
+                "upper bound that the data really keeps) exactly when unit='user'."
+            )
+        if self.examples_per_user is not None and self.examples_per_user < 1:
+            raise PrivacyConfigError(f"examples_per_user={self.examples_per_user!r}; expected a whole number >= 1.")
+        if self.unit == "user" and self.sampler != "poisson":
+            raise AccountingError(
+                f"unit='user' with sampler={self.sampler!r}: dpft has a theorem for users (mixture of Gaussians) only "
+                "with Poisson sampling; use sampler='poisson', or unit='example'."
+            )
+
+    @property
+    def adjacency(self) -> AdjacencyName:
+        """Which two datasets count as neighbours."""
+        return _ADJACENCY[self.sampler]
+
+    @property
+    def sensitivity(self) -> str:
+        """How much one unit changes the clipped sum at most, in words, C being ``max_grad_norm``."""
+        if self.unit == "user":
+            return f"up to {self.examples_per_user} C (mixture of Gaussians)"
+        return {"truncated_poisson": "C, or 2 C where the batch is cut", "fixed_size": "2 C"}.get(self.sampler, "C")
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Logical batches per epoch; None unless ``shuffle``. The last of an epoch may be short."""
+        if self.sampler != "shuffle" or self.dataset_size is None or self.batch_size is None:
+            return None
+        return math.ceil(self.dataset_size / self.batch_size)
+
+    def with_noise(self, noise_multiplier: float) -> Mechanism:
+        """The same mechanism with another noise multiplier."""
+        return dataclasses.replace(self, noise_multiplier=noise_multiplier)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; constants that do not apply are left out."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Mechanism:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            PrivacyConfigError: a key is unknown, missing, or its value out of range.
+        """
+        unknown = set(values) - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise PrivacyConfigError(
+                f"unknown mechanism keys {sorted(unknown)}; they may come from a newer dpft: use that version."
+            )
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise PrivacyConfigError(f"not a mechanism: {dict(values)!r} ({error}).") from error

@@ -1,0 +1,134 @@
+"""What a privacy configuration comes to on a dataset: all constants resolved, epsilon known before the first step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dpft.errors import PrivacyConfigError
+from dpft.privacy.accountant import Event, discretization, rounded_up
+from dpft.privacy.mechanism import AccountantName, Mechanism, SamplerName, UnitName
+from dpft.privacy.meter import EpsilonMeter
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyPlan:
+    """A resolved :class:`~dpft.privacy.config.PrivacyConfig`. Make it with ``config.resolve(len(dataset))``.
+
+    The optimiser adds noise of standard deviation ``noise_multiplier * max_grad_norm`` to the clipped sum, once per
+    logical batch, and divides by ``expected_batch_size``.
+
+    Attributes:
+        noise_multiplier: sigma, given or calibrated; 0 means not private.
+        sample_rate: probability of each example (``fixed_size``, ``shuffle``: the share of a batch, for information).
+        num_steps: logical batches, hence releases.
+        expected_batch_size: the constant divisor b.
+        max_grad_norm: the clip norm C.
+        target_delta: delta.
+        target_epsilon: the budget; None where the noise was given.
+        epsilon: after ``num_steps``; inf without noise.
+        dataset_size: N where the configuration takes it as public, else None: it is then written nowhere.
+        assumptions: in words, what the epsilon takes for granted.
+        config_fingerprint: of the configuration that this plan came from.
+    """
+
+    noise_multiplier: float
+    sample_rate: float
+    num_steps: int
+    expected_batch_size: int | float
+    max_grad_norm: float
+    target_delta: float
+    target_epsilon: float | None
+    epsilon: float
+    sampler: SamplerName
+    max_batch_size: int | None
+    clip_function: str
+    clip_gamma: float
+    accountant: AccountantName
+    secure_rng: bool
+    unit: UnitName
+    examples_per_user: int | None
+    dataset_size: int | None
+    assumptions: tuple[str, ...]
+    config_fingerprint: str
+
+    @property
+    def private(self) -> bool:
+        """Whether the plan has a finite epsilon at all."""
+        return self.noise_multiplier > 0 and math.isfinite(self.epsilon)
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """One release, for the accountant and the ledger."""
+        rated = self.sampler in ("poisson", "truncated_poisson")
+        return Mechanism(
+            sampler=self.sampler,
+            noise_multiplier=self.noise_multiplier,
+            sample_rate=self.sample_rate if rated else None,
+            batch_size=None if rated else int(self.expected_batch_size),
+            max_batch_size=self.max_batch_size,
+            dataset_size=None if self.sampler == "poisson" else self.dataset_size,
+            unit=self.unit,
+            examples_per_user=self.examples_per_user,
+        )
+
+    @property
+    def accountant_label(self) -> str:
+        """The accountant with its discretisation, for reports."""
+        if self.accountant == "rdp":
+            return "dp_accounting RDP"
+        if not self.private:
+            return "dp_accounting PLD"
+        return f"dp_accounting PLD (pessimistic, discretisation {discretization(self.mechanism):g})"
+
+    def meter(self, history: Sequence[Event] = ()) -> EpsilonMeter:
+        """An :class:`~dpft.privacy.meter.EpsilonMeter` of this plan; ``history`` as there."""
+        return EpsilonMeter(
+            self.mechanism, self.target_delta, self.num_steps, accountant=self.accountant, history=history
+        )
+
+    def describe(self) -> str:
+        """Several lines for a person, before anything runs (``--dry-run``)."""
+        target = "none given" if self.target_epsilon is None else f"{self.target_epsilon:g}"
+        noise = self.noise_multiplier * self.max_grad_norm
+        cap = "" if self.max_batch_size is None else f", at most {self.max_batch_size}"
+        unit = self.unit if self.unit == "example" else f"user, at most {self.examples_per_user} examples each"
+        lines = [
+            f"epsilon            {rounded_up(self.epsilon)} after {self.num_steps} steps (target: {target})",
+            f"delta              {self.target_delta:g}",
+            f"noise multiplier   {self.noise_multiplier:.6g} (standard deviation {noise:.6g} on the clipped sum)",
+            f"clip norm          {self.max_grad_norm:g}, clip function {self.clip_function}",
+            f"sampler            {self.sampler}, sample rate {self.sample_rate:.6g}",
+            f"logical batch      {self.expected_batch_size:g} expected{cap}",
+            f"adjacency          {self.mechanism.adjacency}, sensitivity {self.mechanism.sensitivity}",
+            f"privacy unit       {unit}",
+            f"accountant         {self.accountant_label}",
+            *(f"assumed            {line}" for line in self.assumptions),
+        ]
+        if not self.private:
+            lines.insert(0, "NOT PRIVATE: no noise is added (noise_multiplier = 0); epsilon is infinite.")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; an infinite epsilon is the string ``inf``, which strict JSON has no number for."""
+        values = dataclasses.asdict(self)
+        values["assumptions"] = list(self.assumptions)
+        if math.isinf(self.epsilon):
+            values["epsilon"] = "inf"
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PrivacyPlan:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            PrivacyConfigError: not the dictionary of a plan.
+        """
+        try:
+            fixed = {"epsilon": float(values["epsilon"]), "assumptions": tuple(values["assumptions"])}
+            return cls(**{**values, **fixed})
+        except (KeyError, TypeError, ValueError) as error:
+            raise PrivacyConfigError(f"not a privacy plan: {error}; expected what to_dict gave.") from error

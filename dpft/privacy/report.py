@@ -1,0 +1,201 @@
+"""The privacy statement: what was run, what it guarantees, and what was taken for granted."""
+
+from __future__ import annotations
+
+import math
+from importlib import metadata
+from typing import Any
+
+from dpft.privacy.accountant import Event, compose_epsilon, discretization, rounded_up
+from dpft.privacy.ledger import Ledger, LedgerContent
+from dpft.privacy.plan import PrivacyPlan
+
+_ADJACENCY = {
+    "add_or_remove_one": "one {unit} is added or removed",
+    "replace_one": "one {unit} is replaced by another",
+    "zero_out": "the gradient of one {unit} is replaced by zero",
+}
+_LIBRARIES = ("dpft", "dp-accounting", "numpy", "scipy", "torch", "accelerate", "transformers")
+
+
+def privacy_report(
+    plan: PrivacyPlan,
+    ledger: Ledger | LedgerContent | int | None,
+    *,
+    clipping: str | None = None,
+    noise_seed_known: bool = False,
+    sampling_seed_known: bool = False,
+    tuning: str | None = None,
+    notes: tuple[str, ...] = (),
+) -> dict[str, Any]:
+    """Everything a reader needs to judge the guarantee, JSON-able.
+
+    Args:
+        plan: what was planned.
+        ledger: what was released; a number of releases of the plan's mechanism where there is no file; None where
+            nobody counted, and then no epsilon is stated as spent.
+        clipping: the mode, as given to ``dpft.wrap``; ``"none"`` is not private.
+        noise_seed_known: the noise had a fixed seed.
+        sampling_seed_known: the sampler had a fixed seed.
+        tuning: how hyperparameters were chosen, in words; None: the report says that it is not accounted for.
+        notes: further assumptions, such as packed documents.
+
+    Returns:
+        A dictionary; infinite numbers are the string ``inf``. ``private`` is false where ``not_private_because`` says
+        why, and both epsilons are ``inf`` then.
+
+    Raises:
+        AccountingError: the ledger's releases have no common epsilon.
+    """
+    events = _events(plan, ledger)
+    planned: float = plan.epsilon
+    spent = None
+    if events is not None:
+        spent = compose_epsilon(events, plan.target_delta, accountant=plan.accountant)
+    reasons = []
+    if plan.noise_multiplier == 0 or any(mechanism.noise_multiplier == 0 for mechanism, _ in events or []):
+        reasons.append("no noise was added (noise multiplier 0)")
+    if clipping == "none":
+        reasons.append("gradients were not clipped")
+    if noise_seed_known:
+        reasons.append("noise seed known")
+    if sampling_seed_known:
+        reasons.append("sampling seed known")
+    if reasons:
+        planned, spent = math.inf, None if spent is None else math.inf
+    mechanism = plan.mechanism
+    grids = [discretization(m) for m, _ in [(mechanism, 0), *(events or [])] if m.noise_multiplier > 0]
+    return {
+        "private": not reasons,
+        "not_private_because": reasons,
+        "epsilon_spent": _number(spent),
+        "epsilon_planned": _number(planned),
+        "target_epsilon": plan.target_epsilon,
+        "delta": plan.target_delta,
+        "unit": plan.unit,
+        "examples_per_user": plan.examples_per_user,
+        "adjacency": mechanism.adjacency,
+        "neighbours": _ADJACENCY[mechanism.adjacency].format(unit=plan.unit),
+        "mechanism": "subsampled Gaussian" if mechanism.sampler != "shuffle" else "Gaussian, no amplification claimed",
+        "sampler": plan.sampler,
+        "sample_rate": plan.sample_rate if mechanism.sample_rate is not None else None,
+        "noise_multiplier": plan.noise_multiplier,
+        "max_grad_norm": plan.max_grad_norm,
+        "sensitivity": mechanism.sensitivity,
+        "clip_function": plan.clip_function,
+        "clip_gamma": plan.clip_gamma if plan.clip_function == "automatic" else None,
+        "clipping": clipping,
+        "expected_batch_size": plan.expected_batch_size,
+        "max_batch_size": plan.max_batch_size,
+        "steps_released": None if events is None else sum(count for _, count in events),
+        "steps_planned": plan.num_steps,
+        "dataset_size": plan.dataset_size,
+        "accountant": plan.accountant,
+        "discretization": max(grids) if grids and plan.accountant == "pld" else None,
+        "segments": [{"mechanism": m.to_dict(), "releases": count} for m, count in events or []],
+        "assumptions": [*plan.assumptions, *notes],
+        "tuning": tuning or "the choice of hyperparameters is not accounted for",
+        "noise_rng": _noise_rng(plan, noise_seed_known),
+        "sampling_rng": "fixed seed" if sampling_seed_known else "PCG64DXSM seeded by the operating system",
+        "run_id": ledger.run_id if isinstance(ledger, (Ledger, LedgerContent)) else None,
+        "config_fingerprint": plan.config_fingerprint,
+        "versions": _versions(),
+    }
+
+
+def privacy_statement_markdown(report: dict[str, Any]) -> str:
+    """The section of a model card.
+
+    Args:
+        report: from :func:`privacy_report`.
+
+    Returns:
+        Markdown, beginning with a heading of level two, ending with a newline.
+    """
+    unit = report["unit"]
+    if unit == "user":
+        unit = f"user (at most {report['examples_per_user']} examples each)"
+    lines = ["## Privacy statement", ""]
+    if not report["private"]:
+        lines += [f"**NOT PRIVATE: {'; '.join(report['not_private_because'])}.** No guarantee of any kind holds.", ""]
+    elif report["epsilon_spent"] is None:
+        lines += ["**No ledger was kept: what was spent is unknown.** The plan is below; it is no guarantee.", ""]
+    else:
+        lines += [
+            f"Training satisfied ({_show(report['epsilon_spent'])}, {report['delta']:g})-differential privacy, where "
+            f"neighbouring datasets are those in which {report['neighbours']}.",
+            "",
+        ]
+    rate = report["sample_rate"]
+    cap = "" if report["max_batch_size"] is None else f", capped at {report['max_batch_size']}"
+    gamma = "" if report["clip_gamma"] is None else f", gamma {report['clip_gamma']:g}"
+    grid = "" if report["discretization"] is None else f", discretisation {report['discretization']:g}, pessimistic"
+    rows = [
+        ("Epsilon spent", _show(report["epsilon_spent"], "unknown")),
+        ("Epsilon planned", _show(report["epsilon_planned"])),
+        ("Target epsilon", _show(report["target_epsilon"], "none; the noise was given")),
+        ("Delta", f"{report['delta']:g}"),
+        ("Privacy unit", unit),
+        ("Adjacency", f"{report['adjacency']} ({report['neighbours']})"),
+        ("Mechanism", report["mechanism"]),
+        ("Sampler", report["sampler"] + ("" if rate is None else f", sample rate {rate:.6g}")),
+        ("Expected logical batch", f"{report['expected_batch_size']:g}{cap}"),
+        ("Noise multiplier", f"{report['noise_multiplier']:.6g}"),
+        ("Clip norm C", f"{report['max_grad_norm']:g} (sensitivity {report['sensitivity']})"),
+        ("Clip function", report["clip_function"] + gamma),
+        ("Clipping", report["clipping"] or "not stated"),
+        ("Steps released / planned", f"{_show(report['steps_released'], 'unknown')} / {report['steps_planned']}"),
+        ("Number of examples", _show(report["dataset_size"], "not disclosed")),
+        ("Accountant", f"dp_accounting {report['accountant'].upper()}{grid}"),
+        ("Noise generator", report["noise_rng"]),
+        ("Sampling generator", report["sampling_rng"]),
+        ("Hyperparameter tuning", report["tuning"]),
+        ("Ledger", _show(report["run_id"], "none")),
+        ("Configuration", report["config_fingerprint"][:16]),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items())),
+    ]
+    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    if len(report["segments"]) > 1:
+        lines += ["", "Releases, over all starts of the run:", ""]
+        for segment in report["segments"]:
+            constants = ", ".join(f"{key} {value}" for key, value in segment["mechanism"].items())
+            lines.append(f"- {segment['releases']}: {constants}")
+    lines += ["", "Taken for granted:", "", *(f"- {line}" for line in report["assumptions"])]
+    return "\n".join(lines) + "\n"
+
+
+def _events(plan: PrivacyPlan, ledger: Ledger | LedgerContent | int | None) -> list[Event] | None:
+    if ledger is None:
+        return None
+    if isinstance(ledger, int):
+        return [(plan.mechanism, ledger)]
+    events = ledger.events() if isinstance(ledger, Ledger) else ledger.events
+    return [event for event in events if event[1] > 0]
+
+
+def _noise_rng(plan: PrivacyPlan, seed_known: bool) -> str:
+    if seed_known:
+        return "fixed seed"
+    if plan.secure_rng:
+        return "cryptographic, safe against floating-point attacks"
+    return "pseudo-random, seeded by the operating system; not cryptographic, open to floating-point attacks"
+
+
+def _number(value: float | None) -> float | str | None:
+    return "inf" if value is not None and math.isinf(value) else value
+
+
+def _show(value: Any, none: str = "none") -> str:
+    if value is None:
+        return none
+    return rounded_up(value) if isinstance(value, float) else str(value)
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions

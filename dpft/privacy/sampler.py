@@ -1,0 +1,319 @@
+"""Which examples are in a logical batch, and how it is cut into physical ones.
+
+A sampler draws, per step, the indices of **this rank's part** of the logical batch. Rank r of W owns the examples
+whose index is r modulo W, so that no example is in two ranks whatever W is, and all ranks together own all.
+
+- :class:`PoissonSampler`: every example joins independently with probability q. The number that join is drawn from
+  Binomial(n, q), then which ones, without replacement: the same distribution, in time O(batch). Ranks draw from their
+  own parts, independently; nothing need be shared.
+- :class:`TruncatedPoissonSampler`: the same over the whole dataset; where more than the cap join, a uniform subset of
+  the size of the cap is kept. The cap is global, so every rank draws the same logical batch, from one shared seed, and
+  keeps its own part.
+- :class:`FixedSizeSampler`: a uniform subset of fixed size, fresh at every step; shared seed.
+- :class:`ShuffleSampler`: a permutation per epoch, cut into batches; shared seed. No amplification may be claimed.
+
+Seeds come from the operating system at every start, never from ``torch.manual_seed`` or ``numpy.random.seed``, never
+from a checkpoint. Amplification by sampling needs that nobody knows which examples were drawn: treat a shared seed as
+a secret. The generator (PCG64DXSM) is of good statistical quality but not cryptographic; its output is not released.
+"""
+
+from __future__ import annotations
+
+import abc
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dpft.errors import PrivacyConfigError
+from dpft.privacy.plan import PrivacyPlan
+
+Indices = npt.NDArray[np.int64]
+
+
+def draw_seed() -> int:
+    """127 bits from the operating system: rank 0 draws one and sends it to all, once per start."""
+    return secrets.randbits(127)
+
+
+class LogicalBatchSampler(abc.ABC):
+    """Draws this rank's part of one logical batch after the other.
+
+    Args:
+        dataset_size: number of examples N, >= 1.
+        rank: of this process.
+        world_size: number of processes that share the logical batch.
+        shared_seed: from :func:`draw_seed`, the same on all ranks; needed by samplers that draw globally on several.
+        test_seed: a fixed seed, for tests only: with it nothing is private.
+
+    Raises:
+        PrivacyConfigError: numbers out of range, or a shared seed is missing.
+    """
+
+    draws_globally = True
+
+    def __init__(
+        self,
+        dataset_size: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        shared_seed: int | None = None,
+        test_seed: int | None = None,
+    ) -> None:
+        if dataset_size < 1:
+            raise PrivacyConfigError(f"dataset_size={dataset_size!r}; expected at least one example.")
+        if not 0 <= rank < world_size:
+            raise PrivacyConfigError(f"rank={rank!r} of world_size={world_size!r}; expected 0 <= rank < world_size.")
+        if self.draws_globally and world_size > 1 and shared_seed is None and test_seed is None:
+            raise PrivacyConfigError(
+                f"{type(self).__name__} on {world_size} ranks has no shared seed, so every rank would cut another "
+                "logical batch; call dpft.privacy.draw_seed() on rank 0, send it to all, and pass shared_seed=."
+            )
+        self.dataset_size, self.rank, self.world_size = dataset_size, rank, world_size
+        self.seed_is_known = test_seed is not None
+        seed = test_seed if test_seed is not None else shared_seed
+        self._entropy = draw_seed() if seed is None else seed
+        self._rng = self._generator(0 if self.draws_globally else rank + 1)
+
+    def _generator(self, *key: int) -> np.random.Generator:
+        return np.random.Generator(np.random.PCG64DXSM(np.random.SeedSequence(self._entropy, spawn_key=key)))
+
+    @property
+    def owned(self) -> int:
+        """How many examples this rank owns."""
+        return len(range(self.rank, self.dataset_size, self.world_size))
+
+    def _mine(self, logical: Indices) -> Indices:
+        return np.sort(logical[logical % self.world_size == self.rank])
+
+    @abc.abstractmethod
+    def draw(self, step: int) -> Indices:
+        """This rank's part of the logical batch of a step.
+
+        Every call draws afresh, also for a step that was drawn before, except that ``shuffle`` has the batch of a step
+        laid down. On several ranks all must call alike.
+
+        Args:
+            step: number of the release, from 0.
+
+        Returns:
+            Sorted, distinct indices, int64 [k]; k may be 0.
+        """
+
+    def __reduce__(self) -> str:
+        # A copy would draw the same "random" batches a second time; repeated draws are not independent.
+        raise TypeError(f"{type(self).__name__} cannot be copied or pickled; make a new one, with a fresh seed.")
+
+
+class PoissonSampler(LogicalBatchSampler):
+    """Each example joins with probability ``sample_rate``, at each step, independently."""
+
+    draws_globally = False
+
+    def __init__(self, dataset_size: int, sample_rate: float, **ranks: int | None) -> None:
+        super().__init__(dataset_size, **ranks)  # type: ignore[arg-type]  # rank and world_size are never None
+        self.sample_rate = _checked_rate(sample_rate)
+
+    def draw(self, step: int) -> Indices:
+        count = self._rng.binomial(self.owned, self.sample_rate)
+        local = self._rng.choice(self.owned, size=count, replace=False, shuffle=False)
+        return np.sort(local.astype(np.int64) * self.world_size + self.rank)
+
+
+class TruncatedPoissonSampler(LogicalBatchSampler):
+    """Poisson over the whole dataset, cut to a uniform subset of ``max_batch_size`` where more joined."""
+
+    def __init__(self, dataset_size: int, sample_rate: float, max_batch_size: int, **ranks: int | None) -> None:
+        super().__init__(dataset_size, **ranks)  # type: ignore[arg-type]  # as above
+        self.sample_rate, self.max_batch_size = _checked_rate(sample_rate), max_batch_size
+
+    def draw(self, step: int) -> Indices:
+        count = min(self._rng.binomial(self.dataset_size, self.sample_rate), self.max_batch_size)
+        return self._mine(self._rng.choice(self.dataset_size, size=count, replace=False, shuffle=False))
+
+
+class FixedSizeSampler(LogicalBatchSampler):
+    """A uniform subset of ``batch_size`` examples, without replacement, fresh at every step."""
+
+    def __init__(self, dataset_size: int, batch_size: int, **ranks: int | None) -> None:
+        super().__init__(dataset_size, **ranks)  # type: ignore[arg-type]  # as above
+        self.batch_size = _checked_batch(batch_size, dataset_size)
+
+    def draw(self, step: int) -> Indices:
+        return self._mine(self._rng.choice(self.dataset_size, size=self.batch_size, replace=False, shuffle=False))
+
+
+class ShuffleSampler(LogicalBatchSampler):
+    """A fresh permutation per epoch, cut into batches of ``batch_size``; the last of an epoch may be short.
+
+    Args:
+        first_step: number of the release at which this sampler begins, with a new epoch. After a restart that is the
+            ledger's count: the ledger counts the epochs of each start apart, so no seed need be kept.
+    """
+
+    def __init__(self, dataset_size: int, batch_size: int, *, first_step: int = 0, **ranks: int | None) -> None:
+        super().__init__(dataset_size, **ranks)  # type: ignore[arg-type]  # as above
+        self.batch_size, self.first_step = _checked_batch(batch_size, dataset_size), first_step
+        self.steps_per_epoch = -(-dataset_size // batch_size)
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+
+    def draw(self, step: int) -> Indices:
+        if step < self.first_step:
+            raise PrivacyConfigError(
+                f"step {step} lies before this shuffle began, at step {self.first_step}: its examples would take part "
+                "twice in an epoch; continue from the ledger's count."
+            )
+        epoch, position = divmod(step - self.first_step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._generator(1, epoch).permutation(self.dataset_size)
+        return self._mine(self._order[position * self.batch_size : (position + 1) * self.batch_size])
+
+
+def make_sampler(
+    plan: PrivacyPlan,
+    dataset_size: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    shared_seed: int | None = None,
+    first_step: int = 0,
+    test_seed: int | None = None,
+) -> LogicalBatchSampler:
+    """The sampler that a plan was accounted for.
+
+    Args:
+        plan: from ``config.resolve(dataset_size)``.
+        dataset_size: number of examples.
+        rank: of this process.
+        world_size: number of processes that share the logical batch.
+        shared_seed: from :func:`draw_seed` on rank 0; may be given for every sampler.
+        first_step: the ledger's count at the start.
+        test_seed: a fixed seed, for tests only.
+
+    Raises:
+        PrivacyConfigError: the plan was resolved for another number of examples, or as :class:`LogicalBatchSampler`.
+    """
+    if plan.dataset_size is not None and plan.dataset_size != dataset_size:
+        raise PrivacyConfigError(
+            f"the plan was resolved for {plan.dataset_size} examples and the dataset has {dataset_size}; resolve the "
+            "configuration again for this dataset."
+        )
+    ranks = {"rank": rank, "world_size": world_size, "shared_seed": shared_seed, "test_seed": test_seed}
+    if plan.sampler == "poisson":
+        return PoissonSampler(dataset_size, plan.sample_rate, **ranks)
+    if plan.sampler == "truncated_poisson":
+        assert plan.max_batch_size is not None
+        return TruncatedPoissonSampler(dataset_size, plan.sample_rate, plan.max_batch_size, **ranks)
+    if plan.sampler == "fixed_size":
+        return FixedSizeSampler(dataset_size, int(plan.expected_batch_size), **ranks)
+    return ShuffleSampler(dataset_size, int(plan.expected_batch_size), first_step=first_step, **ranks)
+
+
+def _checked_rate(rate: float) -> float:
+    if not 0 < rate <= 1:
+        raise PrivacyConfigError(f"sample_rate={rate!r}; expected a probability in (0, 1].")
+    return rate
+
+
+def _checked_batch(batch_size: int, dataset_size: int) -> int:
+    if not 1 <= batch_size <= dataset_size:
+        raise PrivacyConfigError(f"batch_size={batch_size!r}; expected 1 to {dataset_size}, the number of examples.")
+    return batch_size
+
+
+# ------------------------------------------------------------------------------------------- physical batches
+@dataclass(frozen=True)
+class PhysicalBatch:
+    """One pass through the model: real examples, then rows of weight zero.
+
+    Attributes:
+        indices: of the examples, at most ``max_physical_batch_size`` of them, perhaps none.
+        num_padding: rows to add so that every physical batch has the same number of rows.
+        is_last: whether the logical batch ends here: noise, release, parameters change.
+        step: number of the logical batch, from 0.
+    """
+
+    indices: list[int]
+    num_padding: int
+    is_last: bool
+    step: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows with the padding: the same for every physical batch of a run."""
+        return len(self.indices) + self.num_padding
+
+
+def physical_batches(
+    indices: Sequence[int] | Indices, max_physical_batch_size: int, num_physical: int | None = None, *, step: int = 0
+) -> list[PhysicalBatch]:
+    """Cuts a rank's part of a logical batch into physical batches of equal size.
+
+    Args:
+        indices: any number of them; none gives one physical batch of padding, for the noise must be released anyway.
+        max_physical_batch_size: rows of each, >= 1.
+        num_physical: how many to make, agreed between ranks; None: as few as hold the indices.
+        step: number of the logical batch.
+
+    Returns:
+        At least one; only the last has ``is_last``.
+
+    Raises:
+        PrivacyConfigError: a size below 1, or ``num_physical`` cannot hold the indices.
+    """
+    rows = max_physical_batch_size
+    if rows < 1:
+        raise PrivacyConfigError(f"max_physical_batch_size={rows!r}; expected a whole number >= 1.")
+    needed = max(1, -(-len(indices) // rows))
+    count = needed if num_physical is None else num_physical
+    if count < needed:
+        raise PrivacyConfigError(
+            f"num_physical={num_physical!r} physical batches of {rows} rows cannot hold {len(indices)} examples; "
+            f"expected at least {needed} (the maximum over all ranks)."
+        )
+    batches = []
+    for number in range(count):
+        part = [int(i) for i in indices[number * rows : (number + 1) * rows]]
+        batches.append(PhysicalBatch(part, rows - len(part), number == count - 1, step))
+    return batches
+
+
+def _alone(count: int) -> int:
+    return count
+
+
+class PhysicalBatchSampler:
+    """Iterates over the physical batches of one logical batch after the other: a batch sampler for a DataLoader.
+
+    Args:
+        sampler: draws the logical batches.
+        max_physical_batch_size: rows of every physical batch.
+        num_steps: the number of logical batches of the whole training; iteration ends there.
+        first_step: where iteration begins, read anew at every ``iter()``; pass ``lambda: ledger.count``, so that a
+            second loop, or a resumed run, does not make more releases than were planned.
+        agree: the maximum of a count over all ranks (a collective), so that all make the same number of passes.
+    """
+
+    def __init__(
+        self,
+        sampler: LogicalBatchSampler,
+        max_physical_batch_size: int,
+        *,
+        num_steps: int,
+        first_step: int | Callable[[], int] = 0,
+        agree: Callable[[int], int] = _alone,
+    ) -> None:
+        if max_physical_batch_size < 1:
+            raise PrivacyConfigError(f"max_physical_batch_size={max_physical_batch_size!r}; expected at least 1.")
+        self.sampler, self.max_physical_batch_size = sampler, max_physical_batch_size
+        self.num_steps, self.first_step, self.agree = num_steps, first_step, agree
+
+    def __iter__(self) -> Iterator[PhysicalBatch]:
+        first = self.first_step() if callable(self.first_step) else self.first_step
+        for step in range(first, self.num_steps):
+            indices = self.sampler.draw(step)
+            needed = max(1, -(-len(indices) // self.max_physical_batch_size))
+            yield from physical_batches(indices, self.max_physical_batch_size, self.agree(needed), step=step)

@@ -1,0 +1,198 @@
+"""What a per-layer gradient rule is, and what it asks of the pass that is running.
+
+A *site* is one use of one module's parameters. Its autograd node computes the layer's forward as usual and, in
+backward, hands ``(input, output gradient)`` to the pass that is running, which decides what to do with it: take a
+norm, keep it, or form the weighted sum. The node knows nothing of strategies; the pass knows nothing of layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dpft import kernels
+from dpft.errors import ClippingError
+from dpft.kernels.embedding import add_embedding_grad, weighted_embedding_grad
+from dpft.kernels.linear import Method, linear_grad, weighted_linear_grad
+
+
+class MatrixUse(Protocol):
+    """How one site uses a weight matrix, as arithmetic on ``x [B, T, ...]`` and ``g [B, T, d]``."""
+
+    @property
+    def key(self) -> str:
+        """Full canonical name of the weight."""
+        ...
+
+    def sq_norm(self, x: Tensor, g: Tensor, method: Method | None) -> Tensor:
+        """``[B]`` float64 squared norms of the per-example gradients; ``method`` None picks the cheapest."""
+        ...
+
+    def add_grad(self, x: Tensor, g: Tensor, out: Tensor | None) -> Tensor:
+        """Per-example gradients ``[B, *weight.shape]``, added to ``out`` in place where one is given."""
+        ...
+
+    def weighted_grad(self, x: Tensor, g: Tensor, factors: Tensor, out: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """``sum_i factors_i * grad_i`` in ``weight.shape``, added to ``out`` in place where one is given."""
+        ...
+
+    def grad_numel(self) -> int:
+        """Number of elements of one example's gradient."""
+        ...
+
+
+class Pass(Protocol):
+    """The backward pass that is running; see :mod:`dpft.clipping.passes`."""
+
+    batch_size: int
+    weighted: bool
+
+    def matrix(self, use: MatrixUse, x: Tensor, g: Tensor, weight: Tensor) -> Tensor | None:
+        """Take in one use of a weight matrix; its weighted gradient if this pass is the weighted one, else None."""
+        ...
+
+    def vector(self, key: str, grad: Tensor, weight: Tensor) -> Tensor | None:
+        """Take in per-example gradients ``[B, *weight.shape]`` of a small parameter; as :meth:`matrix`."""
+        ...
+
+
+class Host(Protocol):
+    """The wrapped model's state, as far as a site needs it."""
+
+    active: Pass | None
+    tap: Tensor
+    batch_size: int | None
+    flattening: set[str]
+
+    def record_use(self, key: str, ids: Tensor | None = None) -> None:
+        """Note in the running forward that a matrix is used, so that tied and shared ones are known early."""
+        ...
+
+
+def running_pass(host: Host, site: str) -> Pass:
+    """The pass that is running, or an error: a gradient that did not come through the seam is not clipped."""
+    if host.active is None:
+        raise ClippingError(
+            f"a backward pass reached {site!r} without passing through the clip boundary, so its gradient would "
+            "not be clipped. Call backward on out.loss (from model(..., labels=...)) or on "
+            "dpft.clipped_loss(model, losses), and on nothing else that depends on the model's outputs."
+        )
+    return host.active
+
+
+def forward_batch_size(host: Host, leading: int) -> int:
+    """Number of examples as known in a forward: of the pass that recomputes it, else of the model's call."""
+    if host.active is not None:
+        return host.active.batch_size
+    return leading if host.batch_size is None else host.batch_size
+
+
+def per_example(t: Tensor, host: Host, site: str, feature_dims: int = 1) -> Tensor:
+    """``t`` as ``[B, T, *features]``.
+
+    Accepts ``[B, ..., *features]`` and, for model code that is known to flatten the first two dimensions (OPT's
+    decoder layer), ``[B * T, *features]`` with the rows of an example next to each other. Anywhere else a first
+    dimension that is a multiple of the batch may be a selection of tokens, in any order, and is refused.
+    """
+    batch_size = running_pass(host, site).batch_size
+    lead, features = t.shape[: t.dim() - feature_dims], t.shape[t.dim() - feature_dims :]
+    if lead and lead[0] == batch_size:
+        return t.reshape(batch_size, lead[1:].numel(), *features)
+    if site in host.flattening and is_flattened(lead, batch_size):
+        return t.reshape(batch_size, lead[0] // batch_size, *features)
+    raise ClippingError(
+        f"{site!r} saw a tensor of shape {list(t.shape)} in a batch of {batch_size} examples: its first dimension is "
+        "not the batch, so a row cannot be told to belong to one example. Keep the batch in front ([B, T, ...], not "
+        "[B * T, ...] or [T, B, ...]), wrap with strategy='per_example', or freeze it."
+    )
+
+
+def is_flattened(lead: torch.Size, batch_size: int) -> bool:
+    """Whether leading dimensions ``[N]`` may be a flattened ``[B, T]``."""
+    return len(lead) == 1 and batch_size > 0 and lead[0] != batch_size and lead[0] % batch_size == 0
+
+
+@dataclass(frozen=True)
+class LinearUse:
+    """``y = x W^T`` (``weight [d, p]``), or ``y = x W`` where ``transposed`` (``weight [p, d]``: GPT-2's Conv1D)."""
+
+    key: str
+    out_features: int
+    in_features: int
+    transposed: bool = False
+
+    def sq_norm(self, x: Tensor, g: Tensor, method: Method | None) -> Tensor:
+        return kernels.linear_sq_norm(x, g, method or "auto")
+
+    def add_grad(self, x: Tensor, g: Tensor, out: Tensor | None) -> Tensor:
+        grad = linear_grad(g, x) if self.transposed else linear_grad(x, g)
+        return grad if out is None else out.add_(grad)
+
+    def weighted_grad(self, x: Tensor, g: Tensor, factors: Tensor, out: Tensor | None, dtype: torch.dtype) -> Tensor:
+        if self.transposed:
+            x, g = g, x
+        grad = weighted_linear_grad(x, g, factors, dtype)
+        return grad if out is None else out.add_(grad)
+
+    def grad_numel(self) -> int:
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class EmbeddingUse:
+    """``y = E[ids]``, ``weight [V, D]``; here ``x`` is the ids ``[B, T]``."""
+
+    key: str
+    num_embeddings: int
+    dim: int
+    padding_idx: int | None = None
+
+    def sq_norm(self, x: Tensor, g: Tensor, method: Method | None) -> Tensor:
+        return kernels.embedding_sq_norm(x, g, self.padding_idx)
+
+    def add_grad(self, x: Tensor, g: Tensor, out: Tensor | None) -> Tensor:
+        if out is None:
+            # bf16 would round at every repetition of a token
+            dtype = torch.float64 if g.dtype == torch.float64 else torch.float32
+            out = torch.zeros((len(x), self.num_embeddings, self.dim), dtype=dtype, device=g.device)
+        return add_embedding_grad(out, x, g, self.padding_idx)
+
+    def weighted_grad(self, x: Tensor, g: Tensor, factors: Tensor, out: Tensor | None, dtype: torch.dtype) -> Tensor:
+        if out is None:
+            sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+            out = torch.zeros((self.num_embeddings, self.dim), dtype=sum_dtype, device=g.device)
+        return weighted_embedding_grad(x, g, factors, out, self.padding_idx).to(dtype)
+
+    def grad_numel(self) -> int:
+        return self.num_embeddings * self.dim
+
+
+class SiteFunction(torch.autograd.Function):
+    """Base of the autograd nodes that stand between a parameter and the rest of the graph."""
+
+
+class Rule(Protocol):
+    """Makes one module's forward hand its per-example gradients to the running pass."""
+
+    def parameters(self, module: nn.Module) -> set[str]:
+        """Names of the module's own parameters that this rule covers; raises UnsupportedModuleError for a variant."""
+        ...
+
+    def forward(
+        self, module: nn.Module, host: Host, keys: dict[str, str], plain: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Run the module's forward with its trainable parameters behind site nodes.
+
+        Args:
+            module: the module.
+            host: the wrapped model's state.
+            keys: own name -> full canonical name, of the module's trainable parameters.
+            plain: the module's forward as it was before wrapping.
+            *args: the call's.
+            **kwargs: the call's.
+        """
+        ...

@@ -1,0 +1,92 @@
+"""Rule for ``nn.Embedding``: token, segment and learned position embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dpft.errors import UnsupportedModuleError
+from dpft.rules.base import (
+    EmbeddingUse,
+    Host,
+    SiteFunction,
+    forward_batch_size,
+    per_example,
+    running_pass,
+)
+
+
+class EmbeddingSite(SiteFunction):
+    """``y = E[ids]`` with ids ``[B, ...]``; broadcast ids are expanded, so that the gradient still has the batch."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, w: Tensor, tap: Tensor, host: Host, use: EmbeddingUse, batch: int) -> Tensor:
+        y = F.embedding(ids, w, use.padding_idx)
+        if is_broadcast(ids, batch):
+            # Position ids [1, T] or [T]: what the model adds by broadcasting. A view: it takes no memory.
+            y = y.expand(batch, *y.shape[1:]) if ids.dim() > 1 else y.expand(batch, *y.shape)
+            ids = ids.expand(batch, *ids.shape[1:]) if ids.dim() > 1 else ids.expand(batch, *ids.shape)
+        ctx.save_for_backward(ids, w)
+        ctx.host, ctx.use = host, use
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # fixed arity
+        ids, w = ctx.saved_tensors
+        use: EmbeddingUse = ctx.use
+        running = running_pass(ctx.host, use.key)
+        ids2 = per_example(ids, ctx.host, use.key, feature_dims=0)
+        dw = running.matrix(use, ids2, per_example(g, ctx.host, use.key), w)
+        return None, dw, None, None, None, None
+
+
+def is_broadcast(ids: Tensor, batch: int) -> bool:
+    """Whether ids ``[1, ...]`` or ``[T]`` stand for all ``batch`` examples at once."""
+    if batch <= 1 or ids.dim() == 0:
+        return False
+    return (ids.dim() > 1 and ids.shape[0] == 1) or (ids.dim() == 1 and ids.shape[0] % batch != 0)
+
+
+def embedding_site(host: Host, keys: dict[str, str], ids: Tensor, w: Tensor, padding_idx: int | None) -> Tensor:
+    """Look ``ids`` up through a site node."""
+    use = EmbeddingUse(keys["weight"], w.shape[0], w.shape[1], padding_idx)
+    batch = forward_batch_size(host, ids.shape[0])
+    # Only ids [B, T] can serve a tied head's cross term; others take the general way of shared weights.
+    host.record_use(use.key, ids if ids.dim() == 2 and ids.shape[0] == batch else None)
+    y: Tensor = EmbeddingSite.apply(ids, w, host.tap, host, use, batch)
+    return y
+
+
+class EmbeddingRule:
+    """Rule of ``nn.Embedding``, ``weight [V, D]``; ``padding_idx`` rows receive no gradient."""
+
+    def parameters(self, module: nn.Module) -> set[str]:
+        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+            if getattr(module, option, None):
+                raise UnsupportedModuleError(
+                    f"{type(module).__name__} has {option}={getattr(module, option)!r}, which makes the "
+                    f"gradient of one example depend on others or the weight change in the forward. Set {option} off."
+                )
+        return {"weight"}
+
+    def forward(
+        self, module: nn.Module, host: Host, keys: dict[str, str], plain: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        (ids,) = (*args, *kwargs.values())
+        return embedding_site(host, keys, ids, module.weight, module.padding_idx)  # type: ignore[arg-type]  # module attributes are typed Tensor | Module
+
+    def intercept(self, module: nn.Module, host: Host, keys: dict[str, str], func: Any, args: Any, kwargs: Any) -> Any:
+        """The site of an ``F.embedding`` call with this module's weight, made by a subclass's forward; else None."""
+        if func is not F.embedding:
+            return None
+        call = dict(zip(("input", "weight", "padding_idx"), args, strict=False)) | kwargs
+        if call["weight"] is not module.weight:
+            return None
+        return embedding_site(host, keys, call["input"], call["weight"], call.get("padding_idx"))
+
+

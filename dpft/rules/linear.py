@@ -1,0 +1,98 @@
+"""Rules for linear maps: ``nn.Linear`` and, with ``transposed=True``, GPT-2's ``Conv1D``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dpft.rules.base import (
+    Host,
+    LinearUse,
+    SiteFunction,
+    per_example,
+    running_pass,
+)
+
+
+class LinearSite(SiteFunction):
+    """``y = x W^T + b``; saves what autograd would save, ``x`` and ``W``, and nothing besides."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, tap: Tensor, site: Any) -> Tensor:
+        ctx.save_for_backward(x, w, b)
+        ctx.site = site
+        w = w.to(x.dtype)
+        b = None if b is None else b.to(x.dtype)
+        if site.use.transposed:
+            y = x.reshape(-1, x.shape[-1]) @ w if b is None else torch.addmm(b, x.reshape(-1, x.shape[-1]), w)
+            return y.view(*x.shape[:-1], w.shape[1])
+        return F.linear(x, w, b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # fixed arity
+        x, w, b = ctx.saved_tensors
+        site = ctx.site
+        running = running_pass(site.host, site.use.key)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = g @ (w.mT if site.use.transposed else w).to(g.dtype)
+        x3, g3 = (per_example(t, site.host, site.use.key) for t in (x, g))
+        dw = running.matrix(site.use, x3, g3, w) if site.weight else None
+        db = None
+        if b is not None and site.bias_key is not None:
+            dtype = torch.float64 if g3.dtype == torch.float64 else torch.float32
+            db = running.vector(site.bias_key, g3.sum(1, dtype=dtype), b)
+        return dx, dw, db, None, None
+
+
+class _Site:
+    """What one linear node needs to know besides tensors."""
+
+    __slots__ = ("bias_key", "host", "use", "weight")
+
+    def __init__(self, host: Host, use: LinearUse, weight: bool, bias_key: str | None) -> None:
+        self.host, self.use, self.weight, self.bias_key = host, use, weight, bias_key
+
+
+def linear_site(host: Host, keys: dict[str, str], x: Tensor, w: Tensor, b: Tensor | None, transposed: bool) -> Tensor:
+    """Apply a linear map through a site node; under autocast in autocast's dtype, as ``F.linear`` would."""
+    out_features, in_features = w.shape[::-1] if transposed else w.shape
+    use = LinearUse(keys.get("weight", keys.get("bias", "")), out_features, in_features, transposed)
+    if "weight" in keys:
+        host.record_use(use.key)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    site = _Site(host, use, "weight" in keys, keys.get("bias"))
+    y: Tensor = LinearSite.apply(x, w, b, host.tap, site)
+    return y
+
+
+class LinearRule:
+    """Rule of ``nn.Linear`` (``weight [d, p]``) or, transposed, of ``Conv1D`` (``weight [p, d]``)."""
+
+    def __init__(self, transposed: bool = False) -> None:
+        self.transposed = transposed
+
+    def parameters(self, module: nn.Module) -> set[str]:
+        return {"weight", "bias"}
+
+    def forward(
+        self, module: nn.Module, host: Host, keys: dict[str, str], plain: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        (x,) = (*args, *kwargs.values())
+        return linear_site(host, keys, x, module.weight, module.bias, self.transposed)  # type: ignore[arg-type]  # module attributes are typed Tensor | Module
+
+    def intercept(self, module: nn.Module, host: Host, keys: dict[str, str], func: Any, args: Any, kwargs: Any) -> Any:
+        """The site of an ``F.linear`` call with this module's weight, made by a subclass's forward; else None."""
+        if func is not F.linear:
+            return None
+        call = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+        if call["weight"] is not module.weight:
+            return None
+        return linear_site(host, keys, call["input"], call["weight"], call.get("bias"), self.transposed)

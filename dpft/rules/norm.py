@@ -1,0 +1,142 @@
+"""Rules for normalisation layers: ``nn.LayerNorm``, ``nn.RMSNorm``, and every elementwise-affine norm of "
+"Hugging Face."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dpft.rules.base import (
+    Host,
+    SiteFunction,
+    forward_batch_size,
+    is_flattened,
+    per_example,
+    running_pass,
+)
+
+
+class LayerNormSite(SiteFunction):
+    """``y = (x - mean) / std * w + b`` over the last ``len(shape)`` dimensions; saves x, mean, 1/std and w."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor | None, b: Tensor | None, tap: Tensor, site: Any) -> Tensor:
+        y, mean, rstd = torch.native_layer_norm(x, site.shape, w, b, site.eps)
+        ctx.save_for_backward(x, mean, rstd, w, b)
+        ctx.site = site
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # fixed arity
+        x, mean, rstd, w, b = ctx.saved_tensors
+        site = ctx.site
+        running = running_pass(site.host, site.keys.get("weight", site.keys.get("bias", "")))
+        dx = None
+        if ctx.needs_input_grad[0]:
+            mask = [True, False, False]
+            dx = torch.ops.aten.native_layer_norm_backward(g, x, site.shape, mean, rstd, w, b, mask)[0]
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        dims = len(site.shape)
+        dw = db = None
+        if w is not None and "weight" in site.keys:
+            products = ((x.to(dtype) - mean) * rstd).mul_(g)
+            key = site.keys["weight"]
+            dw = running.vector(key, per_example(products, site.host, key, dims).sum(1), w)
+        if b is not None and "bias" in site.keys:
+            key = site.keys["bias"]
+            db = running.vector(key, per_example(g, site.host, key, dims).sum(1, dtype=dtype), b)
+        return dx, dw, db, None, None
+
+
+class _LayerNorm:
+    __slots__ = ("eps", "host", "keys", "shape")
+
+    def __init__(self, host: Host, keys: dict[str, str], shape: list[int], eps: float) -> None:
+        self.host, self.keys, self.shape, self.eps = host, keys, shape, eps
+
+
+class LayerNormRule:
+    """Rule of ``nn.LayerNorm``, ``weight`` and ``bias`` of ``normalized_shape``."""
+
+    def parameters(self, module: nn.Module) -> set[str]:
+        return {"weight", "bias"}
+
+    def forward(
+        self, module: nn.Module, host: Host, keys: dict[str, str], plain: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        (x,) = (*args, *kwargs.values())
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.float()  # autocast runs layer_norm in float32
+        site = _LayerNorm(host, keys, list(module.normalized_shape), module.eps)  # type: ignore[arg-type]  # module attributes are typed Tensor | Module
+        return LayerNormSite.apply(x, module.weight, module.bias, host.tap, site)
+
+
+class ExpandSite(SiteFunction):
+    """A small parameter ``[*shape]`` seen as ``[B, 1, ..., *shape]``: its gradient arrives per example by itself."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, tap: Tensor, host: Host, key: str, batch: int, dims: int) -> Tensor:
+        ctx.save_for_backward(w)
+        ctx.host, ctx.key = host, key
+        return w.expand(batch, *[1] * (dims - 1 - w.dim()), *w.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # fixed arity
+        (w,) = ctx.saved_tensors
+        running = running_pass(ctx.host, ctx.key)
+        grad = per_example(g, ctx.host, ctx.key, w.dim()).squeeze(1)
+        return running.vector(ctx.key, grad, w), None, None, None, None, None
+
+
+class ElementwiseRule:
+    """Rule of a module that only broadcasts its vector parameters over ``x [B, ..., features]``.
+
+    The RMSNorm of every Hugging Face family (``w * x_hat``, ``(1 + w) * x_hat``, float32 inside or not): the
+    module's own forward runs, with each parameter replaced by a view that has the batch in front.
+    """
+
+    def parameters(self, module: nn.Module) -> set[str]:
+        return {name for name, p in module.named_parameters(recurse=False) if p.dim() == 1}
+
+    def forward(
+        self, module: nn.Module, host: Host, keys: dict[str, str], plain: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        x, *rest = args
+        batch = forward_batch_size(host, x.shape[0])
+        shape = None
+        if host.flattening.issuperset(keys.values()) and is_flattened(x.shape[:-1], batch):
+            shape, x = x.shape, x.unflatten(0, (batch, -1))
+        else:
+            batch = x.shape[0]
+        for name, key in keys.items():
+            # In the instance's __dict__ it shadows the registered parameter, which stays where engines put it.
+            module.__dict__[name] = ExpandSite.apply(getattr(module, name), host.tap, host, key, batch, x.dim())
+        try:
+            y = plain(x, *rest, **kwargs)
+        finally:
+            for name in keys:
+                module.__dict__.pop(name, None)
+        return y if shape is None else y.reshape(*shape[:-1], y.shape[-1])
+
+
+class RMSNormRule(ElementwiseRule):
+    """Rule of ``nn.RMSNorm``, whose fused kernel takes only a weight of ``normalized_shape``."""
+
+    def parameters(self, module: nn.Module) -> set[str]:
+        return {"weight"}
+
+    def forward(
+        self, module: nn.Module, host: Host, keys: dict[str, str], plain: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        def scaled(x: Tensor) -> Tensor:
+            x_hat = F.rms_norm(x, tuple(module.normalized_shape), None, module.eps)  # type: ignore[arg-type]  # module attributes are typed Tensor | Module
+            return x_hat * module.weight
+
+        return super().forward(module, host, keys, scaled, *args, **kwargs)

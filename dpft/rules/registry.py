@@ -1,0 +1,98 @@
+"""The one registry of rules, looked up along the MRO, so that an engine's dynamic subclasses find their rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from dpft.errors import ClippingError
+from dpft.rules.base import Host, Rule
+from dpft.rules.embedding import EmbeddingRule
+from dpft.rules.linear import LinearRule
+from dpft.rules.norm import LayerNormRule, RMSNormRule
+
+_RULES: dict[type[nn.Module], Rule] = {
+    nn.Linear: LinearRule(),
+    nn.Embedding: EmbeddingRule(),
+    nn.LayerNorm: LayerNormRule(),
+    nn.RMSNorm: RMSNormRule(),
+}
+_MATCHERS: list[Callable[[nn.Module], Rule | None]] = []
+
+
+def register_rule(cls: type[nn.Module], rule: Rule) -> None:
+    """Make ``rule`` the rule of ``cls`` and of subclasses that do not override its forward."""
+    _RULES[cls] = rule
+
+
+def register_matcher(matcher: Callable[[nn.Module], Rule | None]) -> None:
+    """Add a function that finds a rule for modules that no registered class covers, or returns None."""
+    _MATCHERS.append(matcher)
+
+
+class InterceptRule:
+    """Rule of a subclass whose forward is its own, but ends in the functional call of the class that has a rule.
+
+    ``OPTLearnedPositionalEmbedding`` or Gemma 3's scaled embedding: their forward runs as it is, and the one call of
+    ``F.linear`` or ``F.embedding`` with the module's weight goes through the site.
+    """
+
+    def __init__(self, rule: Any) -> None:
+        self.rule = rule
+
+    def parameters(self, module: nn.Module) -> set[str]:
+        covered: set[str] = self.rule.parameters(module)
+        return covered
+
+    def forward(
+        self, module: nn.Module, host: Host, keys: dict[str, str], plain: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        with _Intercept(self.rule, module, host, keys) as mode:
+            out = plain(*args, **kwargs)
+        if mode.calls == 0:
+            raise ClippingError(
+                f"{type(module).__name__} ({', '.join(keys.values())}) overrides the forward of a class that "
+                "has a rule and never made the call that the rule covers. Wrap with strategy='per_example', or "
+                "freeze it."
+            )
+        return out
+
+
+class _Intercept(TorchFunctionMode):
+    def __init__(self, rule: Any, module: nn.Module, host: Host, keys: dict[str, str]) -> None:
+        super().__init__()
+        self.rule, self.module, self.host, self.keys, self.calls = rule, module, host, keys, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = self.rule.intercept(self.module, self.host, self.keys, func, args, kwargs)
+        if out is None:
+            return func(*args, **kwargs)
+        self.calls += 1
+        return out
+
+
+def find_rule(module: nn.Module) -> Rule | None:
+    """The rule of ``module``, or None.
+
+    Raises:
+        UnsupportedModuleError: the class has a rule that does not cover this variant of it.
+    """
+    for cls in type(module).__mro__:
+        rule = _RULES.get(cls)
+        if rule is None:
+            continue
+        if type(module).forward is cls.forward:
+            return rule
+        return InterceptRule(rule) if hasattr(rule, "intercept") else None
+    for matcher in _MATCHERS:
+        rule = matcher(module)
+        if rule is not None:
+            return rule
+    return None
+
+
+__all__ = ["InterceptRule", "find_rule", "register_matcher", "register_rule"]

@@ -1,0 +1,363 @@
+"""``wrap``: coverage audit, rules attached, the loss made per-example; ``unwrap`` undoes it."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dpft.clipping.boundary import clip_boundary
+from dpft.clipping.factors import ClipFunction, ClipRule
+from dpft.clipping.planner import Strategy
+from dpft.clipping.state import Clipping, ClipState, ClipStats
+from dpft.clipping.strategies import guard_parameters
+from dpft.errors import ClippingError, UnsupportedModuleError, WrapError
+from dpft.models.causal_lm import find_causal_lm, flattening_parameters, per_example_causal_lm_losses
+from dpft.rules.base import EmbeddingUse, LinearUse, MatrixUse, Rule
+from dpft.rules.embedding import EmbeddingRule
+from dpft.rules.linear import LinearRule
+from dpft.rules.registry import InterceptRule, find_rule
+
+_STATE, _SITE, _LOSS = "_dpft_state", "_dpft_site", "_dpft_loss_owner"
+_FIXED: dict[str, Strategy] = {"ghost": "two_pass", "fast": "two_pass", "per_sample": "one_pass"}
+# Not inputs of the batch, whatever their length happens to be.
+_NOT_BATCHED = frozenset({"cache_position", "num_items_in_batch"})
+
+
+def wrap(
+    model: nn.Module,
+    clipping: Clipping = "flash",
+    max_grad_norm: float = 1.0,
+    strategy: Strategy | Literal["auto"] = "auto",
+    clip_function: ClipFunction = "abadi",
+    clip_gamma: float = 0.01,
+    memory: int | None = None,
+) -> nn.Module:
+    """Make ``model`` produce clipped sums of per-example gradients, in place.
+
+    After it, ``model(**batch, labels=labels).loss`` of a causal LM is the mean of the per-example losses, and its
+    ``backward()`` leaves ``sum_i c_i grad_i`` in ``.grad``. For other models compute per-example losses ``[B]`` and
+    call :func:`clipped_loss`. A batch may carry ``example_weight [B]``, 0 for a padding row.
+
+    Args:
+        model: any ``nn.Module`` whose trainable layers have rules (Linear, Embedding, LayerNorm, RMSNorm families,
+            Conv1D of GPT-2, LoRA factors); with ``strategy="per_example"`` any module at all.
+        clipping: ``"flash"`` (the planner picks per layer among gram tiles, feature tiles and materialising),
+            ``"ghost"`` (full Gram, two passes: the published baseline), ``"fast"`` (one layer's gradients materialised
+            at a time, two passes), ``"per_sample"`` (all per-example gradients held), ``"none"`` (no clipping: NOT
+            private, for comparison). All give the same clipped sum where they clip.
+        max_grad_norm: C > 0, bound on the L2 norm of one example's contribution.
+        strategy: ``"auto"``, ``"one_pass"``, ``"two_pass"`` or ``"per_example"``.
+        clip_function: ``"abadi"`` (``min(1, C/norm)``) or ``"automatic"`` (``C/(norm + gamma)``).
+        clip_gamma: gamma of ``"automatic"``.
+        memory: bytes that one-pass may keep beyond one gradient; None lets it take up to half of what is free.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: a value out of range, or a strategy that contradicts the clipping mode.
+        UnsupportedModuleError: a trainable parameter without a rule, or a layer that mixes examples.
+        WrapError: the model is wrapped already.
+    """
+    if clipping not in ("flash", "ghost", "fast", "per_sample", "none"):
+        raise ValueError(f"clipping is {clipping!r}; expected 'flash', 'ghost', 'fast', 'per_sample' or 'none'")
+    if strategy not in ("auto", "one_pass", "two_pass", "per_example"):
+        raise ValueError(f"strategy is {strategy!r}; expected 'auto', 'one_pass', 'two_pass' or 'per_example'")
+    fixed = _FIXED.get(clipping)
+    if fixed is not None and strategy not in ("auto", fixed):
+        raise ValueError(f"clipping={clipping!r} is {fixed} by definition; got strategy={strategy!r}. Leave it 'auto'")
+    for path, module in model.named_modules():
+        if _STATE in module.__dict__ or _SITE in module.__dict__:
+            raise WrapError(f"{path or 'the model'!r} is wrapped already; call dpft.unwrap on it first")
+    rule = ClipRule(max_grad_norm, clip_function, clip_gamma)
+    _refuse_mixing(model)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise UnsupportedModuleError("no parameter of the model requires a gradient; unfreeze what is to be trained")
+    covered = clipping != "none" and strategy != "per_example"
+    sites = _cover(model, parameters) if covered else []
+    uses = {use.key: use for _, site_rule, keys in sites if (use := _matrix_use(site_rule, _, keys)) is not None}
+    state = ClipState(clipping, fixed or strategy, rule, memory, uses, parameters, flattening_parameters(model))
+    if strategy == "per_example":
+        guard_parameters(state)
+    for module, site_rule, keys in sites:
+        _attach(module, site_rule, state, keys)
+    model.__dict__[_STATE] = state
+    _replace_forward(model, _model_forward)
+    causal_lm = find_causal_lm(model)
+    if causal_lm is not None:
+        causal_lm.__dict__[_LOSS] = causal_lm.__dict__.get("_loss_function")
+        causal_lm.loss_function = per_example_causal_lm_losses
+    return model
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Undo :func:`wrap` in place: the model computes, and trains, as it did before. Returns the same object.
+
+    Raises:
+        WrapError: the model is not wrapped.
+    """
+    model = _inner(model)
+    for module in model.modules():
+        if _SITE in module.__dict__ or _STATE in module.__dict__:
+            replaced = module.__dict__.pop("_dpft_replaced", None)
+            del module.__dict__["forward"]
+            if replaced is not None:
+                module.__dict__["forward"] = replaced
+            module.__dict__.pop(_SITE, None)
+        if _LOSS in module.__dict__:
+            before = module.__dict__.pop(_LOSS)
+            module.__dict__.pop("_loss_function", None)
+            if before is not None:
+                module.loss_function = before
+    for hook in model.__dict__.pop(_STATE).hooks:
+        hook.remove()
+    return model
+
+
+def clipped_loss(
+    model: nn.Module, losses: Tensor | Sequence[Tensor], example_weight: Tensor | None = None
+) -> Tensor:
+    """The scalar whose backward leaves the clipped sum, for per-example losses that the caller computed.
+
+    Args:
+        model: a wrapped model.
+        losses: ``[B]``, each example's own loss, with its graph; example i's may depend on row i of the batch alone.
+            Under ``strategy="per_example"`` a list of B scalars, each from a forward of its own example alone.
+        example_weight: ``[B]``, 0 for padding rows. None means none.
+
+    Returns:
+        ``[]`` float32, the mean of the losses over rows of positive weight.
+
+    Raises:
+        WrapError: the model is not wrapped, or its parameters changed.
+        ClippingError: losses of the wrong shape.
+    """
+    model = _inner(model)
+    state = get_state(model)
+    state.check_parameters(model)
+    if state.strategy == "per_example":
+        if isinstance(losses, Tensor) and losses.shape != (1,):
+            raise ClippingError(
+                f"got losses of shape {list(losses.shape)} from one forward; expected, with "
+                "strategy='per_example', a list of B scalars, each from a forward of its own: nothing is known "
+                "of how this architecture treats its rows. losses = [loss_of(model(x[i : i + 1])) for i in "
+                "range(len(x))]"
+            )
+        return clip_boundary(state, [x.reshape(()) for x in losses], example_weight, "per_example")
+    if not isinstance(losses, Tensor):
+        raise ClippingError(f"got losses as a {type(losses).__name__}; expected one tensor [B], from one forward")
+    return clip_boundary(state, losses, example_weight, state.choose(losses.device, losses.numel()).strategy)
+
+
+def stats(model: nn.Module) -> ClipStats:
+    """Norms and clip factors of the last clipped backward. They depend on private data: do not publish them.
+
+    Raises:
+        WrapError: the model is not wrapped, or no clipped backward has run.
+    """
+    last = get_state(_inner(model)).last
+    if last is None:
+        raise WrapError("no clipped backward has run yet; call backward on the loss first")
+    return last
+
+
+def get_state(model: nn.Module) -> ClipState:
+    """The state of a wrapped model, or WrapError."""
+    state = _inner(model).__dict__.get(_STATE)
+    if state is None:
+        raise WrapError("the model is not wrapped; call dpft.wrap(model) first")
+    assert isinstance(state, ClipState)
+    return state
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The wrapped model inside what an engine put around it."""
+    while _STATE not in model.__dict__ and isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module  # type: ignore[assignment]  # checked just above
+    if _STATE not in model.__dict__:
+        raise WrapError("the model is not wrapped; call dpft.wrap(model) first")
+    return model
+
+
+def _refuse_mixing(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        mixes = isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(
+            module, nn.modules.instancenorm._InstanceNorm
+        )
+        if mixes or (isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats):
+            raise UnsupportedModuleError(
+                f"{name!r} ({type(module).__name__}) mixes examples or keeps statistics of the batch, which are "
+                "released without noise. Replace it by GroupNorm or LayerNorm."
+            )
+
+
+def _cover(model: nn.Module, parameters: dict[str, nn.Parameter]) -> list[tuple[nn.Module, Rule, dict[str, str]]]:
+    """The sites that cover every trainable parameter at every place where a module holds it."""
+    canonical = {id(p): name for name, p in parameters.items()}
+    sites, missing = [], []
+    for path, module in model.named_modules():
+        own = {name: canonical[id(p)] for name, p in module.named_parameters(recurse=False) if id(p) in canonical}
+        if not own:
+            continue
+        rule = find_rule(module)
+        handled = rule.parameters(module) if rule is not None else set()
+        experts = any(part in ("experts", "expert") for part in path.split("."))
+        for name in own:
+            if name not in handled or experts:
+                why = " (an expert sees a data-dependent selection of tokens)" if experts else ""
+                missing.append(f"{path}.{name}".lstrip(".") + f": {type(module).__name__}{why}")
+        if rule is not None:
+            sites.append((module, rule, own))
+    if missing:
+        raise UnsupportedModuleError(
+            f"{len(missing)} trainable parameters have no per-example gradient rule:\n  "
+            + "\n  ".join(missing)
+            + "\nWrap with strategy='per_example', which takes any architecture, or freeze them with "
+            "requires_grad_(False)."
+        )
+    return sites
+
+
+def _matrix_use(rule: Rule, module: nn.Module, keys: dict[str, str]) -> MatrixUse | None:
+    """The weight matrix of a site, for the planner."""
+    base = rule.rule if isinstance(rule, InterceptRule) else rule
+    weight = module.weight
+    if "weight" not in keys or not isinstance(weight, Tensor) or weight.dim() != 2:
+        return None
+    if isinstance(base, EmbeddingRule):
+        return EmbeddingUse(keys["weight"], weight.shape[0], weight.shape[1])
+    if isinstance(base, LinearRule):
+        d, p = weight.shape[::-1] if base.transposed else weight.shape
+        return LinearUse(keys["weight"], d, p, base.transposed)
+    return None
+
+
+def _attach(module: nn.Module, rule: Rule, state: ClipState, keys: dict[str, str]) -> None:
+    module.__dict__[_SITE] = (rule, state, keys)
+    _replace_forward(module, _site_forward)
+
+
+def _replace_forward(module: nn.Module, body: Callable[..., Any]) -> None:
+    """Put ``body(module, plain, *args, **kwargs)`` in front of the module's forward.
+
+    A bound method on the instance: a deep copy binds to the copy, an engine may still replace the class, and the
+    signature is the original's (Trainer and generate read it).
+    """
+    before = module.__dict__.get("forward")
+    if before is not None:
+        module.__dict__["_dpft_replaced"] = before
+    original = type(module).forward if before is None else before
+
+    @functools.wraps(type(module).forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        replaced = self.__dict__.get("_dpft_replaced")
+        plain = replaced if replaced is not None else types.MethodType(type(self).forward, self)
+        return body(self, plain, *args, **kwargs)
+
+    assert callable(original)
+    module.__dict__["forward"] = types.MethodType(forward, module)
+
+
+def _site_forward(module: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return plain(*args, **kwargs)
+    rule, state, keys = module.__dict__[_SITE]
+    return rule.forward(module, state, keys, plain, *args, **kwargs)
+
+
+def _model_forward(model: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if _SITE in model.__dict__:  # the wrapped model is itself one layer
+        bare = plain
+        plain = functools.partial(_site_forward, model, bare)
+    state: ClipState = model.__dict__[_STATE]
+    weights = kwargs.pop("example_weight", None)
+    if not torch.is_grad_enabled():
+        return _with_loss(plain(*args, **kwargs), lambda losses: _mean(losses, weights), kwargs)
+    state.check_parameters(model)
+    shape = _batch_shape(args, kwargs)
+    if shape is None:
+        return plain(*args, **kwargs)
+    state.begin(shape[0], shape[1] if len(shape) > 1 else 1)
+    if kwargs.get("labels") is None:
+        return plain(*args, **kwargs)
+    device = next(iter(state.parameters.values())).device
+    choice = state.choose(device, shape[0]).strategy
+    if choice == "per_example":
+        return _forward_each(state, plain, args, kwargs, weights, shape[0])
+    return _with_loss(
+        plain(*args, **kwargs), lambda losses: clip_boundary(state, losses, weights, choice), kwargs
+    )
+
+
+def _mean(losses: Tensor, weights: Tensor | None) -> Tensor:
+    present = torch.ones_like(losses, dtype=torch.bool) if weights is None else weights > 0
+    return torch.where(present, losses.float(), 0.0).sum() / present.sum().clamp(min=1)
+
+
+def _with_loss(out: Any, reduce: Callable[[Tensor], Tensor], kwargs: dict[str, Any]) -> Any:
+    """``out`` with its per-example losses reduced to the scalar that the user sees."""
+    if kwargs.get("labels") is None:
+        return out
+    losses = out[0] if isinstance(out, tuple) else getattr(out, "loss", None)
+    batch = kwargs["labels"].shape[0]
+    ours = isinstance(losses, Tensor) and losses.dim() == 1 and len(losses) == batch
+    if not ours and not torch.is_grad_enabled():
+        return out
+    if not ours:
+        got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ClippingError(
+            f"the model computed its own loss from labels (got {got}; expected per-example losses [{batch}] from "
+            "model.loss_function): a mean over the batch, or one with a term that mixes examples, cannot be clipped. "
+            "Leave labels out, compute losses [B] from the outputs, and call dpft.clipped_loss(model, losses)."
+        )
+    assert isinstance(losses, Tensor)
+    loss = reduce(losses)
+    if isinstance(out, tuple):
+        return (loss, *out[1:])
+    out["loss"] = loss
+    return out
+
+
+def _batch_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Size | None:
+    """Shape of the tensor that has the batch first."""
+    preferred = [kwargs.get(name) for name in ("input_ids", "inputs_embeds", "labels")]
+    for value in (*preferred, *args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return value.shape
+    return None
+
+
+def _forward_each(
+    state: ClipState,
+    plain: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    weights: Tensor | None,
+    batch: int,
+) -> Any:
+    """One forward per example, so that no architecture can mix them; the outputs are joined, detached."""
+
+    def row(value: Any, i: int, name: str = "") -> Any:
+        batched = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch
+        return value[i : i + 1] if batched and name not in _NOT_BATCHED else value
+
+    kwargs = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
+    losses, logits, out = [], [], None
+    for i in range(batch):
+        out = plain(*(row(a, i) for a in args), **{name: row(value, i, name) for name, value in kwargs.items()})
+        loss = out[0] if isinstance(out, tuple) else out.loss
+        losses.append(loss.reshape(()))
+        found = out[1] if isinstance(out, tuple) else getattr(out, "logits", None)
+        logits.append(found.detach() if isinstance(found, Tensor) else None)
+    loss = clip_boundary(state, losses, weights, "per_example")
+    joined = None if any(x is None for x in logits) else logits[0] if batch == 1 else torch.cat(logits)
+    if isinstance(out, tuple):
+        return (loss, joined)
+    assert out is not None
+    return type(out)(loss=loss, logits=joined)

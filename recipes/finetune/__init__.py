@@ -1,0 +1,1 @@
+"""The parts of the recipes: options, texts, data, loop, evaluation and report."""

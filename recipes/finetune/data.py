@@ -1,0 +1,188 @@
+"""From a name on the command line to tokenised examples and batches: one record, one example, never packed.
+
+Packing would put several records into one example, and clipping protects examples: the privacy unit would change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from transformers import PreTrainedTokenizerBase
+
+from finetune.corpora import in_validation, stdlib_docstrings, synthetic_tickets
+
+BUILT_IN = ("docstrings", "tickets")
+LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+TEXT_COLUMNS = ("text", "content", "document", "sentence")
+IGNORED_LABEL = -100  # transformers' mark for a token that has no loss
+
+
+def load_texts(
+    name: str,
+    config: str | None = None,
+    split: str = "train",
+    validation_split: str | None = None,
+    validation_share: float = 0.1,
+    seed: int = 0,
+) -> tuple[Dataset, Dataset]:
+    """Load the records to train on and to evaluate with.
+
+    Args:
+        name: ``docstrings`` or ``tickets`` (built in, no network), a folder written by ``Dataset.save_to_disk``, a
+            text (one record a line), JSON, JSON-lines, CSV or parquet file, or the name of a dataset of the hub.
+        config: configuration of a hub dataset.
+        split: split to train on.
+        validation_split: split to evaluate with; if None, one named ``validation`` or ``test`` is taken, and where
+            there is none a share of the training split is put aside.
+        validation_share: that share, drawn by a hash of the name, customer or position of the record.
+        seed: seed of the synthetic tickets.
+
+    Returns:
+        Training and validation records, disjoint.
+
+    Raises:
+        ValueError: the split does not exist, or a side is empty.
+    """
+    path = Path(name).expanduser()
+    key = None
+    if name == "docstrings":
+        records, key = Dataset.from_list(stdlib_docstrings()), "name"
+    elif name == "tickets":
+        # by customer: nobody is in training and validation at once
+        records, key = Dataset.from_list(synthetic_tickets(seed=seed)), "customer_id"
+    elif path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
+        records = load_from_disk(str(path))
+    elif path.suffix in LOADERS:
+        if not path.is_file():
+            raise ValueError(
+                f"--dataset {name!r}: no such file. Give a path from the folder you are in, or a full one."
+            )
+        records = load_dataset(LOADERS[path.suffix], data_files=str(path))
+    else:
+        records = load_dataset(name, config)
+    if isinstance(records, DatasetDict):
+        train = _split(records, split, name)
+        if validation_split is None:
+            others = [s for s in ("validation", "valid", "dev", "test") if s in records and s != split]
+            validation_split = others[0] if others else None
+        if validation_split is not None:
+            return _not_empty(train, _split(records, validation_split, name), name)
+        records = train
+    elif validation_split is not None:
+        raise ValueError(
+            f"--validation-split {validation_split!r}: {name!r} has one split only. Leave the option out."
+        )
+    if key is None:
+        held_out = [in_validation(str(position), validation_share) for position in range(len(records))]
+    else:
+        held_out = [in_validation(str(value), validation_share) for value in records[key]]
+    train = records.select([i for i, out in enumerate(held_out) if not out])
+    validation = records.select([i for i, out in enumerate(held_out) if out])
+    return _not_empty(train, validation, name)
+
+
+def _split(records: DatasetDict, split: str, name: str) -> Dataset:
+    if split not in records:
+        raise ValueError(
+            f"--dataset {name!r} has no split {split!r}; it has {', '.join(records)}. Choose one of them."
+        )
+    return records[split]
+
+
+def _not_empty(train: Dataset, validation: Dataset, name: str) -> tuple[Dataset, Dataset]:
+    if not len(train) or not len(validation):
+        raise ValueError(
+            f"--dataset {name!r}: {len(train)} training and {len(validation)} validation records; expected at least "
+            "one of each. Choose another --validation-split or --validation-share."
+        )
+    return train, validation
+
+
+def text_column(records: Dataset, wanted: str | None = None) -> str:
+    """The column that holds the text: the one asked for, else the first of the usual names, else the only column.
+
+    Raises:
+        ValueError: there is no such column, or it does not hold text.
+    """
+    columns = records.column_names
+    usual = [column for column in TEXT_COLUMNS if column in columns]
+    column = wanted or (usual[0] if usual else columns[0] if len(columns) == 1 else None)
+    if column is None or column not in columns:
+        raise ValueError(f"--text-column {wanted!r}: the data has the columns {', '.join(columns)}. Name one of them.")
+    if not isinstance(records[0][column], str):
+        raise ValueError(
+            f"--text-column {column!r} holds {type(records[0][column]).__name__}, expected text. Name another."
+        )
+    return column
+
+
+def tokenise(records: Dataset, tokenizer: PreTrainedTokenizerBase, seq_len: int, column: str) -> Dataset:
+    """Turn every record into one example of at most ``seq_len`` tokens; what is longer is cut off.
+
+    Args:
+        records: records with a column of text.
+        tokenizer: the model's tokenizer. The end token is appended where it has one and there is room.
+        seq_len: largest number of tokens of an example.
+        column: the column of text.
+
+    Returns:
+        A dataset of ``input_ids`` only, memory-mapped where ``records`` is: as many rows, in the same order. A row
+        may hold fewer than two tokens (an empty line); it stays, since dropping rows by their content would make the
+        number of examples depend on them, and it has no loss.
+    """
+
+    def cut(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        ids = tokenizer(batch[column], truncation=True, max_length=seq_len)["input_ids"]
+        end = tokenizer.eos_token_id
+        return {
+            "input_ids": [
+                [*row, end] if end is not None and len(row) < seq_len and row[-1:] != [end] else row for row in ids
+            ]
+        }
+
+    return records.map(cut, batched=True, remove_columns=records.column_names, desc=None)
+
+
+def make_collate(
+    pad_token_id: int, pad_to: int | None = None, multiple_of: int = 1
+) -> Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]:
+    """Make the function that turns a list of examples into a batch.
+
+    Args:
+        pad_token_id: token to pad with; it is masked and has no loss, so that any will do.
+        pad_to: pad every batch to this many tokens (static shapes); to the longest example in the batch if None.
+        multiple_of: round the length up to a multiple of this.
+
+    Returns:
+        A function from a list of examples to int64 tensors [B, T]: ``input_ids``, ``attention_mask`` (1 where there
+        is a token), ``labels`` (-100 on padding). It must be given at least one example; the loader of dpft adds its
+        rows of weight zero afterwards.
+    """
+
+    def collate(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        rows = [list(example["input_ids"]) for example in examples]
+        longest = max(1, *(len(row) for row in rows)) if rows else 1
+        length = pad_to or -(-longest // multiple_of) * multiple_of
+        if longest > length:
+            raise ValueError(
+                f"an example has {longest} tokens, expected at most {length}, the length to pad to. Cut the examples "
+                "to it with tokenise(), or raise --seq-len."
+            )
+        input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.long)
+        mask = torch.zeros_like(input_ids)
+        for i, row in enumerate(rows):
+            input_ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+            mask[i, : len(row)] = 1
+        # A row without a single token attends to nothing, which some attention kernels answer with NaN.
+        mask[:, 0] = 1
+        labels = input_ids.masked_fill(mask == 0, IGNORED_LABEL)
+        for i, row in enumerate(rows):
+            if not row:
+                labels[i] = IGNORED_LABEL
+        return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+
+    return collate

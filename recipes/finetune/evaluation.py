@@ -1,0 +1,94 @@
+"""What is measured on a model: its loss on a fixed set of validation examples, and what it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from finetune.data import IGNORED_LABEL
+
+
+def choose_examples(dataset: Any, at_most: int, seed: int) -> list[dict[str, Any]]:
+    """Choose the examples of every evaluation of a run: always the same ones, and the same number.
+
+    Args:
+        dataset: tokenised validation examples.
+        at_most: number of examples; all of them where there are fewer.
+        seed: public seed of the choice.
+    """
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = sorted(order[:at_most])
+    return [dataset[i] for i in chosen if len(dataset[i]["input_ids"]) > 1]
+
+
+@torch.no_grad()
+def validation_loss(
+    model: nn.Module,
+    examples: Sequence[dict[str, Any]],
+    collate: Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]],
+    accelerator: Accelerator | None = None,
+) -> float:
+    """Mean loss in nats a token over the examples, each weighted by its number of predicted tokens.
+
+    One example goes through the model at a time: the number then depends neither on padding nor on how a wrapped or
+    a bare model averages a batch, so that it can be compared before, after, and with the model read back from disk.
+
+    Args:
+        model: a causal language model, wrapped by dpft or not; left in the mode it was in.
+        examples: tokenised examples.
+        collate: from a list of examples to a batch.
+        accelerator: shares the examples between ranks; every rank runs the same number, as sharded engines need.
+    """
+    was_training = model.training
+    model.eval()
+    rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    device = accelerator.device if accelerator else next(model.parameters()).device
+    total = torch.zeros(2, dtype=torch.float64)
+    for start in range(0, len(examples), ranks):
+        position = start + rank
+        batch = collate([examples[min(position, len(examples) - 1)]])
+        predicted = int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
+        loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
+        if position < len(examples):  # the last round repeats an example on ranks that have none left
+            total += torch.tensor([loss.item() * predicted, predicted], dtype=torch.float64)
+    if accelerator is not None and ranks > 1:
+        total = accelerator.reduce(total.float().to(device), reduction="sum").double().cpu()
+    model.train(was_training)
+    return float(total[0] / total[1])
+
+
+@torch.no_grad()
+def sample_text(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int, seed: int) -> str:
+    """Let the model continue a prompt, with a seed of its own that touches no other random number.
+
+    Args:
+        model: a causal language model with ``generate``.
+        tokenizer: its tokenizer.
+        prompt: public text.
+        tokens: number of tokens to write.
+        seed: seed of the sampling.
+
+    Returns:
+        The prompt and what follows it.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        written = model.generate(
+            **inputs,
+            max_new_tokens=tokens,
+            do_sample=True,
+            temperature=0.7,
+            top_k=40,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )
+    model.train(was_training)
+    return tokenizer.decode(written[0], skip_special_tokens=True)

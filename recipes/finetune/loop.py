@@ -1,0 +1,218 @@
+"""The training loop: an ordinary Accelerate loop, with a progress bar, checks and a clean way to stop."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import get_scheduler
+
+from finetune.options import Options
+from finetune.private import Prepared
+
+
+class StaleWeightsError(RuntimeError):
+    """An optimiser step changed no weight, though it should have."""
+
+
+class Interrupt:
+    """Turns the first Ctrl-C into a wish to stop after the logical batch; the second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        tqdm.write("stopping after this logical batch (Ctrl-C again: at once)")
+
+    @contextmanager
+    def listening(self) -> Iterator[Interrupt]:
+        """Listen while the body runs, then put the handlers back that were there."""
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class WeightWatch:
+    """Notices an optimiser that trains nothing, such as one that holds parameters which were replaced since.
+
+    Keeps some elements of every trainable tensor, not a second copy of the model.
+    """
+
+    def __init__(self, model: nn.Module, elements: int = 256) -> None:
+        self.model, self.elements = model, elements
+        self.before = self._look()
+
+    def _look(self) -> dict[str, torch.Tensor]:
+        seen = {}
+        for name, parameter in self.model.named_parameters():
+            local = parameter.detach()
+            local = (local.to_local() if hasattr(local, "to_local") else local).reshape(-1)
+            if parameter.requires_grad and local.numel():  # a sharded engine may hold nothing of it here
+                seen[name] = local[:: max(1, local.numel() // self.elements)].cpu().clone()
+        return seen
+
+    def check(self) -> None:
+        """Compare with what was kept.
+
+        Raises:
+            StaleWeightsError: no tensor moved.
+        """
+        now = self._look()
+        if self.before and all(torch.equal(now[name], old) for name, old in self.before.items() if name in now):
+            raise StaleWeightsError(
+                f"the first optimiser step moved none of {len(self.before)} trainable tensors, expected all to "
+                "move. Does the optimiser hold this model's parameters (move the model and add adapters before making "
+                "it), and is the learning rate large enough for their dtype?"
+            )
+
+
+@dataclass
+class History:
+    """The metrics of a run, kept and written as JSON lines as they come."""
+
+    path: Path | None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Add one row, and write it at once, so that a killed run has its metrics."""
+        self.rows.append(row)
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def read(self) -> None:
+        """Take the rows that an interrupted run left."""
+        if self.path is not None and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            self.rows = [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def train(
+    accelerator: Accelerator,
+    prepared: Prepared,
+    options: Options,
+    history: History,
+    evaluate: Callable[[nn.Module], float],
+    scheduler: Any,
+    checkpoint: Callable[[int], None],
+) -> bool:
+    """Train until the plan's last logical batch.
+
+    Args:
+        accelerator: of the run.
+        prepared: model, optimiser, loader.
+        options: of the run.
+        history: takes a row for each logical batch.
+        evaluate: validation loss of a model.
+        scheduler: of the learning rate; takes a step for each logical batch.
+        checkpoint: saves the state after a logical step.
+
+    Returns:
+        Whether the run came to its end; False if it was interrupted, and then a checkpoint was written.
+
+    Raises:
+        StaleWeightsError: the first step changed nothing.
+    """
+    plan, model, optimizer = prepared.plan, prepared.model, prepared.optimizer
+    target = options.target_epsilon if options.target_epsilon is not None else plan.epsilon
+    watch: WeightWatch | None = WeightWatch(model)
+    bar = tqdm(
+        total=plan.num_steps,
+        initial=prepared.step,
+        desc="private" if prepared.private else "NOT PRIVATE",
+        unit="step",
+        disable=not accelerator.is_main_process,
+        dynamic_ncols=True,
+    )
+    # loss, tokens, clipped examples, examples; of one logical batch, on this rank
+    sums, began = torch.zeros(4, dtype=torch.float64), time.perf_counter()
+    model.train()
+    with Interrupt().listening() as interrupt, bar:
+        for batch in prepared.loader:
+            loss = model(**batch).loss
+            accelerator.backward(loss)
+            clipped, examples = prepared.clipped(batch)
+            tokens = float((batch["attention_mask"] * batch["example_weight"][:, None]).sum())
+            sums += torch.tensor([loss.item() * examples, tokens, clipped, examples], dtype=torch.float64)
+            last = prepared.ends_logical_batch
+            rate = optimizer.param_groups[0]["lr"]
+            optimizer.step()
+            optimizer.zero_grad()
+            if not last:
+                continue
+            scheduler.step()
+            if watch is not None and rate > 0:  # a warm-up begins with a learning rate of zero
+                watch.check()
+                watch = None
+            step = prepared.step
+            stop = torch.tensor([float(interrupt.asked)], dtype=torch.float64)
+            totals = torch.cat([sums, stop])
+            if accelerator.num_processes > 1:
+                totals = accelerator.reduce(totals.float().to(accelerator.device), reduction="sum").double().cpu()
+            loss_sum, tokens, clipped, examples, asked = totals.tolist()
+            now = time.perf_counter()
+            row = {
+                "step": step,
+                "loss": loss_sum / examples if examples else None,
+                "tokens_per_second": tokens / (now - began),
+                "epsilon": prepared.epsilon(),
+                "clipped_share": clipped / examples if examples else None,
+                "learning_rate": rate,
+            }
+            finished = step >= plan.num_steps
+            if options.eval_every and step % options.eval_every == 0 and not finished:
+                row["validation_loss"] = evaluate(model)
+            if accelerator.is_main_process:
+                history.add(row)
+            accelerator.log({key: value for key, value in row.items() if value is not None}, step=step)
+            bar.set_postfix_str(describe(row, target))
+            bar.update(1)
+            if not finished and (asked or _due(step, options.checkpoint_every)):
+                checkpoint(step)
+            if asked and not finished:
+                return False
+            sums, began = torch.zeros(4, dtype=torch.float64), time.perf_counter()
+    return True
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def describe(row: dict[str, Any], target: float) -> str:
+    """The end of the progress bar, from one row of metrics."""
+    loss = row["loss"]
+    words = ["empty batch" if loss is None else f"loss {loss:.3f}"]
+    if row["epsilon"] is not None:
+        words.append(f"epsilon {row['epsilon']:.2f} of {target:g}")
+    words.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+    if row.get("clipped_share") is not None:
+        words.append(f"{row['clipped_share']:.0%} clipped")
+    return ", ".join(words)
+
+
+def make_scheduler(options: Options, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
+    """The schedule of the learning rate, one step for each logical batch.
+
+    It is not handed to ``accelerator.prepare``, which would step it once for each process.
+    """
+    return get_scheduler(
+        options.lr_scheduler_type, optimizer, num_warmup_steps=options.warmup_steps, num_training_steps=num_steps
+    )

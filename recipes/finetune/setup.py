@@ -1,0 +1,157 @@
+"""What is made before a run: threads, folders, model, tokenizer, examples, and the forecast of a dry run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from finetune.data import load_texts, make_collate, text_column, tokenise
+from finetune.evaluation import choose_examples
+from finetune.options import Options
+from finetune.private import LEDGER
+
+DEFAULT_OUTPUT = Path("outputs") / "llama_dp"
+
+
+def set_threads(options: Options, accelerator: Accelerator) -> None:
+    """Give torch the cores that this process may use, on a CPU.
+
+    ``accelerate launch`` leaves a single process with one thread unless it is told that there is no GPU.
+    """
+    if accelerator.device.type != "cpu":
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    torch.set_num_threads(options.cpu_threads or max(1, cores // here))
+
+
+def choose_output(options: Options, accelerator: Accelerator) -> Path:
+    """Choose and make the folder of the run, the same one on every rank.
+
+    Raises:
+        FileExistsError: the folder holds a run already, and neither resuming nor overwriting was asked for.
+    """
+    choice: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            choice = [_choose_output(options)]
+        except OSError as error:  # every rank has to hear of it, or the others wait for ever
+            choice = [error]
+    broadcast_object_list(choice)
+    if isinstance(choice[0], OSError):
+        raise choice[0]
+    return Path(choice[0])
+
+
+def _choose_output(options: Options) -> Path:
+    if options.output_dir is not None:
+        chosen = Path(options.output_dir).expanduser()
+    else:
+        candidates = [
+            DEFAULT_OUTPUT,
+            *(DEFAULT_OUTPUT.with_name(f"{DEFAULT_OUTPUT.name}-{n}") for n in range(2, 10_000)),
+        ]
+        first_free = next(i for i, folder in enumerate(candidates) if not folder.exists())
+        # to resume is to go on with the last one
+        chosen = candidates[max(0, first_free - 1) if options.resume_from_checkpoint else first_free]
+    if (chosen / LEDGER).exists() and not options.resume_from_checkpoint:
+        if not options.overwrite_output_dir:
+            raise FileExistsError(
+                f"--output-dir {str(chosen)!r} holds the ledger of a run. Go on with it by --resume-from-checkpoint, "
+                "choose another folder, or start anew by --overwrite-output-dir."
+            )
+        shutil.rmtree(chosen)
+    chosen.mkdir(parents=True, exist_ok=True)
+    return chosen
+
+
+@dataclass
+class Materials:
+    """The public and private inputs of a run."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Any
+    validation: list[dict[str, Any]]
+    collate: Callable[..., dict[str, torch.Tensor]]
+
+
+def load_materials(options: Options, accelerator: Accelerator) -> Materials:
+    """Load tokenizer and texts, and tokenise them; one rank first, so that the others find the cache."""
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    with accelerator.main_process_first():
+        train, validation = load_texts(
+            options.dataset,
+            options.dataset_config,
+            options.split,
+            options.validation_split,
+            options.validation_share,
+            options.seed,
+        )
+        column = text_column(train, options.text_column)
+        train = tokenise(train, tokenizer, options.seq_len, column)
+        validation = tokenise(validation, tokenizer, options.seq_len, column)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    chosen = choose_examples(validation, options.max_eval_examples, options.seed)
+    if not chosen:
+        raise ValueError(f"no validation record of {options.dataset!r} has two tokens; choose another --text-column.")
+    return Materials(tokenizer, train, chosen, make_collate(pad if pad is not None else 0))
+
+
+def load_model(options: Options) -> nn.Module:
+    """Load the model, with adapters and checkpointing as asked for.
+
+    Raises:
+        ValueError: the examples are longer than the model's positions.
+        ImportError: LoRA was asked for, and peft is missing.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        options.model, dtype=torch.bfloat16 if options.bf16 else torch.float32
+    )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions and options.seq_len > positions:
+        raise ValueError(
+            f"--seq-len {options.seq_len} is more than the {positions} positions of {options.model!r}. Lower it, or "
+            "take a model with a longer context."
+        )
+    model.config.use_cache = False
+    if options.lora_r:
+        model = _with_lora(model, options)
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _with_lora(model: nn.Module, options: Options) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError("--lora-r needs peft, which is not installed: pip install 'dpft[peft]'.") from error
+    names: str | list[str] = options.lora_target_modules
+    if names != "all-linear":
+        names = [name.strip() for name in options.lora_target_modules.split(",") if name.strip()]
+    torch.manual_seed(options.seed)  # adapters start at random, and the same on every rank
+    config = LoraConfig(r=options.lora_r, lora_alpha=options.lora_alpha, target_modules=names, task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+def steady_memory(model: nn.Module) -> str:
+    """What parameters, accumulators and AdamW hold for the whole run, in words; activations come on top."""
+    every = sum(p.numel() * p.element_size() for p in model.parameters())
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    adam = sum(2 * p.numel() * p.element_size() for p in trainable)
+    sums = sum(4 * p.numel() for p in trainable)  # the clipped sum of a logical batch is float32 in any case
+    total = every + adam + sums
+    return (
+        f"{total / 2**20:,.1f} MiB held: parameters {every / 2**20:,.1f}, clipped sums {sums / 2**20:,.1f}, AdamW "
+        f"{adam / 2**20:,.1f}; activations of a physical batch come on top"
+    )

@@ -1,0 +1,36 @@
+"""What every test needs: no network, caches of its own, the same random numbers on every run."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+# Before torch, transformers or deepspeed is imported, and inherited by the processes that tests start.
+_SCRATCH = tempfile.mkdtemp(prefix="dpft-tests-")
+atexit.register(shutil.rmtree, _SCRATCH, ignore_errors=True)
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = os.path.join(_SCRATCH, "huggingface")  # also hides the user's default Accelerate config
+# A process killed while it builds an extension leaves a lock that makes all later builds wait for ever.
+os.environ["TORCH_EXTENSIONS_DIR"] = os.path.join(_SCRATCH, "torch_extensions")
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests fork, and a forked tokenizer warns about its threads
+
+import hypothesis
+import pytest
+import torch
+
+# No deadline: another process on the machine must not fail a test. Derandomised: a red run can be repeated.
+hypothesis.settings.register_profile("dpft", deadline=None, derandomize=True, print_blob=True, database=None)
+hypothesis.settings.load_profile("dpft")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> Iterator[None]:
+    """Seeds torch's global generator, and gives back the default dtype that a test may have changed."""
+    dtype = torch.get_default_dtype()
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(dtype)

@@ -1,0 +1,382 @@
+"""The rules of the house that a program can read: layers, random numbers, file length, suppressions, private paths.
+
+Each rule is a function from source text to a list of complaints, so that it is tested on a bad sample too.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import os
+import re
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MAX_LINES = 400
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The one way that imports go. A part of dpft (a module or a folder at its top) may import itself and the parts named
+# here. A new part needs a line; write it where it belongs on the way, which is from top to bottom.
+_LOW = {"errors"}
+_ARITHMETIC = _LOW | {"kernels", "rules"}
+_GRADIENT = _ARITHMETIC | {"clipping", "models", "wrap"}
+_MECHANISM = _LOW | {"privacy", "noise", "optimizer", "loader"}
+
+LAYERS: dict[str, set[str]] = {
+    "errors": set(),
+    "privacy": _LOW,
+    "kernels": _LOW,
+    "rules": _LOW | {"kernels"},
+    "clipping": _ARITHMETIC,
+    "models": _ARITHMETIC | {"clipping"},
+    "wrap": _ARITHMETIC | {"clipping", "models"},
+    "noise": _LOW,
+    "optimizer": _LOW | {"noise", "privacy", "clipping"},
+    "loader": _LOW | {"privacy"},
+    "engines": _GRADIENT | _MECHANISM,
+    "prepare": _GRADIENT | _MECHANISM | {"engines"},
+    "trainer": _GRADIENT | _MECHANISM | {"engines", "prepare"},
+}
+LAYERS["__init__"] = set(LAYERS)
+
+# The oracle is right because it shares nothing with what it judges: within kernels, only these may import it.
+ORACLE = "dpft.kernels.reference"
+ORACLE_IMPORTERS = {"dpft.kernels", "dpft.kernels.reference"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading imports
+
+
+def module_name(path: Path) -> str:
+    """Dotted name of a file below the project's root: ``dpft/rules/linear.py`` is ``dpft.rules.linear``."""
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def dpft_imports(source: str, module: str, is_package: bool = False) -> Iterator[tuple[int, str]]:
+    """Yields ``(line, dotted name)`` for every import of dpft, wherever it stands (function, ``TYPE_CHECKING``)."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, a.name) for a in node.names if a.name.split(".")[0] == "dpft")
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module.split(".") if is_package else module.split(".")[:-1]
+                anchor = package[: len(package) - node.level + 1]
+                base = ".".join([*anchor, *([base] if base else [])])
+            if base.split(".")[0] == "dpft":
+                yield from ((node.lineno, f"{base}.{a.name}") for a in node.names)
+
+
+def part_of(dotted: str) -> str:
+    """The part of dpft that a dotted name belongs to: ``dpft.rules.linear.x`` is of ``rules``, ``dpft`` of itself."""
+    pieces = dotted.split(".")
+    return pieces[1] if len(pieces) > 1 else "__init__"
+
+
+def layer_complaints(source: str, module: str, is_package: bool = False) -> list[str]:
+    """Imports of a module of dpft that go against the way, or through the package's own public names."""
+    part = part_of(module)
+    if part not in LAYERS:
+        return [f"{module}: '{part}' is not in LAYERS of {Path(__file__).name}: say there what it may import"]
+    complaints = []
+    for line, target in dpft_imports(source, module, is_package):
+        imported = part_of(target)
+        if imported not in LAYERS:
+            complaints.append(f"{module}:{line} imports {target}: inside dpft, import from the module that defines it")
+        elif imported != part and imported not in LAYERS[part]:
+            allowed = ", ".join(sorted(LAYERS[part])) or "nothing"
+            complaints.append(f"{module}:{line} imports {target}: {part} may import only {allowed}")
+        if f"{target}.".startswith(f"{ORACLE}.") and module.startswith("dpft.") and module not in ORACLE_IMPORTERS:
+            complaints.append(f"{module}:{line} imports the oracle: what it judges must share nothing with it")
+    return complaints
+
+
+def public_names(init_source: str) -> set[str]:
+    """The strings of ``__all__``."""
+    for node in ast.parse(init_source).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(t, ast.Name) and t.id == "__all__" for t in targets):
+            return set(ast.literal_eval(node.value))  # type: ignore[attr-defined]  # both kinds of assignment have it
+    return set()
+
+
+def public_complaints(
+    source: str, module: str, public: set[str], may_import: frozenset[str] = frozenset()
+) -> list[str]:
+    """Uses of dpft in ``recipes``, ``tools`` or ``tests`` that are neither public nor of a part in ``may_import``."""
+    complaints = []
+    for line, target in dpft_imports(source, module):
+        name = target.split(".", 1)[1] if "." in target else ""
+        if name and name not in public and part_of(target) not in may_import:
+            complaints.append(f"{module}:{line} imports {target}, which is not a public name of dpft")
+    for node in ast.walk(ast.parse(source)):
+        if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "dpft"):
+            continue
+        if node.attr not in public | may_import and not node.attr.startswith("__"):
+            complaints.append(f"{module}:{node.lineno} uses dpft.{node.attr}, which is not a public name of dpft")
+    return complaints
+
+
+def mirrored_part(path: Path) -> str | None:
+    """The part of dpft that a test file mirrors: ``tests/rules/...`` and ``tests/test_rules*.py`` mirror ``rules``."""
+    relative = path.relative_to(ROOT / "tests")
+    if len(relative.parts) > 1:
+        return relative.parts[0] if relative.parts[0] in LAYERS else None
+    name = relative.stem.removeprefix("test_")
+    return next((part for part in LAYERS if name == part or name.startswith(f"{part}_")), None)
+
+
+def cycles(graph: dict[str, set[str]]) -> list[str]:
+    """The import cycles of a graph from module to imported modules, one line each."""
+    found: list[str] = []
+    done: set[str] = set()
+
+    def visit(module: str, trail: list[str]) -> None:
+        if module in trail:
+            found.append(" -> ".join([*trail[trail.index(module) :], module]))
+        elif module not in done:
+            for imported in sorted(graph.get(module, ())):
+                visit(imported, [*trail, module])
+            done.add(module)
+
+    for module in sorted(graph):
+        visit(module, [])
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random numbers, suppressions, paths
+
+_DRAWS = {"bernoulli", "multinomial", "normal", "rand", "randint", "randn", "randperm"}
+_INPLACE_DRAWS = {"bernoulli_", "cauchy_", "exponential_", "normal_", "random_", "uniform_"}
+
+
+def randomness_complaints(source: str, module: str) -> list[str]:
+    """``*_like`` draws (they ignore the generator and take the parameter's dtype), and draws without a generator."""
+    complaints = []
+    for node in ast.walk(ast.parse(source)):
+        name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+        if name in {"rand_like", "randint_like", "randn_like"}:
+            complaints.append(f"{module}:{node.lineno} uses {name}: draw float32 from an explicit generator")  # type: ignore[attr-defined]  # a name or an attribute, which have a line
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
+            draws = (of_torch and node.func.attr in _DRAWS) or node.func.attr in _INPLACE_DRAWS
+            if draws and not any(keyword.arg == "generator" for keyword in node.keywords):
+                complaints.append(f"{module}:{node.lineno} calls {node.func.attr} without generator=")
+    return complaints
+
+
+_SUPPRESSION = re.compile(
+    r"#\s*(?:type:\s*ignore|noqa|pyright:\s*ignore|pragma:\s*no cover)"
+    r"(?P<code>:\s*[A-Z]+\d+(?:\s*,\s*[A-Z]+\d+)*|\[[^\]]+\])?"
+)
+
+
+def suppression_complaints(source: str, module: str) -> list[str]:
+    """``type: ignore`` and ``noqa`` comments that name no error code, or give no reason on their line."""
+    complaints = []
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type != tokenize.COMMENT or not _SUPPRESSION.search(token.string):
+            continue
+        if any(not match["code"] and "pragma" not in match[0] for match in _SUPPRESSION.finditer(token.string)):
+            complaints.append(f"{module}:{token.start[0]} suppresses without naming the error code")
+        if len(re.findall("[A-Za-z]", _SUPPRESSION.sub("", token.string))) < 8:
+            complaints.append(f"{module}:{token.start[0]} suppresses without giving the reason on the line")
+    return complaints
+
+
+# Put together from pieces, so that this file does not mention what it looks for.
+_FOLDERS = "|".join(["wo" + "rk", "ro" + "ot", "ho" + r"me/\w+", "Us" + r"ers/\w+"])
+_PRIVATE_PATH = re.compile(r"(?<![\w.~$})-])/(?:" + _FOLDERS + r")(?![\w-])")
+
+
+def path_complaints(text: str, name: str) -> list[str]:
+    """Lines that mention a directory of somebody's machine."""
+    return [
+        f"{name}:{number} mentions a path of one machine: {line.strip()[:80]}"
+        for number, line in enumerate(text.splitlines(), 1)
+        if _PRIVATE_PATH.search(line)
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The project
+
+_NOT_OURS = {".git", ".venv", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", "__pycache__"}
+_NOT_OURS |= {"build", "dist", "outputs"}
+_TEXT = {"", ".cfg", ".ini", ".md", ".py", ".sh", ".toml", ".txt", ".yaml", ".yml"}
+
+
+def project_files() -> list[Path]:
+    """Every file of the project that people write."""
+    found: list[Path] = []
+    for directory, folders, files in os.walk(ROOT):
+        inner = [f for f in folders if f not in _NOT_OURS and not f.endswith(".egg-info")]
+        folders[:] = [f for f in inner if directory != str(ROOT) or not f.startswith(".") or f in {".ci", ".github"}]
+        found += [Path(directory, f) for f in files if Path(f).suffix in _TEXT]
+    return sorted(found)
+
+
+def python_files(*folders: str) -> list[Path]:
+    return [p for p in project_files() if p.suffix == ".py" and p.relative_to(ROOT).parts[0] in folders]
+
+
+def report(complaints: list[str]) -> None:
+    assert not complaints, "\n" + "\n".join(complaints)
+
+
+def test_imports_go_one_way() -> None:
+    files = python_files("dpft")
+    assert len(files) > 5, "found no modules: the test looks in the wrong place"
+    report([c for p in files for c in layer_complaints(p.read_text(), module_name(p), p.name == "__init__.py")])
+
+
+def test_layers_have_no_cycle() -> None:
+    report(cycles({part: allowed - {part} for part, allowed in LAYERS.items()}))
+
+
+def test_modules_have_no_import_cycle() -> None:
+    files = {module_name(p): p for p in python_files("dpft")}
+    graph: dict[str, set[str]] = {}
+    for module, path in files.items():
+        graph[module] = set()
+        for _, target in dpft_imports(path.read_text(), module, path.name == "__init__.py"):
+            while target not in files:
+                target = target.rpartition(".")[0]
+            graph[module].add(target)
+        graph[module].discard(module)
+    report(cycles(graph))
+
+
+def test_recipes_and_tools_use_public_names() -> None:
+    public = public_names((ROOT / "dpft" / "__init__.py").read_text())
+    files = python_files("recipes", "tools")
+    report([c for p in files for c in public_complaints(p.read_text(), module_name(p), public)])
+
+
+def test_tests_use_public_names_or_the_part_they_mirror() -> None:
+    public = public_names((ROOT / "dpft" / "__init__.py").read_text())
+    complaints = []
+    for path in python_files("tests"):
+        part = mirrored_part(path)
+        may_import = frozenset({part} | LAYERS[part]) if part else frozenset()
+        complaints += public_complaints(path.read_text(), module_name(path), public, may_import)
+    report(complaints)
+
+
+def test_draws_take_a_generator() -> None:
+    report([c for p in python_files("dpft") for c in randomness_complaints(p.read_text(), module_name(p))])
+
+
+def test_no_module_is_too_long() -> None:
+    lengths = {p: len(p.read_text().splitlines()) for p in python_files("dpft", "recipes", "tools", "tests")}
+    report([f"{module_name(p)} has {n} lines: make it two modules" for p, n in lengths.items() if n > MAX_LINES])
+
+
+def test_suppressions_have_reasons() -> None:
+    files = python_files("dpft", "recipes", "tools", "tests")
+    report([c for p in files for c in suppression_complaints(p.read_text(), module_name(p))])
+
+
+def test_no_path_of_one_machine() -> None:
+    files = project_files()
+    assert ROOT / "setup.cfg" in files
+    report([c for p in files for c in path_complaints(p.read_text(errors="replace"), str(p.relative_to(ROOT)))])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The checkers themselves
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("dpft.privacy.sampler", "from dpft.kernels import linear"),
+        ("dpft.kernels.linear", "from dpft.rules.linear import rule"),
+        ("dpft.kernels.linear", "import dpft.clipping.boundary"),
+        ("dpft.kernels.linear", "from ..clipping import boundary"),
+        ("dpft.kernels.linear", "from .. import wrap"),
+        ("dpft.rules.linear", "def f():\n    from dpft.models import heads"),
+        ("dpft.noise", "import typing\nif typing.TYPE_CHECKING:\n    from dpft.optimizer import DPOptimizer"),
+        ("dpft.wrap", "from dpft.engines.fsdp import gather"),
+        ("dpft.wrap", "from dpft import DPOptimizer"),
+        ("dpft.unheard_of", ""),
+        ("dpft.kernels.linear", "from dpft.kernels.reference import norms"),
+        ("dpft.kernels.linear", "from . import reference"),
+    ],
+)
+def test_layer_checker_complains(module: str, source: str) -> None:
+    assert layer_complaints(source, module)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("dpft.rules.linear", "import torch\nfrom dpft.kernels import linear\nfrom .registry import rule"),
+        ("dpft.rules.linear", "from dpft.errors import UnsupportedModuleError"),
+        ("dpft.prepare", "from dpft.wrap import wrap\nfrom dpft.engines import one_process"),
+        ("dpft.kernels.linear", "import dpft_other\nfrom dpftish import x"),
+    ],
+)
+def test_layer_checker_is_content(module: str, source: str) -> None:
+    assert not layer_complaints(source, module)
+
+
+def test_relative_import_of_a_package_starts_from_itself() -> None:
+    assert [t for _, t in dpft_imports("from .linear import f", "dpft.kernels", is_package=True)] == [
+        "dpft.kernels.linear.f"
+    ]
+
+
+def test_public_checker() -> None:
+    public = public_names('from dpft.wrap import wrap\n\n__all__ = ["stats", "wrap"]\n')
+    assert public == {"stats", "wrap"}
+    good = "import dpft\nfrom dpft import stats\ndpft.wrap(1)\ndpft.__version__"
+    assert not public_complaints(good, "recipes.x", public)
+    bad = "from dpft.wrap import _attach\nimport dpft.clipping\ndpft.clipping.f()\nfrom dpft import hidden"
+    assert len(public_complaints(bad, "recipes.x", public)) == 4
+    assert not public_complaints("from dpft.kernels.linear import f", "tests.rules.x", public, frozenset({"kernels"}))
+
+
+def test_mirrored_part() -> None:
+    assert mirrored_part(ROOT / "tests" / "kernels" / "test_linear.py") == "kernels"
+    assert mirrored_part(ROOT / "tests" / "test_optimizer_resume.py") == "optimizer"
+    assert mirrored_part(ROOT / "tests" / "test_end_to_end.py") is None
+    assert mirrored_part(ROOT / "tests" / "recipes" / "test_options.py") is None
+
+
+def test_cycle_checker() -> None:
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a -> b -> c -> a"]
+    assert not cycles({"a": {"b", "c"}, "b": {"c"}, "c": set()})
+
+
+def test_randomness_checker() -> None:
+    bad = "noise = torch.randn_like(p)\nx = torch.randn(3)\np.normal_(0, 1)\nq = randn_like(p)"
+    assert len(randomness_complaints(bad, "dpft.noise")) == 4
+    good = "torch.randn(3, generator=g)\np.normal_(generator=g)\nrng.normal(0, 1)\nx.random_walk()"
+    assert not randomness_complaints(good, "dpft.noise")
+
+
+def test_suppression_checker() -> None:
+    ignore, quiet = "# type: " + "ignore", "# no" + "qa"
+    reason = "  # the table is wide"
+    for bad in (ignore, f"{ignore}[misc]", f"{quiet}: E501", quiet + reason, ignore + reason):
+        assert suppression_complaints(f"x = 1  {bad}\n", "m"), bad
+    for good in (f"{ignore}[misc]{reason}", f"{quiet}: E501, F401 - the table is wide", "# plain"):
+        assert not suppression_complaints(f"x = 1  {good}\n", "m"), good
+    assert not suppression_complaints(f's = "{quiet}"\n', "m"), "a string is no comment"
+
+
+def test_path_checker() -> None:
+    for bad in ("wo" + "rk/shared", "ro" + "ot", "ho" + "me/ann/x"):
+        assert path_complaints(f"see /{bad} for it", "f")
+        assert path_complaints(f'path = "/{bad}"', "f")
+    root = "/ro" + "ot"
+    for good in (f"frame{root}", f"https://example.org{root}", f"~{root}", "and / or", f"{root}ed", f"{root}-level"):
+        assert not path_complaints(good, "f"), good
