@@ -81,7 +81,7 @@ class PrivateDataLoader:
     ) -> None:
         self._loader = DataLoader(
             _Fetch(dataset, collate_fn or default_collate, static_shapes),
-            sampler=batches,  # type: ignore[arg-type]  # an Iterable of items is what DataLoader asks for
+            sampler=batches,
             batch_size=None,
             num_workers=num_workers,
             pin_memory=torch.device(device).type == "cuda",

@@ -90,7 +90,7 @@ class GaussianNoise:
         return torch.from_numpy(values)
 
 
-def _secure_normal(count: int) -> np.ndarray:  # type: ignore[type-arg]  # numpy's generic parameters differ by version
+def _secure_normal(count: int) -> np.ndarray:
     """``count`` standard normal float64 values, each the sum of four Box-Muller draws over two."""
     pairs = -(-count * _SECURE_DRAWS // 2)
     words = np.frombuffer(os.urandom(16 * pairs), dtype=np.uint64).reshape(2, pairs)

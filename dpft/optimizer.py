@@ -54,7 +54,8 @@ class DPOptimizer(torch.optim.Optimizer):
         check: Callable[[Iterable[nn.Parameter]], None] | None = None,
         sum_scale: float = 1.0,
     ) -> None:
-        if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, DPOptimizer):
+        given: Any = optimizer
+        if not isinstance(given, torch.optim.Optimizer) or isinstance(given, DPOptimizer):
             raise ValueError(f"expected a torch.optim.Optimizer, not private yet; got {type(optimizer).__name__}")
         _require("noise_multiplier", noise_multiplier, at_least=0.0)
         for name, value in (
@@ -92,7 +93,7 @@ class DPOptimizer(torch.optim.Optimizer):
     def _accumulate_in_float32(self) -> None:
         for p in self.parameters():
             if p.dtype in (torch.bfloat16, torch.float16):
-                p.grad_dtype = torch.float32  # type: ignore[attr-defined]  # new in torch 2.10, not in its stubs
+                p.grad_dtype = torch.float32
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # no closure, no loss
         """End a physical batch; at the end of its logical batch, release and step the inner optimiser.
@@ -138,7 +139,7 @@ class DPOptimizer(torch.optim.Optimizer):
         total.div_(self.expected_batch_size * self.sum_scale)
         p.grad = None
         if p.dtype != total.dtype:
-            p.grad_dtype = p.dtype  # type: ignore[attr-defined]  # new in torch 2.10, not in its stubs
+            p.grad_dtype = p.dtype
         p.grad = total.to(p.dtype)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -179,10 +180,11 @@ class DPOptimizer(torch.optim.Optimizer):
 
 
 def _require(name: str, value: float, at_least: float | None = None, above: float | None = None) -> None:
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if ok and at_least is not None and value >= at_least:
-        return
-    if ok and above is not None and value > above:
-        return
+    number: Any = value  # what the caller passed, whatever the annotation says
+    if isinstance(number, (int, float)) and not isinstance(number, bool) and math.isfinite(number):
+        if at_least is not None and number >= at_least:
+            return
+        if above is not None and number > above:
+            return
     bound = f">= {at_least}" if at_least is not None else f"> {above}"
     raise ValueError(f"{name} is {value!r}; expected a finite number {bound}")

@@ -87,7 +87,11 @@ class PrivacyRun:
     def report(self) -> dict[str, Any]:
         """The privacy report, for a model card; see :func:`dpft.privacy.report.privacy_report`."""
         return privacy_report(
-            self.plan, self.ledger, clipping=self.clipping, noise_seed_known=self.seeded, sampling_seed_known=self.seeded
+            self.plan,
+            self.ledger,
+            clipping=self.clipping,
+            noise_seed_known=self.seeded,
+            sampling_seed_known=self.seeded,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def wrap(
     causal_lm = find_causal_lm(model)
     if causal_lm is not None:
         causal_lm.__dict__[_LOSS] = causal_lm.__dict__.get("_loss_function")
-        causal_lm.loss_function = per_example_causal_lm_losses
+        setattr(causal_lm, "loss_function", per_example_causal_lm_losses)  # noqa: B010  # a property that torch cannot type
     return model
 
 
@@ -348,15 +348,17 @@ def _forward_each(
         return value[i : i + 1] if batched and name not in _NOT_BATCHED else value
 
     kwargs = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
-    losses, logits, out = [], [], None
+    losses: list[Tensor] = []
+    logits: list[Tensor] = []
+    out: Any = None
     for i in range(batch):
         out = plain(*(row(a, i) for a in args), **{name: row(value, i, name) for name, value in kwargs.items()})
         loss = out[0] if isinstance(out, tuple) else out.loss
         losses.append(loss.reshape(()))
         found = out[1] if isinstance(out, tuple) else getattr(out, "logits", None)
-        logits.append(found.detach() if isinstance(found, Tensor) else None)
+        logits += [found.detach()] if isinstance(found, Tensor) else []
     loss = clip_boundary(state, losses, weights, "per_example")
-    joined = None if any(x is None for x in logits) else logits[0] if batch == 1 else torch.cat(logits)
+    joined = None if len(logits) < batch else logits[0] if batch == 1 else torch.cat(logits)
     if isinstance(out, tuple):
         return (loss, joined)
     assert out is not None

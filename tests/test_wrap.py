@@ -262,10 +262,10 @@ def test_models_do_not_share_state() -> None:
 def test_replaced_parameter_is_noticed(strategy: str) -> None:
     """Opacus issue 820: epsilon accrued, weights did not move."""
     model = dpft.wrap(seeded(Net), strategy=strategy)
-    step(model)
+    step(model, strategy)
     model.first.weight = nn.Parameter(model.first.weight.detach().clone())
     with pytest.raises(WrapError, match=r"first\.weight"):
-        step(model)
+        step(model, strategy)
 
 
 @strategies
@@ -274,7 +274,7 @@ def test_added_parameters_are_noticed(strategy: str) -> None:
     model = dpft.wrap(seeded(Net), strategy=strategy)
     model.middle = nn.Linear(6, 6)
     with pytest.raises(DPFTError, match="middle"):
-        step(model)
+        step(model, strategy)
 
 
 @strategies
@@ -282,7 +282,7 @@ def test_replaced_layer_is_noticed(strategy: str) -> None:
     model = dpft.wrap(seeded(Net), strategy=strategy)
     model.last = nn.Linear(6, 6)
     with pytest.raises(DPFTError, match="last"):
-        step(model)
+        step(model, strategy)
 
 
 @strategies
@@ -338,7 +338,7 @@ def test_deepcopy_and_pickle_of_a_wrapped_model(tmp_path: Any) -> None:
     model = dpft.wrap(seeded(Net), max_grad_norm=1.0)
     try:
         twin = copy.deepcopy(model)
-        step(twin)
+        step(twin, "auto")
     except (DPFTError, TypeError, RuntimeError):
         assert no_gradient(model)
         return

@@ -215,7 +215,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=24, help="windows in a batch (default %(default)s)")
     parser.add_argument("--steps", type=int, default=700, help="optimiser steps (default %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=4e-3, help="peak of the schedule (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch; more change the rounding (default %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of torch; they change the rounding (default %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and windows (default %(default)s)")
     args = parser.parse_args(argv)
     words = sys.argv[1:] if argv is None else argv

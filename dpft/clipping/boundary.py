@@ -33,7 +33,7 @@ class ClipBoundary(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:  # type: ignore[override]  # fixed arity
+    def backward(ctx: Any, scale: Tensor) -> tuple[Any, ...]:
         if not ctx.box:
             raise ClippingError(
                 "backward was called twice on one loss. Its clipped gradient is in .grad already, and adding it again "

@@ -63,7 +63,10 @@ class Job:
         names = {id(p): name for name, p in self.state.parameters.items()}
         self.reentrant = audit_graph(self.losses, names)
         self._probe()
-        return run_one_pass(self, scale) if self.strategy == "one_pass" else run_two_pass(self, scale)
+        if self.strategy == "one_pass":
+            return run_one_pass(self, scale)
+        run_two_pass(self, scale)
+        return None
 
     def traverse(self, running: Pass, losses: Tensor, seeds: Tensor, retain_graph: bool) -> None:
         """One backward pass over the graph during which ``running`` receives what the sites see."""
@@ -245,9 +248,9 @@ class _Anything(WeightedPass):
 def guard_parameters(state: ClipState) -> None:
     """Per-example strategy: make a gradient that did not come through the boundary an error, not an update."""
 
-    def guard(name: str) -> Callable[[Tensor], None]:
-        def hook(grad: Tensor) -> None:
-            if state.active is not None:
+    def guard(name: str) -> Callable[[Tensor | None], None]:
+        def hook(grad: Tensor | None) -> None:
+            if state.active is not None or grad is None:  # autograd calls hooks of parameters without a gradient too
                 return
             if name not in state.delivering:
                 running_pass(state, name)  # raises: nothing is running

@@ -122,7 +122,11 @@ def discretization(mechanism: Mechanism, *, coarse: bool = False) -> float:
 
     Returns:
         h, dimensionless (nats).
+
+    Raises:
+        AccountingError: PLD does not cover the sampler.
     """
+    check_supported(mechanism, "pld")
     span, deviation = _loss_span_and_deviation(mechanism)
     wanted = min(deviation / 2, _LARGEST_COARSE) if coarse else min(deviation / 16, _LARGEST_FINE)
     most = _MOST_MIXTURE_POINTS if mechanism.unit == "user" else _MOST_POINTS

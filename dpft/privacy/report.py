@@ -64,7 +64,8 @@ def privacy_report(
     if reasons:
         planned, spent = math.inf, None if spent is None else math.inf
     mechanism = plan.mechanism
-    grids = [discretization(m) for m, _ in [(mechanism, 0), *(events or [])] if m.noise_multiplier > 0]
+    noisy = [m for m, _ in [(mechanism, 0), *(events or [])] if m.noise_multiplier > 0]
+    grids = [discretization(m) for m in noisy] if plan.accountant == "pld" else []
     return {
         "private": not reasons,
         "not_private_because": reasons,
@@ -91,7 +92,7 @@ def privacy_report(
         "steps_planned": plan.num_steps,
         "dataset_size": plan.dataset_size,
         "accountant": plan.accountant,
-        "discretization": max(grids) if grids and plan.accountant == "pld" else None,
+        "discretization": max(grids, default=None),
         "segments": [{"mechanism": m.to_dict(), "releases": count} for m, count in events or []],
         "assumptions": [*plan.assumptions, *notes],
         "tuning": tuning or "the choice of hyperparameters is not accounted for",

@@ -171,6 +171,11 @@ class EmbeddingUse:
         return self.num_embeddings * self.dim
 
 
+def attribute(module: nn.Module, name: str) -> Any:
+    """A module's attribute; torch types every one as Tensor | Module."""
+    return getattr(module, name)
+
+
 class SiteFunction(torch.autograd.Function):
     """Base of the autograd nodes that stand between a parameter and the rest of the graph."""
 

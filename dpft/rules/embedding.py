@@ -14,6 +14,7 @@ from dpft.rules.base import (
     EmbeddingUse,
     Host,
     SiteFunction,
+    attribute,
     forward_batch_size,
     per_example,
     running_pass,
@@ -36,7 +37,7 @@ class EmbeddingSite(SiteFunction):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # fixed arity
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         ids, w = ctx.saved_tensors
         use: EmbeddingUse = ctx.use
         running = running_pass(ctx.host, use.key)
@@ -78,14 +79,14 @@ class EmbeddingRule:
         self, module: nn.Module, host: Host, keys: dict[str, str], plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         (ids,) = (*args, *kwargs.values())
-        return embedding_site(host, keys, ids, module.weight, module.padding_idx)  # type: ignore[arg-type]  # module attributes are typed Tensor | Module
+        return embedding_site(host, keys, ids, attribute(module, "weight"), attribute(module, "padding_idx"))
 
     def intercept(self, module: nn.Module, host: Host, keys: dict[str, str], func: Any, args: Any, kwargs: Any) -> Any:
         """The site of an ``F.embedding`` call with this module's weight, made by a subclass's forward; else None."""
         if func is not F.embedding:
             return None
-        call = dict(zip(("input", "weight", "padding_idx"), args, strict=False)) | kwargs
-        if call["weight"] is not module.weight:
+        call: dict[str, Any] = dict(zip(("input", "weight", "padding_idx"), args, strict=False)) | kwargs
+        if call["weight"] is not attribute(module, "weight"):
             return None
         return embedding_site(host, keys, call["input"], call["weight"], call.get("padding_idx"))
 

@@ -14,6 +14,7 @@ from dpft.rules.base import (
     Host,
     LinearUse,
     SiteFunction,
+    attribute,
     per_example,
     running_pass,
 )
@@ -35,7 +36,7 @@ class LinearSite(SiteFunction):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # fixed arity
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, w, b = ctx.saved_tensors
         site = ctx.site
         running = running_pass(site.host, site.use.key)
@@ -86,13 +87,13 @@ class LinearRule:
         self, module: nn.Module, host: Host, keys: dict[str, str], plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         (x,) = (*args, *kwargs.values())
-        return linear_site(host, keys, x, module.weight, module.bias, self.transposed)  # type: ignore[arg-type]  # module attributes are typed Tensor | Module
+        return linear_site(host, keys, x, attribute(module, "weight"), attribute(module, "bias"), self.transposed)
 
     def intercept(self, module: nn.Module, host: Host, keys: dict[str, str], func: Any, args: Any, kwargs: Any) -> Any:
         """The site of an ``F.linear`` call with this module's weight, made by a subclass's forward; else None."""
         if func is not F.linear:
             return None
-        call = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-        if call["weight"] is not module.weight:
+        call: dict[str, Any] = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+        if call["weight"] is not attribute(module, "weight"):
             return None
         return linear_site(host, keys, call["input"], call["weight"], call.get("bias"), self.transposed)

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from dpft.rules.base import (
     Host,
     SiteFunction,
+    attribute,
     forward_batch_size,
     is_flattened,
     per_example,
@@ -33,7 +34,7 @@ class LayerNormSite(SiteFunction):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # fixed arity
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd, w, b = ctx.saved_tensors
         site = ctx.site
         running = running_pass(site.host, site.keys.get("weight", site.keys.get("bias", "")))
@@ -73,8 +74,8 @@ class LayerNormRule:
         (x,) = (*args, *kwargs.values())
         if torch.is_autocast_enabled(x.device.type):
             x = x.float()  # autocast runs layer_norm in float32
-        site = _LayerNorm(host, keys, list(module.normalized_shape), module.eps)  # type: ignore[arg-type]  # module attributes are typed Tensor | Module
-        return LayerNormSite.apply(x, module.weight, module.bias, host.tap, site)
+        site = _LayerNorm(host, keys, list(attribute(module, "normalized_shape")), attribute(module, "eps"))
+        return LayerNormSite.apply(x, attribute(module, "weight"), attribute(module, "bias"), host.tap, site)
 
 
 class ExpandSite(SiteFunction):
@@ -88,7 +89,7 @@ class ExpandSite(SiteFunction):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # fixed arity
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (w,) = ctx.saved_tensors
         running = running_pass(ctx.host, ctx.key)
         grad = per_example(g, ctx.host, ctx.key, w.dim()).squeeze(1)
@@ -136,7 +137,7 @@ class RMSNormRule(ElementwiseRule):
         self, module: nn.Module, host: Host, keys: dict[str, str], plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         def scaled(x: Tensor) -> Tensor:
-            x_hat = F.rms_norm(x, tuple(module.normalized_shape), None, module.eps)  # type: ignore[arg-type]  # module attributes are typed Tensor | Module
-            return x_hat * module.weight
+            x_hat = F.rms_norm(x, tuple(attribute(module, "normalized_shape")), None, attribute(module, "eps"))
+            return x_hat * attribute(module, "weight")
 
         return super().forward(module, host, keys, scaled, *args, **kwargs)

@@ -75,6 +75,11 @@ class _Intercept(TorchFunctionMode):
         return out
 
 
+def forward_of(cls: type) -> Any:
+    """The forward that instances of a class have, as a function."""
+    return getattr(cls, "forward", None)
+
+
 def find_rule(module: nn.Module) -> Rule | None:
     """The rule of ``module``, or None.
 
@@ -85,7 +90,7 @@ def find_rule(module: nn.Module) -> Rule | None:
         rule = _RULES.get(cls)
         if rule is None:
             continue
-        if type(module).forward is cls.forward:
+        if forward_of(type(module)) is forward_of(cls):
             return rule
         return InterceptRule(rule) if hasattr(rule, "intercept") else None
     for matcher in _MATCHERS:

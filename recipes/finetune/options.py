@@ -90,13 +90,13 @@ class Options:
         1.0, "privacy", "clip norm C of an example's gradient over all parameters", metavar="C"
     )
     expected_batch_size: float = option(
-        256,
+        512,
         "privacy",
         "expected size of a logical batch; each example joins with this over N, independently",
         metavar="B",
     )
     num_steps: int | None = option(
-        None, "privacy", "logical batches, each one noisy update (default 40)", also=("max_steps",)
+        None, "privacy", "logical batches, each one noisy update (default 30)", also=("max_steps",)
     )
     num_epochs: float | None = option(
         None, "privacy", "instead of steps: expected passes over the data", also=("num_train_epochs",)
@@ -124,7 +124,7 @@ class Options:
         None, "execution", "threads of torch on a CPU; the cores that this process may use, if not given", metavar="N"
     )
 
-    learning_rate: float = option(2e-3, "optimisation", "peak of the learning rate (AdamW)", metavar="LR")
+    learning_rate: float = option(5e-3, "optimisation", "peak of the learning rate (AdamW)", metavar="LR")
     weight_decay: float = option(0.0, "optimisation", "AdamW's weight decay", metavar="DECAY")
     warmup_steps: int = option(0, "optimisation", "logical steps of linear warm-up", metavar="N")
     lr_scheduler_type: str = option(
@@ -182,7 +182,7 @@ class Options:
                 f"got both --num-steps {self.num_steps} and --num-epochs {self.num_epochs:g}; give one of them."
             )
         if self.num_steps is None and self.num_epochs is None:
-            self.num_steps = 40
+            self.num_steps = 30
         for name in ("seq_len", "max_physical_batch_size", "max_eval_examples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -92,8 +92,8 @@ def prepare(
         privacy,
         collate_fn=collate,
         max_physical_batch_size=options.max_physical_batch_size,
-        clipping=options.clipping,
-        strategy=options.strategy,
+        clipping=cast(Any, options.clipping),  # the command line has checked the choices
+        strategy=cast(Any, options.strategy),
         ledger_path=ledger,
     )
     return Prepared(model, optimizer, loader)

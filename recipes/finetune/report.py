@@ -57,7 +57,8 @@ def model_card(
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, "
     versions += f"transformers {transformers.__version__}, accelerate {accelerate.__version__}"
     data = {
-        "docstrings": "docstrings of Python's standard library (one docstring, one example)",
+        "docstrings": "docstrings of Python's standard library, public text that plays the private records. Default "
+        "hyperparameters were chosen on it, by the validation loss too, which the epsilon does not account for",
         "tickets": "**synthetic** support tickets, from templates",
     }.get(options.dataset, Path(options.dataset).name if Path(options.dataset).exists() else options.dataset)
     return f"""---

@@ -114,14 +114,32 @@ def set_checkpointing(model: nn.Module, how: str) -> None:
             model.enable_input_require_grads()  # plain training needs it too
 
 
+def clipped_loss(
+    model: nn.Module,
+    losses_of: oracle.LossesOf,
+    batch: Mapping[str, Tensor],
+    strategy: str,
+    example_weight: Tensor | None = None,
+) -> Tensor:
+    """`dpft.clipped_loss` as its strategy wants it: from one forward, or from one forward of each example."""
+    if strategy == "per_example":
+        each = [losses_of(model, oracle.row(batch, i))[0] for i in range(oracle.size(batch))]
+        return dpft.clipped_loss(model, each, example_weight)
+    return dpft.clipped_loss(model, losses_of(model, batch), example_weight)
+
+
 def private_loss(
-    entry: zoo.Entry, model: nn.Module, batch: Mapping[str, Tensor], example_weight: Tensor | None = None
+    entry: zoo.Entry,
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    strategy: str,
+    example_weight: Tensor | None = None,
 ) -> Tensor:
     """The scalar that the user calls `backward` on."""
-    weight = {} if example_weight is None else {"example_weight": example_weight}
     if entry.causal:
+        weight = {} if example_weight is None else {"example_weight": example_weight}
         return model(**batch, **weight).loss
-    return dpft.clipped_loss(model, entry.losses(model, batch), **weight)
+    return clipped_loss(model, entry.losses, batch, strategy, example_weight)
 
 
 def check_grads(case: Case, model: nn.Module, factors: Tensor, scale: float = 1.0) -> None:
@@ -162,7 +180,7 @@ def check(case: Case, checkpointing: str = "off", **wrap: Any) -> nn.Module:
     clip = {k: v for k, v in wrap.items() if k in ("clip_function", "clip_gamma")}
     assert dpft.wrap(model, **{"max_grad_norm": case.max_grad_norm, **wrap}) is model
     with case.context():
-        loss = private_loss(case.entry, model, case.batch)
+        loss = private_loss(case.entry, model, case.batch, wrap.get("strategy", "auto"))
     assert loss.ndim == 0 and loss.dtype == torch.float32
     loss_rtol = 1e-5 if case.float32 else 2e-2
     torch.testing.assert_close(loss.detach().double(), case.exact.losses.mean(), rtol=loss_rtol, atol=1e-12)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import dpft
 from dpft.errors import DPFTError
 from tests import oracle
+from tests.clipping.checks import clipped_loss
 
 
 class Net(nn.Module):
@@ -48,8 +49,9 @@ def losses_of(model: nn.Module, batch: oracle.Batch) -> Tensor:
     return y.square().flatten(1).mean(1) + y.flatten(1).mean(1)
 
 
-def step(model: nn.Module, batch: dict[str, Tensor] | None = None) -> None:
-    dpft.clipped_loss(model, losses_of(model, batch or x_batch())).backward()
+def step(model: nn.Module, strategy: str, batch: dict[str, Tensor] | None = None) -> None:
+    """One private backward."""
+    clipped_loss(model, losses_of, batch or x_batch(), strategy).backward()
 
 
 def exact_or_refused(make: Callable[[], nn.Module], batch: dict[str, Tensor], strategy: str) -> str:
@@ -59,7 +61,7 @@ def exact_or_refused(make: Callable[[], nn.Module], batch: dict[str, Tensor], st
     bound = float(exact.norms.median())
     try:
         model = dpft.wrap(seeded(make), strategy=strategy, max_grad_norm=bound)
-        step(model, batch)
+        step(model, strategy, batch)
     except DPFTError:
         return "refused"
     assert oracle.relative_error(oracle.grads_of(model), exact.clipped_sum(bound)) <= 1e-5

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import dpft
 from dpft.errors import ClippingError, DPFTError, UnsupportedModuleError
 from tests import oracle, zoo
-from tests.clipping.checks import STRATEGIES
+from tests.clipping.checks import STRATEGIES, clipped_loss
 from tests.clipping.nets import Net, exact_or_refused, losses_of, no_gradient, seeded, step, x_batch
 
 strategies = pytest.mark.parametrize("strategy", STRATEGIES)
@@ -37,7 +37,7 @@ def penalty(net: Any, h: Tensor) -> Tensor:
 @pytest.mark.parametrize("way", [bypass, penalty])
 def test_functional_use_of_a_parameter_is_noticed(way: Callable[[Any, Tensor], Tensor], strategy: str) -> None:
     with pytest.raises(DPFTError, match=r"last\.weight|first\.weight"):
-        step(dpft.wrap(seeded(lambda: Net(forward=way)), strategy=strategy))
+        step(dpft.wrap(seeded(lambda: Net(forward=way)), strategy=strategy), strategy)
 
 
 @pytest.mark.parametrize("way", [bypass, penalty])
@@ -78,10 +78,10 @@ def test_unused_module_does_not_count(strategy: str) -> None:
     model = seeded(lambda: Net(nn.Linear(6, 6)))
     exact = oracle.oracle(seeded(lambda: Net(nn.Linear(6, 6), forward=lambda net, h: h)), x_batch(), losses_of)
     dpft.wrap(model, strategy=strategy, max_grad_norm=0.01)
-    step(model)
+    step(model, strategy)
     model.zero_grad(set_to_none=True)
     model.way = lambda net, h: h
-    step(model)
+    step(model, strategy)
     torch.testing.assert_close(dpft.stats(model).norms.double(), exact.norms, rtol=1e-5, atol=0)
     assert oracle.relative_error(oracle.grads_of(model), exact.clipped_sum(0.01)) < 1e-5
 
@@ -129,7 +129,7 @@ def test_mixing_of_examples_is_refused(way: Callable[[Any, Tensor], Tensor], str
     """There is no gradient of one example where a loss depends on two."""
     model = dpft.wrap(seeded(lambda: Net(nn.Linear(6, 6), forward=way)), strategy=strategy)
     with pytest.raises((ClippingError, UnsupportedModuleError)):
-        step(model)
+        step(model, strategy)
 
 
 @norm_strategies
@@ -141,7 +141,7 @@ def test_reordered_rows_are_refused(
     """Their leading dimension is not the batch, whatever its size."""
     model = dpft.wrap(seeded(lambda: Net(nn.Linear(6, 6), forward=way)), strategy=strategy)
     with pytest.raises((ClippingError, UnsupportedModuleError)):
-        step(model, x_batch(examples, tokens))
+        step(model, strategy, x_batch(examples, tokens))
 
 
 @norm_strategies
@@ -167,20 +167,21 @@ def test_routing_that_changes_after_the_probe(strategy: str) -> None:
     exact = oracle.oracle(seeded(make), uneven, losses_of)
     model = dpft.wrap(seeded(make), strategy=strategy, max_grad_norm=1e-2)
     try:
-        step(model, even)
+        step(model, strategy, even)
         model.zero_grad(set_to_none=True)
-        step(model, uneven)
+        step(model, strategy, uneven)
     except DPFTError:
         return
     torch.testing.assert_close(dpft.stats(model).norms.double(), exact.norms, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("way", MIXING)
-def test_mixing_through_clipped_loss_per_example(way: Callable[[Any, Tensor], Tensor]) -> None:
-    """The caller's forward is batched, so `per_example` must not be taken for one example at a time."""
+def test_per_example_refuses_losses_of_one_batched_forward(way: Callable[[Any, Tensor], Tensor]) -> None:
+    """Nothing is known of how they mix: it wants a forward of each example alone."""
     model = dpft.wrap(seeded(lambda: Net(nn.Linear(6, 6), forward=way)), strategy="per_example")
-    with pytest.raises((ClippingError, UnsupportedModuleError)):
-        step(model)
+    with pytest.raises(ClippingError, match="forward of its own"):
+        dpft.clipped_loss(model, losses_of(model, x_batch())).backward()
+    assert no_gradient(model)
 
 
 @pytest.mark.parametrize("way", REORDERING)
@@ -189,14 +190,14 @@ def test_reordered_rows_are_fine_per_example(way: Callable[[Any, Tensor], Tensor
 
 
 @strategies
-def test_flattened_rows_are_fine(strategy: str) -> None:
-    """OPT: [B * T, p], with the rows of an example next to each other."""
+def test_flattened_rows_are_exact_or_refused(strategy: str) -> None:
+    """[B * T, p] is understood where a model is known to keep an example's rows together (OPT), else refused."""
 
     def flattened(net: Any, h: Tensor) -> Tensor:
         return net.middle(h.reshape(-1, 6)).view(h.shape)
 
     for shape in ((3, 5), (3, 3), (1, 4)):
-        assert exact_or_refused(lambda: Net(nn.Linear(6, 6), forward=flattened), x_batch(*shape), strategy) == "exact"
+        exact_or_refused(lambda: Net(nn.Linear(6, 6), forward=flattened), x_batch(*shape), strategy)
 
 
 @norm_strategies
@@ -293,7 +294,7 @@ def test_backward_twice_is_refused(strategy: str) -> None:
 def test_double_backward_is_refused(strategy: str) -> None:
     """`create_graph=True` has no meaning for a clipped sum."""
     model = dpft.wrap(zoo.MLP_ENTRY.build(), strategy=strategy)
-    loss = dpft.clipped_loss(model, zoo.vector_losses(model, zoo.vector_batch()))
+    loss = clipped_loss(model, zoo.vector_losses, zoo.vector_batch(), strategy)
     with warnings.catch_warnings(), pytest.raises((DPFTError, RuntimeError)):
         warnings.simplefilter("ignore")
         loss.backward(create_graph=True)

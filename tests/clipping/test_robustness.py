@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 import dpft
 from tests import oracle, zoo
-from tests.clipping.checks import CHECKPOINTING, STRATEGIES, case_of, check_grads, make_case, set_checkpointing
+from tests.clipping.checks import (
+    CHECKPOINTING,
+    STRATEGIES,
+    case_of,
+    check_grads,
+    clipped_loss,
+    make_case,
+    set_checkpointing,
+)
 
 strategies = pytest.mark.parametrize("strategy", STRATEGIES)
 BAD = [math.nan, math.inf, -math.inf, 3e38]
@@ -68,7 +76,7 @@ def test_bad_vector(value: float, mode: str, clip_function: str, strategy: str) 
         max_grad_norm=case.max_grad_norm,
         clip_function=clip_function,
     )
-    dpft.clipped_loss(model, zoo.vector_losses(model, batch)).backward()
+    clipped_loss(model, zoo.vector_losses, batch, strategy).backward()
     stats, expected = dpft.stats(model), case.exact.factors(case.max_grad_norm, clip_function)
     if stats.norms[2].isfinite():
         assert (value == 3e38 and stats.clip_factors[2] <= 1 + 1e-6) or clip_function == "automatic"
@@ -130,7 +138,7 @@ def test_huge_example(scale: float, strategy: str) -> None:
     exact = oracle.oracle(model, batch, losses_of)
     limit = 1e-5
     dpft.wrap(model, strategy=strategy, max_grad_norm=1.0)
-    dpft.clipped_loss(model, losses_of(model, batch)).backward()
+    clipped_loss(model, losses_of, batch, strategy).backward()
     stats, grads = dpft.stats(model), oracle.grads_of(model)
     if stats.norms[1].isfinite():
         expected = exact.clipped_sum(1.0)
@@ -152,7 +160,7 @@ def test_tiny_example(scale: float, strategy: str) -> None:
 
     exact = oracle.oracle(model, {"x": x}, losses_of)
     dpft.wrap(model, strategy=strategy, max_grad_norm=1.0)
-    dpft.clipped_loss(model, losses_of(model, {"x": x})).backward()
+    clipped_loss(model, losses_of, {"x": x}, strategy).backward()
     assert torch.equal(dpft.stats(model).clip_factors, torch.ones(3))
     assert oracle.relative_error(oracle.grads_of(model), exact.clipped_sum(1.0)) <= 1e-5
 

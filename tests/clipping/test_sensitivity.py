@@ -32,7 +32,7 @@ CLIPS: tuple[dict[str, Any], ...] = (
 def clipped(entry: zoo.Entry, batch: oracle.Batch, **wrap: Any) -> dict[str, Tensor]:
     """The float32 clipped sum of a fresh model, as float64."""
     model = dpft.wrap(entry.build(), **wrap)
-    private_loss(entry, model, batch).backward()
+    private_loss(entry, model, batch, wrap["strategy"]).backward()
     return {n: g.double() for n, g in oracle.grads_of(model).items()}
 
 
@@ -196,7 +196,7 @@ def test_linear_shapes(
     )
     case = make_case(entry, {"x": torch.randn(shape, generator=g)})
     model = dpft.wrap(case.build(), strategy=strategy, max_grad_norm=case.max_grad_norm)
-    private_loss(entry, model, case.batch).backward()
+    private_loss(entry, model, case.batch, strategy).backward()
     # Of so few numbers plain PyTorch's own error is a matter of luck, from 0 to a few ulps: only the absolute limit.
     assert oracle.relative_error(oracle.grads_of(model), case.exact.clipped_sum(case.max_grad_norm)) <= FLOAT32_LIMIT
     check_stats(case, model)

@@ -146,10 +146,10 @@ def test_two_calls(entry: zoo.Entry, how: str, checkpointing: str, strategy: str
     model = wrapped(one, strategy)
     set_checkpointing(model, checkpointing)
     if how == "accumulate":
-        private_loss(entry, model, one.batch).backward()
-        private_loss(entry, model, two.batch).backward()
+        private_loss(entry, model, one.batch, strategy).backward()
+        private_loss(entry, model, two.batch, strategy).backward()
     else:
-        losses = [private_loss(entry, model, case.batch) for case in (one, two)]
+        losses = [private_loss(entry, model, case.batch, strategy) for case in (one, two)]
         if how == "sum of losses":
             (losses[0] + losses[1]).backward()
         else:
@@ -201,7 +201,7 @@ def test_scaled_loss(entry: zoo.Entry, scale: float, strategy: str) -> None:
     """What an engine multiplies the loss with scales the result, after clipping; norms and factors stay."""
     case = case_of(entry)
     model = wrapped(case, strategy)
-    (private_loss(entry, model, case.batch) * scale).backward()
+    (private_loss(entry, model, case.batch, strategy) * scale).backward()
     check_grads(case, model, factors(case), scale=scale)
     torch.testing.assert_close(dpft.stats(model).norms.double(), case.exact.norms, rtol=1e-5, atol=0)
 
@@ -214,7 +214,7 @@ def test_every_step_starts_anew(entry: zoo.Entry, strategy: str) -> None:
     model, seen = wrapped(case, strategy), []
     for _ in range(3):
         model.zero_grad(set_to_none=True)
-        private_loss(entry, model, case.batch).backward()
+        private_loss(entry, model, case.batch, strategy).backward()
         seen.append((oracle.grads_of(model), dpft.stats(model).norms.clone()))
     for grads, norms in seen[1:]:
         assert torch.equal(norms, seen[0][1])
@@ -274,7 +274,7 @@ def test_dropout_is_the_same_in_both_passes(strategy: str) -> None:
         model.layers.insert(3, nn.Dropout(0.5))
         dpft.wrap(model, strategy=strategy, max_grad_norm=0.1)
         torch.manual_seed(3)
-        private_loss(zoo.MLP_ENTRY, model, case.batch).backward()
+        private_loss(zoo.MLP_ENTRY, model, case.batch, strategy).backward()
         assert bool((dpft.stats(model).clip_factors < 1).all())
         seen.append(oracle.grads_of(model))
     assert all(torch.equal(seen[0][n], seen[1][n]) for n in seen[0])
@@ -289,7 +289,7 @@ def test_example_weight(entry: zoo.Entry, keep: list[int], strategy: str) -> Non
     weight = torch.zeros(4)
     weight[keep] = 1.0
     model = wrapped(case, strategy)
-    loss = private_loss(entry, model, case.batch, weight)
+    loss = private_loss(entry, model, case.batch, strategy, weight)
     torch.testing.assert_close(loss.detach().double(), case.exact.losses[keep].mean(), rtol=1e-5, atol=0)
     loss.backward()
     check_grads(case, model, factors(case) * weight)
@@ -301,7 +301,7 @@ def test_all_rows_of_weight_zero(entry: zoo.Entry, strategy: str) -> None:
     """A physical batch of padding rows only: loss 0, gradient exactly zero."""
     case = case_of(entry)
     model = wrapped(case, strategy)
-    loss = private_loss(entry, model, case.batch, torch.zeros(4))
+    loss = private_loss(entry, model, case.batch, strategy, torch.zeros(4))
     assert loss.item() == 0.0
     loss.backward()
     assert all(p.grad is None or bool((p.grad == 0).all()) for p in model.parameters())

@@ -221,7 +221,7 @@ def test_a_mechanism_is_checked() -> None:
         ({"sampler": "balls"}, "sampler"),
     ):
         with pytest.raises(PrivacyConfigError, match=words):
-            Mechanism(noise_multiplier=1.0, **values)  # type: ignore[arg-type]  # wrong on purpose
+            Mechanism(noise_multiplier=1.0, **values)
     mechanism = truncated(1_000, 0.05, 99, 1.0)
     assert Mechanism.from_dict(mechanism.to_dict()) == mechanism
     with pytest.raises(PrivacyConfigError, match="spin"):

@@ -1,4 +1,4 @@
-"""The samplers draw from the distributions that the accountant takes for granted, and physical batches lose nothing."""
+"""The samplers draw from the distributions that the accountant assumes, and physical batches lose nothing."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_ranks_partition_the_logical_batch(kind: str, n: int, world: int, seed: 
         parts = [sampler.draw(step) for sampler in ranks]
         for rank, part in enumerate(parts):
             assert part.dtype == np.int64
-            assert (part % world == rank).all() and (np.diff(part) > 0).all() and ((0 <= part) & (part < n)).all()
+            assert (part % world == rank).all() and (np.diff(part) > 0).all() and ((part >= 0) & (part < n)).all()
         if kind != "poisson":  # drawn globally: together exactly what one process would draw
             assert sorted(np.concatenate(parts)) == alone.draw(step).tolist()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 @pytest.fixture(scope="module")
-def model() -> torch.nn.Module:
+def model() -> Any:
     return AutoModelForCausalLM.from_pretrained(BASE_MODEL)
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> object:
+def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(BASE_MODEL)
 
 
@@ -30,27 +31,27 @@ def test_it_is_small_and_described() -> None:
     assert "held-out loss after training" in card and "pydoc_data" in card
 
 
-def test_it_is_a_grouped_query_llama(model: torch.nn.Module) -> None:
-    assert model.config.model_type == "llama"  # type: ignore[union-attr]  # a transformers model
-    assert model.config.num_key_value_heads < model.config.num_attention_heads  # type: ignore[union-attr]
-    assert model.config.vocab_size % 2 == 0  # type: ignore[union-attr]
+def test_it_is_a_grouped_query_llama(model: Any) -> None:
+    assert model.config.model_type == "llama"
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+    assert model.config.vocab_size % 2 == 0
 
 
-def test_the_tokenizer_gives_back_any_text(tokenizer: object) -> None:
+def test_the_tokenizer_gives_back_any_text(tokenizer: Any) -> None:
     text = "Return the päth,\n\tas bytes \x00 or 文字."
-    ids = tokenizer(text)["input_ids"]  # type: ignore[operator]
-    assert ids[0] == tokenizer.bos_token_id  # type: ignore[attr-defined]
-    assert tokenizer.decode(ids, skip_special_tokens=True) == text  # type: ignore[attr-defined]
+    ids = tokenizer(text)["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_it_knows_english_better_than_chance(model: torch.nn.Module, tokenizer: object) -> None:
+def test_it_knows_english_better_than_chance(model: Any, tokenizer: Any) -> None:
     text = "The statement is used to define a function. The value of the expression is assigned to the object."
-    examples = [{"input_ids": tokenizer(text)["input_ids"]}] * 2  # type: ignore[operator]
-    loss = validation_loss(model, examples, make_collate(tokenizer.pad_token_id))  # type: ignore[attr-defined]
-    assert loss < 0.6 * math.log(model.config.vocab_size)  # type: ignore[union-attr]
+    examples = [{"input_ids": tokenizer(text)["input_ids"]}] * 2
+    loss = validation_loss(model, examples, make_collate(tokenizer.pad_token_id))
+    assert loss < 0.6 * math.log(model.config.vocab_size)
 
 
-def test_validation_loss_does_not_depend_on_padding_and_leaves_the_mode(model: torch.nn.Module) -> None:
+def test_validation_loss_does_not_depend_on_padding_and_leaves_the_mode(model: Any) -> None:
     examples = [{"input_ids": [1, 50, 60, 70]}, {"input_ids": [1, 80]}]
     model.train()
     short = validation_loss(model, examples, make_collate(0))
@@ -67,8 +68,8 @@ def test_choose_examples_is_fixed_and_leaves_out_what_has_no_loss() -> None:
     assert len(choose_examples(rows, 100, 0)) == 29
 
 
-def test_sampling_is_seeded_and_touches_no_other_random_number(model: torch.nn.Module, tokenizer: object) -> None:
+def test_sampling_is_seeded_and_touches_no_other_random_number(model: Any, tokenizer: Any) -> None:
     before = torch.random.get_rng_state()
-    texts = {sample_text(model, tokenizer, "Return the", 8, seed) for seed in (0, 0)}  # type: ignore[arg-type]
+    texts = {sample_text(model, tokenizer, "Return the", 8, seed) for seed in (0, 0)}
     assert torch.equal(before, torch.random.get_rng_state())
     assert len(texts) == 1 and texts.pop().startswith("Return the")

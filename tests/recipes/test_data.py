@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ TEXTS = [f"Record {number}: " + "some words " * (number % 7) for number in range
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> object:
+def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(BASE_MODEL)
 
 
@@ -73,13 +74,13 @@ def test_a_missing_file_a_wrong_split_and_a_wrong_column_say_what_to_do(tmp_path
     assert text_column(train, "body") == "body"
 
 
-def test_tokenise_keeps_one_row_for_each_record_and_cuts(tokenizer: object) -> None:
+def test_tokenise_keeps_one_row_for_each_record_and_cuts(tokenizer: Any) -> None:
     records = Dataset.from_dict({"text": ["short", "long " * 200, ""], "other": [1, 2, 3]})
-    rows = tokenise(records, tokenizer, 16, "text")  # type: ignore[arg-type]  # a fixture
+    rows = tokenise(records, tokenizer, 16, "text")
     assert rows.column_names == ["input_ids"]
     ids = rows["input_ids"][:]
     assert len(ids) == 3
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id  # type: ignore[attr-defined]  # a fixture
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert ids[0][0] == bos and ids[0][-1] == eos
     assert len(ids[1]) == 16 and ids[1][-1] != eos  # cut, so it does not end
     assert ids[2] == [bos, eos]
