@@ -17,7 +17,7 @@ from dpft.noise import GaussianNoise
 from dpft.optimizer import DPOptimizer
 from dpft.prepare import PrivacyRun, prepare
 from dpft.privacy import PrivacyConfig, PrivacyPlan, privacy_report, privacy_statement_markdown
-from dpft.wrap import clipped_loss, stats, unwrap, wrap
+from dpft.wrap import clipped_loss, explain, stats, unwrap, wrap
 
 __all__ = [
     "AccountingError",
@@ -37,6 +37,7 @@ __all__ = [
     "UnsupportedModuleError",
     "WrapError",
     "clipped_loss",
+    "explain",
     "prepare",
     "privacy_report",
     "privacy_statement_markdown",

@@ -76,6 +76,7 @@ class PrivateDataLoader:
         device: torch.device | str = "cpu",
         num_workers: int = 0,
         static_shapes: bool = False,
+        on_start: Callable[[], None] | None = None,
         on_batch: Callable[[bool], None] | None = None,
         privacy: Any = None,
     ) -> None:
@@ -88,9 +89,11 @@ class PrivateDataLoader:
         )
         self.device, self.num_steps, self.privacy = torch.device(device), batches.num_steps, privacy
         self.is_last, self.step = False, 0
-        self._on_batch = on_batch
+        self._on_start, self._on_batch = on_start, on_batch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self._on_start is not None:
+            self._on_start()
         for batch, is_last, step in self._loader:
             self.is_last, self.step = is_last, step
             if self._on_batch is not None:

@@ -152,6 +152,11 @@ class DPOptimizer(torch.optim.Optimizer):
         self._spent = False
         self._accumulate_in_float32()
 
+    def discard(self) -> None:
+        """Drop the gradients of a logical batch that will not be finished; nothing was released of it."""
+        self._open = False
+        self.zero_grad()
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As the inner optimiser's; the new parameters must be among those that the model was wrapped with."""
         inner = self.__dict__.get("inner")

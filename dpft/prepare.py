@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from dpft.clipping.planner import Strategy
-from dpft.clipping.state import Clipping
+from dpft.clipping.state import Clipping, ClipState
 from dpft.engines.single import check_single_process
-from dpft.errors import BudgetExceededError, LedgerError, PrivacyConfigError, WrapError
-from dpft.loader import Collate, PrivateDataLoader
+from dpft.errors import BudgetExceededError, ClippingError, LedgerError, PrivacyConfigError, WrapError
+from dpft.loader import PrivateDataLoader
 from dpft.noise import GaussianNoise
 from dpft.optimizer import DPOptimizer
 from dpft.privacy.config import PrivacyConfig
@@ -84,14 +84,16 @@ class PrivacyRun:
             )
         self.ledger.record()
 
-    def report(self) -> dict[str, Any]:
-        """The privacy report, for a model card; see :func:`dpft.privacy.report.privacy_report`."""
+    def report(self, tuning: str | None = None, notes: tuple[str, ...] = ()) -> dict[str, Any]:
+        """The privacy report, for a model card; ``tuning`` and ``notes`` as :func:`dpft.privacy_report`."""
         return privacy_report(
             self.plan,
             self.ledger,
             clipping=self.clipping,
             noise_seed_known=self.seeded,
             sampling_seed_known=self.seeded,
+            tuning=tuning,
+            notes=notes,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -192,24 +194,15 @@ def prepare(
     loader = PrivateDataLoader(
         dataset,
         PhysicalBatchSampler(sampler, max_physical_batch_size, num_steps=plan.num_steps, first_step=lambda: run.steps),
-        _collate(collate_fn),
+        collate_fn,
         device=accelerator.device,
         num_workers=num_workers,
         static_shapes=static_shapes,
-        on_batch=lambda is_last: setattr(accelerator, "sync_gradients", is_last),
+        on_start=lambda: guard.start(private),
+        on_batch=lambda is_last: guard.next_batch(is_last),
         privacy=run,
     )
-
-    def check(parameters: Iterable[nn.Parameter]) -> None:
-        state.check_parameters(accelerator.unwrap_model(model))
-        covered = {id(p) for p in state.parameters.values()}
-        strangers = [list(p.shape) for p in parameters if id(p) not in covered]
-        if strangers:
-            raise WrapError(
-                f"the optimiser holds {len(strangers)} trainable parameters that the model does not (shapes "
-                f"{strangers[:3]}): they are not clipped. Make the optimiser on model.parameters()."
-            )
-
+    guard = _Guard(accelerator, accelerator.unwrap_model(model), state)
     private = DPOptimizer(
         optimizer,
         noise_multiplier=plan.noise_multiplier,
@@ -220,19 +213,62 @@ def prepare(
         ),
         is_last=lambda: loader.is_last,
         on_release=run.release,
-        check=check,
+        check=guard.check,
     )
-    check(private.parameters())
+    guard.check(private.parameters())
     return model, accelerator.prepare_optimizer(private), loader
+
+
+class _Guard:
+    """Between loop and mechanism: one clipped backward per physical batch, of the covered parameters, unscaled."""
+
+    def __init__(self, accelerator: Any, model: nn.Module, state: ClipState) -> None:
+        self._accelerator, self._model, self._state = accelerator, model, state
+        self._backwards = state.backwards
+
+    def start(self, optimizer: DPOptimizer) -> None:
+        """A loop begins: what an abandoned one left in ``.grad`` would put its examples into a second batch."""
+        optimizer.discard()
+        self._state.broken, self._state.scales = False, None
+        self._backwards = self._state.backwards
+
+    def next_batch(self, is_last: bool) -> None:
+        """Before a physical batch is handed out."""
+        self._count()
+        self._backwards = self._state.backwards
+        self._accelerator.sync_gradients = is_last
+
+    def _count(self) -> None:
+        ran = self._state.backwards - self._backwards
+        if ran > 1:
+            raise ClippingError(
+                f"{ran} backward passes ran on one physical batch; expected one. Each adds a contribution of "
+                "norm C per example. Add up the per-example losses and call dpft.clipped_loss once."
+            )
+
+    def check(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Before a release."""
+        state = self._state
+        state.check_parameters(self._model)
+        if state.broken:
+            raise ClippingError(
+                "a backward pass of this logical batch failed midway, and what it left in .grad is not known. Start "
+                "iterating over the loader anew: it drops the batch, of which nothing was released."
+            )
+        self._count()
+        state.check_scales(1.0)
+        covered = {id(p) for p in state.parameters.values()}
+        strangers = [list(p.shape) for p in parameters if id(p) not in covered]
+        if strangers:
+            raise WrapError(
+                f"the optimiser holds {len(strangers)} trainable parameters that the model does not (shapes "
+                f"{strangers[:3]}): they are not clipped. Make the optimiser on model.parameters()."
+            )
 
 
 def _test_secret(seed: int, run: PrivacyRun) -> bytes:
     # The count is in it, so that a resumed test does not repeat the noise of the run that it resumes.
     return seed.to_bytes(16, "big", signed=True) + run.steps.to_bytes(8, "big")
-
-
-def _collate(collate_fn: Callable[[list[Any]], Mapping[str, Any]] | None) -> Collate | None:
-    return collate_fn
 
 
 def _check_dataset(dataset: Any) -> None:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from dpft.clipping.boundary import clip_boundary
 from dpft.clipping.factors import ClipFunction, ClipRule
-from dpft.clipping.planner import Strategy
+from dpft.clipping.planner import Strategy, describe_uses
 from dpft.clipping.state import Clipping, ClipState, ClipStats
 from dpft.clipping.strategies import guard_parameters
 from dpft.errors import ClippingError, UnsupportedModuleError, WrapError
 from dpft.models.causal_lm import find_causal_lm, flattening_parameters, per_example_causal_lm_losses
+from dpft.models.forward import clipped_forward
 from dpft.rules.base import EmbeddingUse, LinearUse, MatrixUse, Rule
 from dpft.rules.embedding import EmbeddingRule
 from dpft.rules.linear import LinearRule
@@ -24,8 +25,6 @@ from dpft.rules.registry import InterceptRule, find_rule
 
 _STATE, _SITE, _LOSS = "_dpft_state", "_dpft_site", "_dpft_loss_owner"
 _FIXED: dict[str, Strategy] = {"ghost": "two_pass", "fast": "two_pass", "per_sample": "one_pass"}
-# Not inputs of the batch, whatever their length happens to be.
-_NOT_BATCHED = frozenset({"cache_position", "num_items_in_batch"})
 
 
 def wrap(
@@ -142,7 +141,7 @@ def clipped_loss(
     state = get_state(model)
     state.check_parameters(model)
     if state.strategy == "per_example":
-        if isinstance(losses, Tensor) and losses.shape != (1,):
+        if isinstance(losses, Tensor) and (losses.dim() != 1 or len(losses) > 1):
             raise ClippingError(
                 f"got losses of shape {list(losses.shape)} from one forward; expected, with "
                 "strategy='per_example', a list of B scalars, each from a forward of its own: nothing is known "
@@ -152,7 +151,8 @@ def clipped_loss(
         return clip_boundary(state, [x.reshape(()) for x in losses], example_weight, "per_example")
     if not isinstance(losses, Tensor):
         raise ClippingError(f"got losses as a {type(losses).__name__}; expected one tensor [B], from one forward")
-    return clip_boundary(state, losses, example_weight, state.choose(losses.device, losses.numel()).strategy)
+    return clip_boundary(state, losses, example_weight, state.choose(losses.device, losses.numel(),
+    state.seq_len).strategy)
 
 
 def stats(model: nn.Module) -> ClipStats:
@@ -165,6 +165,32 @@ def stats(model: nn.Module) -> ClipStats:
     if last is None:
         raise WrapError("no clipped backward has run yet; call backward on the loss first")
     return last
+
+
+def explain(model: nn.Module, batch_size: int, seq_len: int) -> str:
+    """What the planner does with a physical batch of ``batch_size`` examples of ``seq_len`` tokens, and why.
+
+    Args:
+        model: a wrapped model.
+        batch_size: B.
+        seq_len: T.
+
+    Returns:
+        Several lines: the strategy with its reason in numbers, then one line per kind of trainable matrix with the
+        method of its norm and what is kept for it.
+
+    Raises:
+        WrapError: the model is not wrapped.
+    """
+    model = _inner(model)
+    state = get_state(model)
+    device = next(iter(state.parameters.values())).device
+    choice = state.choose(device, batch_size, seq_len)
+    itemsize = max(p.element_size() for p in state.parameters.values())
+    lines = [f"clipping {state.clipping}, {choice.reason}"]
+    if state.clipping == "flash" and choice.strategy != "per_example":
+        lines += describe_uses(state.uses.values(), choice.strategy, batch_size, seq_len, itemsize)
+    return "\n".join(lines)
 
 
 def get_state(model: nn.Module) -> ClipState:
@@ -273,93 +299,5 @@ def _site_forward(module: nn.Module, plain: Callable[..., Any], *args: Any, **kw
 
 def _model_forward(model: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if _SITE in model.__dict__:  # the wrapped model is itself one layer
-        bare = plain
-        plain = functools.partial(_site_forward, model, bare)
-    state: ClipState = model.__dict__[_STATE]
-    weights = kwargs.pop("example_weight", None)
-    if not torch.is_grad_enabled():
-        return _with_loss(plain(*args, **kwargs), lambda losses: _mean(losses, weights), kwargs)
-    state.check_parameters(model)
-    shape = _batch_shape(args, kwargs)
-    if shape is None:
-        return plain(*args, **kwargs)
-    state.begin(shape[0], shape[1] if len(shape) > 1 else 1)
-    if kwargs.get("labels") is None:
-        return plain(*args, **kwargs)
-    device = next(iter(state.parameters.values())).device
-    choice = state.choose(device, shape[0]).strategy
-    if choice == "per_example":
-        return _forward_each(state, plain, args, kwargs, weights, shape[0])
-    return _with_loss(
-        plain(*args, **kwargs), lambda losses: clip_boundary(state, losses, weights, choice), kwargs
-    )
-
-
-def _mean(losses: Tensor, weights: Tensor | None) -> Tensor:
-    present = torch.ones_like(losses, dtype=torch.bool) if weights is None else weights > 0
-    return torch.where(present, losses.float(), 0.0).sum() / present.sum().clamp(min=1)
-
-
-def _with_loss(out: Any, reduce: Callable[[Tensor], Tensor], kwargs: dict[str, Any]) -> Any:
-    """``out`` with its per-example losses reduced to the scalar that the user sees."""
-    if kwargs.get("labels") is None:
-        return out
-    losses = out[0] if isinstance(out, tuple) else getattr(out, "loss", None)
-    batch = kwargs["labels"].shape[0]
-    ours = isinstance(losses, Tensor) and losses.dim() == 1 and len(losses) == batch
-    if not ours and not torch.is_grad_enabled():
-        return out
-    if not ours:
-        got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-        raise ClippingError(
-            f"the model computed its own loss from labels (got {got}; expected per-example losses [{batch}] from "
-            "model.loss_function): a mean over the batch, or one with a term that mixes examples, cannot be clipped. "
-            "Leave labels out, compute losses [B] from the outputs, and call dpft.clipped_loss(model, losses)."
-        )
-    assert isinstance(losses, Tensor)
-    loss = reduce(losses)
-    if isinstance(out, tuple):
-        return (loss, *out[1:])
-    out["loss"] = loss
-    return out
-
-
-def _batch_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Size | None:
-    """Shape of the tensor that has the batch first."""
-    preferred = [kwargs.get(name) for name in ("input_ids", "inputs_embeds", "labels")]
-    for value in (*preferred, *args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.dim() > 0:
-            return value.shape
-    return None
-
-
-def _forward_each(
-    state: ClipState,
-    plain: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    weights: Tensor | None,
-    batch: int,
-) -> Any:
-    """One forward per example, so that no architecture can mix them; the outputs are joined, detached."""
-
-    def row(value: Any, i: int, name: str = "") -> Any:
-        batched = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch
-        return value[i : i + 1] if batched and name not in _NOT_BATCHED else value
-
-    kwargs = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
-    losses: list[Tensor] = []
-    logits: list[Tensor] = []
-    out: Any = None
-    for i in range(batch):
-        out = plain(*(row(a, i) for a in args), **{name: row(value, i, name) for name, value in kwargs.items()})
-        loss = out[0] if isinstance(out, tuple) else out.loss
-        losses.append(loss.reshape(()))
-        found = out[1] if isinstance(out, tuple) else getattr(out, "logits", None)
-        logits += [found.detach()] if isinstance(found, Tensor) else []
-    loss = clip_boundary(state, losses, weights, "per_example")
-    joined = None if len(logits) < batch else logits[0] if batch == 1 else torch.cat(logits)
-    if isinstance(out, tuple):
-        return (loss, joined)
-    assert out is not None
-    return type(out)(loss=loss, logits=joined)
+        plain = functools.partial(_site_forward, model, plain)
+    return clipped_forward(model.__dict__[_STATE], model, plain, args, kwargs)

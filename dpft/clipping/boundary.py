@@ -40,12 +40,16 @@ class ClipBoundary(torch.autograd.Function):
                 "would exceed the clip norm. Run a new forward."
             )
         job = ctx.box.pop()
+        job.state.backwards += 1
+        job.state.note_scale(scale)
+        job.state.broken, before = True, job.state.broken
         with torch.autocast(ctx.device, enabled=False):
             if job.state.clipping == "none" and job.strategy != "per_example":
                 run_plain(job, scale)
                 grads = None
             else:
                 grads = job.run(scale)
+        job.state.broken = before
         if grads is None:
             grads = [None] * ctx.count
         return None, None, None, *grads

@@ -218,7 +218,8 @@ def _weighted_sum(grad: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
             total = part if len(grad) == 1 else part.clone() if part.data_ptr() == g.data_ptr() else part
         else:
             total.add_(part)
-    assert total is not None
+    if total is None:
+        total = grad.new_zeros(grad.shape[1:], dtype=sum_dtype)
     return total.to(dtype)
 
 

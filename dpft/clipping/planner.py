@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -17,7 +18,7 @@ Strategy = Literal["one_pass", "two_pass", "per_example"]
 # Share of the memory that is free when a shape is first seen which one-pass may take for what it keeps.
 FREE_MEMORY_SHARE = 0.5
 
-__all__ = ["Choice", "Strategy", "choose_method", "choose_strategy", "free_memory", "kept_bytes"]
+__all__ = ["Choice", "Strategy", "choose_method", "choose_strategy", "describe_uses", "free_memory", "kept_bytes"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,27 @@ def kept_bytes(uses: Iterable[MatrixUse], batch_size: int, seq_len: int, itemsiz
         elif isinstance(use, EmbeddingUse):
             total += min(gradient, batch_size * seq_len * (use.dim * itemsize + 8))
     return total
+
+
+def describe_uses(
+    uses: Iterable[MatrixUse], strategy: Strategy, batch_size: int, seq_len: int, itemsize: int
+) -> list[str]:
+    """One line per kind of matrix: how its norm is taken, and what one-pass keeps for it."""
+    kinds: Counter[str] = Counter()
+    for use in uses:
+        kept = f"keeps {kept_bytes([use], batch_size, seq_len, itemsize) / 2**20:.2f} MiB"
+        if isinstance(use, LinearUse):
+            d, p = use.out_features, use.in_features
+            pair = batch_size * seq_len * (p + d)
+            materialised = strategy == "one_pass" and (batch_size == 1 or batch_size * p * d <= pair)
+            method = "materialise" if materialised else choose_method(seq_len, p, d)
+            text = f"linear {p} -> {d}: {method}"
+        elif isinstance(use, EmbeddingUse):
+            text = f"embedding {use.num_embeddings} x {use.dim}: segment sums"
+        else:
+            continue
+        kinds[text + (f", {kept}" if strategy == "one_pass" else "")] += 1
+    return [f"{count} x {text}" for text, count in kinds.items()]
 
 
 def free_memory(device: torch.device) -> int:

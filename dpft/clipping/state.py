@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dpft.clipping.factors import ClipRule
 from dpft.clipping.passes import Trace
 from dpft.clipping.planner import Choice, Strategy, choose_strategy
-from dpft.errors import WrapError
+from dpft.errors import ClippingError, WrapError
 from dpft.rules.base import MatrixUse, Pass
 
 Clipping = Literal["flash", "ghost", "fast", "per_sample", "none"]
@@ -47,6 +47,8 @@ class ClipState:
         parameters: trainable parameters by canonical name, as they were when last registered.
         flattening: names of parameters in modules that are known to see ``[B * T, ...]`` in order.
         backwards: clipped backward passes so far.
+        broken: one of them failed midway: ``.grad`` may hold a part of it.
+        scales: ``[2]``, smallest and largest factor that a loss was multiplied by since they were last read.
         probed_at: the number of the last one before which the isolation check came to a result.
         delivering: per-example strategy: parameters whose clipped gradient autograd is about to accumulate.
     """
@@ -70,6 +72,8 @@ class ClipState:
     choices: dict[tuple[int, int], Choice] = field(default_factory=dict)
     last: ClipStats | None = None
     backwards: int = 0
+    broken: bool = False
+    scales: Tensor | None = None
 
     def record_use(self, key: str, ids: Tensor | None = None) -> None:
         """See :class:`dpft.rules.base.Host`. A recomputed forward is not a second use."""
@@ -82,6 +86,32 @@ class ClipState:
     def begin(self, batch_size: int, seq_len: int) -> None:
         """A forward of the whole model starts."""
         self.batch_size, self.seq_len = batch_size, seq_len
+
+    def note_scale(self, scale: Tensor) -> None:
+        """Remember a loss's factor, without a device synchronisation."""
+        seen = scale.detach().double().expand(2).clone()
+        if self.scales is not None:
+            previous = self.scales.to(seen.device)
+            seen = torch.stack([torch.minimum(previous[0], seen[0]), torch.maximum(previous[1], seen[1])])
+        self.scales = seen
+
+    def check_scales(self, expected: float) -> None:
+        """Raise unless every backward since the last call had the factor ``expected``: sensitivity scales with it.
+
+        Raises:
+            ClippingError: names the factor.
+        """
+        scales, self.scales = self.scales, None
+        if scales is None:
+            return
+        low, high = scales.tolist()
+        if not (abs(low - expected) <= 1e-6 * expected and abs(high - expected) <= 1e-6 * expected):
+            raise ClippingError(
+                f"a loss was multiplied by {low if abs(low - expected) > abs(high - expected) else high:g} before "
+                f"backward; expected {expected:g}. That factor multiplies the clipped sum and with it the "
+                "sensitivity. Call backward on model(**batch).loss itself; to change the step size change the "
+                "learning rate."
+            )
 
     def take_trace(self) -> Trace:
         """The uses since the last boundary; the next forward starts anew."""
@@ -110,14 +140,14 @@ class ClipState:
             "(PEFT, device moves that re-create parameters, freezing), then wrap again and make the optimiser anew."
         )
 
-    def choose(self, device: torch.device, batch_size: int) -> Choice:
-        """The strategy for a batch of the shape that the running forward has."""
+    def choose(self, device: torch.device, batch_size: int, seq_len: int) -> Choice:
+        """The strategy for a batch of ``batch_size`` examples of ``seq_len`` tokens."""
         if self.strategy != "auto":
             return Choice(self.strategy, f"{self.strategy}: asked for")
-        shape = (batch_size, self.seq_len)
+        shape = (batch_size, seq_len)
         if shape not in self.choices:
             itemsize = max((p.element_size() for p in self.parameters.values()), default=4)
             self.choices[shape] = choose_strategy(
-                self.uses.values(), batch_size, self.seq_len, itemsize, self.memory, device
+                self.uses.values(), batch_size, seq_len, itemsize, self.memory, device
             )
         return self.choices[shape]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -51,7 +52,6 @@ class Job:
         Args:
             scale: ``[]``, the gradient of the boundary's output: a factor of the result, not of the norms.
         """
-        self.state.backwards += 1
         if self.strategy == "per_example":
             self.state.delivering = set()
             grads = run_per_example(self, scale)
@@ -85,9 +85,8 @@ class Job:
     def _probe(self) -> None:
         """The isolation check: see :class:`ProbePass`.
 
-        Seeds the examples whose index has a certain bit, and those whose has not: 2 log2(B) passes in which each
-        ordered pair of examples is told apart. At the first batch of more than one example, and each time that the
-        number of backward passes has doubled since, for mixing that depends on the data.
+        At the first batch of more than one example, and, for mixing that depends on the data, each time that the
+        number of backward passes has doubled since. Such a step keeps the graph as a two-pass step does.
         """
         state = self.state
         if self.batch_size < 2 or (state.probed_at > 0 and state.backwards < 2 * state.probed_at):
@@ -95,14 +94,11 @@ class Job:
         assert isinstance(self.losses, Tensor)
         mixed: set[str] = set()
         reached = False
-        index = torch.arange(self.batch_size, device=self.losses.device)
-        for bit in range((self.batch_size - 1).bit_length()):
-            for value in (0, 1):
-                seeded = (index >> bit & 1) == value
-                probe = ProbePass(seeded)
-                self.traverse(probe, self.losses, seeded.to(self.losses.dtype), retain_graph=True)
-                mixed |= {key for key, leaked in probe.mixed.items() if bool(leaked)}
-                reached = reached or bool(probe.reached)
+        for seeded in self._probe_seeds():
+            probe = ProbePass(seeded)
+            self.traverse(probe, self.losses, seeded.to(self.losses.dtype), retain_graph=True)
+            mixed |= {key for key, leaked in probe.mixed.items() if bool(leaked)}
+            reached = reached or bool(probe.reached)
         if mixed:
             raise ClippingError(
                 f"the loss of one example has a gradient in other examples' rows at {sorted(mixed)}: a layer mixes "
@@ -112,6 +108,21 @@ class Job:
             )
         if reached:
             state.probed_at = state.backwards
+
+    def _probe_seeds(self) -> list[Tensor]:
+        """Which examples to seed, pass by pass, each ``[B]`` bool.
+
+        The first time: those whose index has a certain bit, and those whose has not, so that in 2 log2(B) passes each
+        ordered pair of examples is told apart. Later: a random half, once.
+        """
+        assert isinstance(self.losses, Tensor)
+        device = self.losses.device
+        if self.state.probed_at:
+            order = torch.from_numpy(np.random.default_rng().permutation(self.batch_size)).to(device)
+            return [order < self.batch_size // 2]
+        index = torch.arange(self.batch_size, device=device)
+        bits = range((self.batch_size - 1).bit_length())
+        return [((index >> bit) & 1) == value for bit in bits for value in (0, 1)]
 
     def factors(self, sq_norms: Tensor, slack: float) -> Tensor:
         """``[B]`` float64 clip factors, which also become the model's stats."""

@@ -70,6 +70,8 @@ def _gram_slack(x: Tensor, g: Tensor) -> Tensor:
     that do not cancel this is some 1e-7 of the result; for ones that do it is what keeps the norm from reading zero.
     """
     eps = torch.finfo(x.dtype).eps
+    if x.is_cuda and x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        eps = 2.0**-10  # TF32 rounds the factors of every product to 11 bits
     return 4 * eps * torch.einsum("bt,bt->b", x.square().sum(2), g.square().sum(2)).double()
 
 
@@ -165,7 +167,7 @@ def weighted_linear_grad(x: Tensor, g: Tensor, factors: Tensor, out_dtype: torch
     """
     batch, seq_len, p = x.shape
     d = g.shape[2]
-    if x.numel() == 0:
+    if x.numel() == 0 or g.numel() == 0:
         return x.new_zeros((d, p), dtype=out_dtype)
     sum_dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
     dropped = factors == 0

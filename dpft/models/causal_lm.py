@@ -78,6 +78,25 @@ def flattening_parameters(model: nn.Module) -> set[str]:
     return names
 
 
+def refuse_unsaved_rng(model: nn.Module) -> None:
+    """Two passes recompute a checkpoint twice: both must draw the dropout masks of the forward.
+
+    Raises:
+        ClippingError: checkpointing with ``preserve_rng_state=False`` while a dropout is active.
+    """
+    for module in model.modules():
+        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
+        keywords = getattr(checkpoint, "keywords", None) or {}
+        if keywords.get("preserve_rng_state", True):
+            continue
+        if any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in module.modules()):
+            raise ClippingError(
+                "gradient checkpointing runs with preserve_rng_state=False and dropout is active: the norm "
+                "pass and the weighted pass would see different gradients. Use preserve_rng_state=True, dropout 0, or "
+                "strategy='one_pass'."
+            )
+
+
 def _match(module: nn.Module) -> Rule | None:
     if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
         return LinearRule(transposed=True)

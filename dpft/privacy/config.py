@@ -254,7 +254,10 @@ class PrivacyConfig:
             )
         if self.unit == "user":
             lines.append(f"no user has more than {self.examples_per_user} examples")
-        lines.append("hyperparameters, tokenizer and pretrained weights do not depend on these data")
+        lines.append(
+            "hyperparameters, tokenizer and pretrained weights do not depend on these data, or what they reveal of "
+            "them is not counted"
+        )
         lines.append("which examples were drawn, and how many, stays secret; so do the seeds")
         return lines
 

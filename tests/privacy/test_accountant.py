@@ -106,7 +106,7 @@ def test_shuffle_counts_epochs_without_amplification() -> None:
 
 
 def test_fixed_size_is_above_a_real_lower_bound() -> None:
-    """The gradient C of one example in the batch against -C: sensitivity 2 C, which a missing factor 2 would miss."""
+    """The gradient C of one example in the batch against -C."""
     for sigma, steps in ((1.0, 1), (2.0, 100), (4.0, 500)):
         truth = plds.from_gaussian_mechanism(
             sigma, sampling_prob=64 / 1_000, neighboring_relation=NeighboringRelation.REPLACE_ONE,
@@ -115,6 +115,13 @@ def test_fixed_size_is_above_a_real_lower_bound() -> None:
         lower = truth.self_compose(steps).get_epsilon_for_delta(1e-5)
         claimed = epsilon(fixed(1_000, 64, sigma), steps, 1e-5, accountant="rdp")
         assert lower < claimed < 6 * lower
+
+
+def test_fixed_size_of_all_is_a_gaussian_of_sensitivity_two() -> None:
+    """Subsampling bounds are loose enough to hide a missing factor 2; a batch of all examples is not."""
+    for sigma, steps in ((4.0, 1), (20.0, 50)):
+        exact = gaussian_epsilon(2 * math.sqrt(steps) / sigma, 1e-5)
+        assert exact < epsilon(fixed(64, 64, sigma), steps, 1e-5, accountant="rdp") < 1.15 * exact
 
 
 def test_truncation_costs_nothing_far_out_and_much_at_the_mean() -> None:

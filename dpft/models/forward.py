@@ -1,0 +1,124 @@
+"""The wrapped model's forward: per-example losses behind the boundary, or one forward per example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpft.clipping.boundary import clip_boundary
+from dpft.clipping.state import ClipState
+from dpft.errors import ClippingError
+from dpft.models.causal_lm import refuse_unsaved_rng
+
+# Not inputs of the batch, whatever their length happens to be.
+_NOT_BATCHED = frozenset({"cache_position", "num_items_in_batch"})
+
+
+def clipped_forward(
+    state: ClipState, model: nn.Module, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Run ``plain`` and put the clip boundary on its per-example losses, where it was given labels.
+
+    Args:
+        state: of ``model``.
+        model: the wrapped model.
+        plain: its forward as it was.
+        args: the call's.
+        kwargs: the call's; ``example_weight [B]`` is taken out.
+
+    Raises:
+        WrapError: the trainable parameters changed since ``wrap``.
+        ClippingError: labels were given and the model computed a loss of its own.
+    """
+    weights = kwargs.pop("example_weight", None)
+    if not torch.is_grad_enabled():
+        return _with_loss(plain(*args, **kwargs), lambda losses: _mean(losses, weights), kwargs)
+    state.check_parameters(model)
+    shape = _batch_shape(args, kwargs)
+    if shape is None:
+        return plain(*args, **kwargs)
+    state.begin(shape[0], shape[1] if len(shape) > 1 else 1)
+    if kwargs.get("labels") is None:
+        return plain(*args, **kwargs)
+    device = next(iter(state.parameters.values())).device
+    choice = state.choose(device, shape[0], state.seq_len).strategy
+    if choice == "two_pass":
+        refuse_unsaved_rng(model)
+    if choice == "per_example":
+        return _forward_each(state, plain, args, kwargs, weights, shape[0])
+    return _with_loss(
+        plain(*args, **kwargs), lambda losses: clip_boundary(state, losses, weights, choice), kwargs
+    )
+
+
+def _mean(losses: Tensor, weights: Tensor | None) -> Tensor:
+    present = torch.ones_like(losses, dtype=torch.bool) if weights is None else weights > 0
+    return torch.where(present, losses.float(), 0.0).sum() / present.sum().clamp(min=1)
+
+
+def _with_loss(out: Any, reduce: Callable[[Tensor], Tensor], kwargs: dict[str, Any]) -> Any:
+    """``out`` with its per-example losses reduced to the scalar that the user sees."""
+    if kwargs.get("labels") is None:
+        return out
+    losses = out[0] if isinstance(out, tuple) else getattr(out, "loss", None)
+    batch = kwargs["labels"].shape[0]
+    ours = isinstance(losses, Tensor) and losses.dim() == 1 and len(losses) == batch
+    if not ours and not torch.is_grad_enabled():
+        return out
+    if not ours:
+        got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ClippingError(
+            f"the model computed its own loss from labels (got {got}; expected per-example losses [{batch}] from "
+            "model.loss_function): a mean over the batch, or one with a term that mixes examples, cannot be clipped. "
+            "Leave labels out, compute losses [B] from the outputs, and call dpft.clipped_loss(model, losses)."
+        )
+    assert isinstance(losses, Tensor)
+    loss = reduce(losses)
+    if isinstance(out, tuple):
+        return (loss, *out[1:])
+    out["loss"] = loss
+    return out
+
+
+def _batch_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Size | None:
+    """Shape of the tensor that has the batch first."""
+    preferred = [kwargs.get(name) for name in ("input_ids", "inputs_embeds", "labels")]
+    for value in (*preferred, *args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim() > 0:
+            return value.shape
+    return None
+
+
+def _forward_each(
+    state: ClipState,
+    plain: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    weights: Tensor | None,
+    batch: int,
+) -> Any:
+    """One forward per example, so that no architecture can mix them; the outputs are joined, detached."""
+
+    def row(value: Any, i: int, name: str = "") -> Any:
+        batched = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch
+        return value[i : i + 1] if batched and name not in _NOT_BATCHED else value
+
+    kwargs = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
+    losses: list[Tensor] = []
+    logits: list[Tensor] = []
+    out: Any = None
+    for i in range(batch):
+        out = plain(*(row(a, i) for a in args), **{name: row(value, i, name) for name, value in kwargs.items()})
+        loss = out[0] if isinstance(out, tuple) else out.loss
+        losses.append(loss.reshape(()))
+        found = out[1] if isinstance(out, tuple) else getattr(out, "logits", None)
+        logits += [found.detach()] if isinstance(found, Tensor) else []
+    loss = clip_boundary(state, losses, weights, "per_example")
+    joined = None if len(logits) < batch else logits[0] if batch == 1 else torch.cat(logits)
+    if isinstance(out, tuple):
+        return (loss, joined)
+    assert out is not None
+    return type(out)(loss=loss, logits=joined)
