@@ -15,8 +15,9 @@ from dpft.errors import (
 from dpft.loader import PrivateDataLoader
 from dpft.noise import GaussianNoise
 from dpft.optimizer import DPOptimizer
-from dpft.prepare import PrivacyRun, prepare
+from dpft.prepare import prepare
 from dpft.privacy import PrivacyConfig, PrivacyPlan, privacy_report, privacy_statement_markdown
+from dpft.run import PrivacyRun
 from dpft.wrap import clipped_loss, explain, stats, unwrap, wrap
 
 __all__ = [

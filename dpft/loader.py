@@ -28,7 +28,15 @@ class _Fetch(Dataset[Any]):
         if padding:
             template = examples[0] if examples else self._examples([0])[0]
             examples = examples + [template] * padding
-        batch = dict(self.collate(examples))
+        collated: Any = self.collate(examples)
+        if not isinstance(collated, Mapping) or "example_weight" in collated:
+            raise PrivacyConfigError(
+                f"collate_fn returned a {type(collated).__name__}"
+                + (" with example_weight" if isinstance(collated, Mapping) else "")
+                + "; expected a dictionary of tensors by name, to which the loader adds example_weight. Pass a "
+                "collate_fn that turns a list of items into one."
+            )
+        batch = dict(collated)
         rows = len(examples)
         for name, value in batch.items():
             if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] != rows:
@@ -77,7 +85,7 @@ class PrivateDataLoader:
         num_workers: int = 0,
         static_shapes: bool = False,
         on_start: Callable[[], None] | None = None,
-        on_batch: Callable[[bool], None] | None = None,
+        on_batch: Callable[[int, bool], None] | None = None,
         privacy: Any = None,
     ) -> None:
         self._loader = DataLoader(
@@ -97,7 +105,7 @@ class PrivateDataLoader:
         for batch, is_last, step in self._loader:
             self.is_last, self.step = is_last, step
             if self._on_batch is not None:
-                self._on_batch(is_last)
+                self._on_batch(step, is_last)
             yield {
                 name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
                 for name, value in batch.items()

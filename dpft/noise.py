@@ -37,13 +37,15 @@ class GaussianNoise:
             raise ValueError("secure=True draws from the operating system; a secret (noise seed) contradicts it")
         self.secure = secure
         self.known_secret = secret is not None
-        self._entropy = int.from_bytes(os.urandom(32) if secret is None else secret, "big")
+        given = os.urandom(32) if secret is None else secret
+        self._entropy = int.from_bytes(len(given).to_bytes(8, "big") + given, "big")
+        self._pid = os.getpid()
         self._stream = stream
         self._host = np.random.Generator(np.random.Philox(self._sequence(0)))
         self._devices: dict[torch.device, torch.Generator] = {}
 
-    def _sequence(self, purpose: int) -> np.random.SeedSequence:
-        return np.random.SeedSequence(self._entropy, spawn_key=(self._stream, purpose))
+    def _sequence(self, *purpose: int) -> np.random.SeedSequence:
+        return np.random.SeedSequence(self._entropy, spawn_key=(self._stream, *purpose))
 
     def add_(self, tensor: Tensor, std: float) -> Tensor:
         """Add independent draws of N(0, std^2) to ``tensor`` in place.
@@ -62,6 +64,11 @@ class GaussianNoise:
             raise ValueError(f"noise is added in float32 or float64, not {tensor.dtype}, which would round it")
         if not 0.0 <= std < float("inf"):
             raise ValueError(f"std is {std!r}; expected a finite number >= 0")
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                f"process {os.getpid()} inherited this noise source by fork and would repeat its draws; make a new "
+                "GaussianNoise in the child"
+            )
         if std == 0.0:
             return tensor
         if not tensor.is_contiguous():
@@ -70,18 +77,24 @@ class GaussianNoise:
         draw = self._source(tensor.device)
         for start in range(0, flat.numel(), _CHUNK):
             part = flat[start : start + _CHUNK]
-            part.add_(draw(part.numel(), tensor.dtype), alpha=std)
+            if self.secure:  # summed in float64 and rounded once: what is released is a function of a float64 release
+                noise = torch.from_numpy(_secure_normal(part.numel())).to(tensor.device)
+                part.copy_(part.double().add_(noise, alpha=std))
+            else:
+                part.add_(draw(part.numel(), tensor.dtype), alpha=std)
         return tensor
 
+    def __reduce__(self) -> str:
+        # A copy, or a pickle in a checkpoint, would draw the same noise a second time.
+        raise TypeError("GaussianNoise cannot be copied or pickled; make a new one, which the system seeds anew")
+
     def _source(self, device: torch.device) -> Callable[[int, torch.dtype], Tensor]:
-        if self.secure:
-            return lambda count, dtype: torch.from_numpy(_secure_normal(count)).to(device=device, dtype=dtype)
         if device.type == "cpu":
             return self._draw_on_host
         generator = self._devices.get(device)
         if generator is None:
             generator = torch.Generator(device)
-            generator.manual_seed(int(self._sequence(1).generate_state(1, np.uint64)[0] >> 1))
+            generator.manual_seed(int(self._sequence(1, device.index or 0).generate_state(1, np.uint64)[0] >> 1))
             self._devices[device] = generator
         return lambda count, dtype: torch.empty(count, device=device, dtype=dtype).normal_(generator=generator)
 

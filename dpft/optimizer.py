@@ -76,11 +76,19 @@ class DPOptimizer(torch.optim.Optimizer):
         self._is_last = is_last
         self._on_release = on_release
         self._check = check
-        self._open = False  # inside a logical batch: gradients may not be zeroed
         self._spent = False  # .grad holds a release, not a sum
+        self._stepping = False
+        optimizer.register_step_pre_hook(self._only_through_here)
         for p in self.parameters():
             p.grad = None
-        self._accumulate_in_float32()
+        _accumulate_in_float32(self.parameters())
+
+    def _only_through_here(self, *_: Any) -> None:
+        if not self._stepping:
+            raise WrapError(
+                "step() of the inner optimiser was called directly: it would release the clipped sum without noise. "
+                "Call step() of what dpft.prepare returned, or of the DPOptimizer."
+            )
 
     def _link(self) -> None:
         self.param_groups = self.inner.param_groups
@@ -89,11 +97,6 @@ class DPOptimizer(torch.optim.Optimizer):
     def parameters(self) -> list[nn.Parameter]:
         """The trainable parameters of all groups, in order."""
         return [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-
-    def _accumulate_in_float32(self) -> None:
-        for p in self.parameters():
-            if p.dtype in (torch.bfloat16, torch.float16):
-                p.grad_dtype = torch.float32
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # no closure, no loss
         """End a physical batch; at the end of its logical batch, release and step the inner optimiser.
@@ -105,7 +108,6 @@ class DPOptimizer(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("DPOptimizer.step takes no closure: a release uses one gradient, computed once")
         if self._is_last is not None and not self._is_last():
-            self._open = True
             return
         if self._spent:
             raise WrapError(
@@ -123,11 +125,19 @@ class DPOptimizer(torch.optim.Optimizer):
                 )
         if self._on_release is not None:
             self._on_release()
-        for p in parameters:
-            self._release(p)
-        self.inner.step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad:
+                    self._release(p)
+                else:
+                    p.grad = None  # frozen since: the inner optimiser would still take its gradient, without noise
+        self._stepping = True
+        try:
+            self.inner.step()
+        finally:
+            self._stepping = False
         self.releases += 1
-        self._open, self._spent = False, True
+        self._spent = True
 
     @torch.no_grad()
     def _release(self, p: nn.Parameter) -> None:
@@ -143,19 +153,21 @@ class DPOptimizer(torch.optim.Optimizer):
         p.grad = total.to(p.dtype)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients of a released logical batch; inside a logical batch nothing happens: it is "
-        "accumulating."""
-        if self._open:
-            return
-        for p in self.parameters():
-            p.grad = None
-        self._spent = False
-        self._accumulate_in_float32()
+        """Drop the gradients, at the end of a logical batch.
+
+        Where a loader says when a logical batch ends (``is_last``), nothing happens before its release: ``.grad`` is
+        accumulating. :meth:`discard` drops it all the same.
+        """
+        if self._is_last is None or self._spent:
+            self.discard()
 
     def discard(self) -> None:
         """Drop the gradients of a logical batch that will not be finished; nothing was released of it."""
-        self._open = False
-        self.zero_grad()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for p in parameters:
+            p.grad = None
+        self._spent = False
+        _accumulate_in_float32(parameters)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As the inner optimiser's; the new parameters must be among those that the model was wrapped with."""
@@ -165,7 +177,10 @@ class DPOptimizer(torch.optim.Optimizer):
             return
         inner.add_param_group(param_group)
         self._link()
-        self._accumulate_in_float32()
+        new = self.param_groups[-1]["params"]
+        for p in new:
+            p.grad = None
+        _accumulate_in_float32(new)
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimiser's: no noise, no generator, no secret."""
@@ -182,6 +197,12 @@ class DPOptimizer(torch.optim.Optimizer):
             f"DPOptimizer(noise_multiplier={self.noise_multiplier}, max_grad_norm={self.max_grad_norm}, "
             f"expected_batch_size={self.expected_batch_size}{private}, inner={self.inner!r})"
         )
+
+
+def _accumulate_in_float32(parameters: Iterable[nn.Parameter]) -> None:
+    for p in parameters:
+        if p.dtype in (torch.bfloat16, torch.float16):
+            p.grad_dtype = torch.float32
 
 
 def _require(name: str, value: float, at_least: float | None = None, above: float | None = None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,103 +11,18 @@ import torch
 from torch import nn
 
 from dpft.clipping.planner import Strategy
-from dpft.clipping.state import Clipping, ClipState
+from dpft.clipping.state import Clipping
 from dpft.engines.single import check_single_process
-from dpft.errors import BudgetExceededError, ClippingError, LedgerError, PrivacyConfigError, WrapError
+from dpft.errors import LedgerError, PrivacyConfigError
 from dpft.loader import PrivateDataLoader
 from dpft.noise import GaussianNoise
 from dpft.optimizer import DPOptimizer
 from dpft.privacy.config import PrivacyConfig
 from dpft.privacy.ledger import Ledger
-from dpft.privacy.meter import EpsilonMeter
 from dpft.privacy.plan import PrivacyPlan
-from dpft.privacy.report import privacy_report
 from dpft.privacy.sampler import PhysicalBatchSampler, make_sampler
-from dpft.wrap import get_state, wrap
-
-
-class PrivacyRun:
-    """What a private training has spent and may spend: plan, ledger, epsilon. Saved with ``accelerator.save_state``.
-
-    Attributes:
-        plan: the resolved configuration.
-        ledger: of releases, written ahead.
-        clipping: the clipping mode; ``"none"`` is not private.
-        seeded: a noise or sampling seed was given: for tests, not private.
-    """
-
-    def __init__(self, plan: PrivacyPlan, ledger: Ledger, clipping: str, seeded: bool, continued: bool) -> None:
-        self.plan, self.ledger, self.clipping, self.seeded = plan, ledger, clipping, seeded
-        self._meter: EpsilonMeter | None = None
-        self._unclaimed = ledger.count > 0 and not continued
-
-    @property
-    def private(self) -> bool:
-        """Whether the releases have a finite epsilon."""
-        return self.plan.private and self.clipping != "none" and not self.seeded
-
-    @property
-    def steps(self) -> int:
-        """Releases so far, by the ledger."""
-        return self.ledger.count
-
-    def epsilon(self, exact: bool = False) -> float:
-        """Epsilon spent so far, at the plan's delta; inf where the run is not private.
-
-        Args:
-            exact: False gives a cheap upper bound for a progress bar, at most some per cent above.
-        """
-        if not self.private:
-            return float("inf")
-        if self._meter is None:
-            self._meter = self.plan.meter()
-        return self._meter.exact(self.steps) if exact else self._meter.at(self.steps)
-
-    def release(self) -> None:
-        """Write one release ahead. Called by the optimiser before any parameter changes.
-
-        Raises:
-            BudgetExceededError: the plan's steps are used up.
-            LedgerError: the ledger cannot be written, or belongs to a run that was not resumed.
-        """
-        if self._unclaimed:
-            raise LedgerError(
-                f"the ledger {self.ledger.path} has {self.ledger.count} releases of an earlier run. Resume that "
-                "run with accelerator.load_state(...) before training; or pass continue_ledger=True to start "
-                "the model anew and keep counting; or give a new run another ledger_path."
-            )
-        if self.ledger.count >= self.plan.num_steps:
-            raise BudgetExceededError(
-                f"{self.ledger.count} of {self.plan.num_steps} planned releases are spent; one more would "
-                f"exceed epsilon {self.plan.epsilon:.4g}. The parameters were not changed. Plan a larger budget "
-                "for a new run."
-            )
-        self.ledger.record()
-
-    def report(self, tuning: str | None = None, notes: tuple[str, ...] = ()) -> dict[str, Any]:
-        """The privacy report, for a model card; ``tuning`` and ``notes`` as :func:`dpft.privacy_report`."""
-        return privacy_report(
-            self.plan,
-            self.ledger,
-            clipping=self.clipping,
-            noise_seed_known=self.seeded,
-            sampling_seed_known=self.seeded,
-            tuning=tuning,
-            notes=notes,
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Which ledger this checkpoint belongs to, and its count. No secret."""
-        return self.ledger.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue a checkpoint: the ledger's count stands, also where the checkpoint is behind it.
-
-        Raises:
-            LedgerError: the checkpoint belongs to another ledger, or is ahead of this one.
-        """
-        self.ledger.check_resume(state)
-        self._unclaimed = False
+from dpft.run import LoopGuard, PrivacyRun, check_optimizer
+from dpft.wrap import get_state, unwrap, wrap
 
 
 def prepare(
@@ -138,6 +53,9 @@ def prepare(
             optimizer.step()
             optimizer.zero_grad()
 
+    Do not call ``accelerator.clip_grad_norm_`` in the loop: each example is clipped already, and clipping their sum
+    before noise is added only weakens the signal. Do not prepare model, optimiser or loader a second time.
+
     Args:
         accelerator: an ``accelerate.Accelerator`` on which nothing of this training was prepared yet.
         model: a causal LM, or another module (then use :func:`dpft.clipped_loss` in the loop).
@@ -166,13 +84,14 @@ def prepare(
     """
     check_single_process(accelerator)
     _check_dataset(dataset)
+    _check_whole("max_physical_batch_size", max_physical_batch_size, 1)
+    if test_seed is not None:
+        _check_whole("test_seed", test_seed, 0)
     if clipping == "none" and privacy.noise_multiplier != 0:
         raise PrivacyConfigError(
-            "clipping='none' bounds nothing, so no noise makes it private; pass noise_multiplier=0 to say that "
-            "this run is not private, or choose another clipping."
+            "clipping='none' bounds nothing, so no noise makes it private; pass noise_multiplier=0 to say that this "
+            "run is not private, or choose another clipping."
         )
-    if isinstance(max_physical_batch_size, bool) or max_physical_batch_size < 1:
-        raise PrivacyConfigError(f"max_physical_batch_size is {max_physical_batch_size!r}; expected a number >= 1")
     plan = privacy.resolve(len(dataset))
     wrap(
         model,
@@ -183,87 +102,78 @@ def prepare(
         clip_gamma=privacy.clip_gamma,
         memory=memory,
     )
-    state = get_state(model)
-    path = Path(ledger_path or Path(accelerator.project_dir or ".") / "privacy_ledger.jsonl")
-    run = PrivacyRun(plan, _open_ledger(path, privacy, plan), clipping, test_seed is not None, continue_ledger)
-    accelerator.register_for_checkpointing(run)
+    ledger: Ledger | None = None
+    try:
+        check_optimizer(optimizer.param_groups, get_state(model))
+        path = Path(ledger_path or Path(accelerator.project_dir or ".") / "privacy_ledger.jsonl")
+        ledger = _open_ledger(path, privacy, plan, clipping, test_seed is not None)
+        run = PrivacyRun(plan, ledger, clipping, test_seed is not None, continue_ledger)
+        return _assemble(
+            accelerator,
+            model,
+            optimizer,
+            run,
+            noise=GaussianNoise(
+                secret=None if test_seed is None else _test_secret(test_seed, run), secure=plan.secure_rng
+            ),
+            batches=PhysicalBatchSampler(
+                make_sampler(plan, len(dataset), first_step=run.steps, test_seed=test_seed),
+                max_physical_batch_size,
+                num_steps=run.last_step,
+                first_step=lambda: run.steps,
+            ),
+            loader={
+                "dataset": dataset,
+                "collate_fn": collate_fn,
+                "num_workers": num_workers,
+                "static_shapes": static_shapes,
+            },
+        )
+    except BaseException:
+        # As it was, so that the caller may mend what was wrong and call again.
+        if ledger is not None:
+            ledger.close()
+        unwrap(model)
+        raise
 
-    model = accelerator.prepare_model(model)
-    state.parameters = {name: p for name, p in accelerator.unwrap_model(model).named_parameters() if p.requires_grad}
-    sampler = make_sampler(plan, len(dataset), first_step=run.steps, test_seed=test_seed)
-    loader = PrivateDataLoader(
-        dataset,
-        PhysicalBatchSampler(sampler, max_physical_batch_size, num_steps=plan.num_steps, first_step=lambda: run.steps),
-        collate_fn,
+
+def _assemble(
+    accelerator: Any,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    run: PrivacyRun,
+    *,
+    noise: GaussianNoise,
+    batches: PhysicalBatchSampler,
+    loader: dict[str, Any],
+) -> tuple[nn.Module, Any, PrivateDataLoader]:
+    """Engine, optimiser and loader around a wrapped model, watched by one :class:`LoopGuard`."""
+    state, plan = get_state(model), run.plan
+    prepared = accelerator.prepare_model(model)
+    bare = accelerator.unwrap_model(prepared)
+    state.parameters = {name: p for name, p in bare.named_parameters() if p.requires_grad}
+    guard = LoopGuard(accelerator, bare, state, run)
+    private_loader = PrivateDataLoader(
+        batches=batches,
         device=accelerator.device,
-        num_workers=num_workers,
-        static_shapes=static_shapes,
         on_start=lambda: guard.start(private),
-        on_batch=lambda is_last: guard.next_batch(is_last),
+        on_batch=guard.next_batch,
         privacy=run,
+        **loader,
     )
-    guard = _Guard(accelerator, accelerator.unwrap_model(model), state)
     private = DPOptimizer(
         optimizer,
         noise_multiplier=plan.noise_multiplier,
         max_grad_norm=plan.max_grad_norm,
         expected_batch_size=plan.expected_batch_size,
-        noise=GaussianNoise(
-            secret=None if test_seed is None else _test_secret(test_seed, run), secure=plan.secure_rng
-        ),
-        is_last=lambda: loader.is_last,
-        on_release=run.release,
+        noise=noise,
+        is_last=lambda: private_loader.is_last,
+        on_release=guard.release,
         check=guard.check,
     )
-    guard.check(private.parameters())
-    return model, accelerator.prepare_optimizer(private), loader
-
-
-class _Guard:
-    """Between loop and mechanism: one clipped backward per physical batch, of the covered parameters, unscaled."""
-
-    def __init__(self, accelerator: Any, model: nn.Module, state: ClipState) -> None:
-        self._accelerator, self._model, self._state = accelerator, model, state
-        self._backwards = state.backwards
-
-    def start(self, optimizer: DPOptimizer) -> None:
-        """A loop begins: what an abandoned one left in ``.grad`` would put its examples into a second batch."""
-        optimizer.discard()
-        self._state.broken, self._state.scales = False, None
-        self._backwards = self._state.backwards
-
-    def next_batch(self, is_last: bool) -> None:
-        """Before a physical batch is handed out."""
-        self._count()
-        self._backwards = self._state.backwards
-        self._accelerator.sync_gradients = is_last
-
-    def _count(self) -> None:
-        ran = self._state.backwards - self._backwards
-        if ran > 1:
-            raise ClippingError(
-                f"{ran} backward passes ran on one physical batch; expected one. Each adds a contribution of "
-                "norm C per example. Add up the per-example losses and call dpft.clipped_loss once."
-            )
-
-    def check(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Before a release."""
-        state = self._state
-        state.check_parameters(self._model)
-        if state.broken:
-            raise ClippingError(
-                "a backward pass of this logical batch failed midway, and what it left in .grad is not known. Start "
-                "iterating over the loader anew: it drops the batch, of which nothing was released."
-            )
-        self._count()
-        state.check_scales(1.0)
-        covered = {id(p) for p in state.parameters.values()}
-        strangers = [list(p.shape) for p in parameters if id(p) not in covered]
-        if strangers:
-            raise WrapError(
-                f"the optimiser holds {len(strangers)} trainable parameters that the model does not (shapes "
-                f"{strangers[:3]}): they are not clipped. Make the optimiser on model.parameters()."
-            )
+    run.on_load = lambda: guard.start(private)
+    accelerator.register_for_checkpointing(run)
+    return prepared, accelerator.prepare_optimizer(private), private_loader
 
 
 def _test_secret(seed: int, run: PrivacyRun) -> bytes:
@@ -283,11 +193,23 @@ def _check_dataset(dataset: Any) -> None:
             "access: load a streaming dataset into a map-style one (datasets.Dataset is memory-mapped and may "
             "exceed memory)."
         )
+    if isinstance(dataset, torch.utils.data.IterableDataset | Mapping):
+        raise PrivacyConfigError(
+            f"dataset is a {type(dataset).__name__}; expected a sequence of examples with len() and indexing by "
+            "number. Of a DatasetDict pass one split; load a streaming dataset into a map-style one."
+        )
     if len(dataset) == 0:
         raise PrivacyConfigError("the dataset is empty")
 
 
-def _open_ledger(path: Path, privacy: PrivacyConfig, plan: PrivacyPlan) -> Ledger:
+def _check_whole(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise PrivacyConfigError(f"{name} is {value!r}; expected a whole number >= {least}")
+
+
+def _open_ledger(path: Path, privacy: PrivacyConfig, plan: PrivacyPlan, clipping: str, seeded: bool) -> Ledger:
+    # What else decides whether the releases are private at all; one ledger may not mix the two.
+    conditions = {"clipped": clipping != "none", "seeded": seeded}
     content = Ledger.read(path) if path.exists() and path.stat().st_size > 0 else None
     resume = content is not None and content.count > 0
     if content is not None and resume:
@@ -298,11 +220,17 @@ def _open_ledger(path: Path, privacy: PrivacyConfig, plan: PrivacyPlan) -> Ledge
                 f"({plan.mechanism}). Resume with the configuration of the run that wrote it, or choose another "
                 "ledger_path for a new run."
             )
+        before = {name: (content.header.get("config") or {}).get(name) for name in conditions}
+        if before != conditions:
+            raise LedgerError(
+                f"the ledger {path} was written under {before} and this run is {conditions}: clipped or not, "
+                "with a known test seed or not, cannot be mixed. Choose another ledger_path."
+            )
     return Ledger.open(
         path,
         "resume" if resume else "new",
         mechanism=plan.mechanism,
-        config=privacy.to_dict(),
+        config=privacy.to_dict() | conditions,
         fingerprint=privacy.fingerprint(),
         plan=plan.to_dict(),
     )

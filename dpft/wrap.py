@@ -73,6 +73,8 @@ def wrap(
     for path, module in model.named_modules():
         if _STATE in module.__dict__ or _SITE in module.__dict__:
             raise WrapError(f"{path or 'the model'!r} is wrapped already; call dpft.unwrap on it first")
+    if type(model).__name__ == "OptimizedModule":
+        raise UnsupportedModuleError("the model is compiled (torch.compile); wrap the model it was made from instead")
     rule = ClipRule(max_grad_norm, clip_function, clip_gamma)
     _refuse_mixing(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -128,7 +130,7 @@ def clipped_loss(
         model: a wrapped model.
         losses: ``[B]``, each example's own loss, with its graph; example i's may depend on row i of the batch alone.
             Under ``strategy="per_example"`` a list of B scalars, each from a forward of its own example alone.
-        example_weight: ``[B]``, 0 for padding rows. None means none.
+        example_weight: ``[B]``, 0 for padding rows. None takes what the model's forward was given, if anything.
 
     Returns:
         ``[]`` float32, the mean of the losses over rows of positive weight.
@@ -140,6 +142,15 @@ def clipped_loss(
     model = _inner(model)
     state = get_state(model)
     state.check_parameters(model)
+    if example_weight is None and state.weights is not None:
+        # The forward was given them: a padding row's loss must not count because the caller passed only losses.
+        if len(state.weights) != len(losses):
+            raise ClippingError(
+                f"the last forward was given example_weight of shape {list(state.weights.shape)}, and there are "
+                f"{len(losses)} losses; pass example_weight to dpft.clipped_loss, one weight per loss."
+            )
+        example_weight = state.weights
+    state.weights = None
     if state.strategy == "per_example":
         if isinstance(losses, Tensor) and (losses.dim() != 1 or len(losses) > 1):
             raise ClippingError(

@@ -38,8 +38,9 @@ LAYERS: dict[str, set[str]] = {
     "optimizer": _LOW | {"noise", "privacy", "clipping"},
     "loader": _LOW | {"privacy"},
     "engines": _GRADIENT | _MECHANISM,
-    "prepare": _GRADIENT | _MECHANISM | {"engines"},
-    "trainer": _GRADIENT | _MECHANISM | {"engines", "prepare"},
+    "run": _GRADIENT | _MECHANISM,
+    "prepare": _GRADIENT | _MECHANISM | {"engines", "run"},
+    "trainer": _GRADIENT | _MECHANISM | {"engines", "run", "prepare"},
 }
 LAYERS["__init__"] = set(LAYERS)
 

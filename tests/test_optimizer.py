@@ -271,7 +271,7 @@ def test_a_hook_that_raises_stops_the_release(hook: str) -> None:
     def refuse(*_: Any) -> None:
         raise RuntimeError("no")
 
-    optimizer = private(adamw(params), **{hook: refuse})
+    optimizer = private(torch.optim.AdamW(params), **{hook: refuse})
     give(params, signals())
     with pytest.raises(RuntimeError, match="no"):
         optimizer.step()

@@ -11,15 +11,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import get_scheduler
 
 import dpft
-from dpft.errors import BudgetExceededError, ClippingError, DPFTError, LedgerError, WrapError
+from dpft.errors import ClippingError
 from dpft.privacy import Ledger, make_sampler
 from tests import oracle, zoo
-from tests.training import EXAMPLES, Training, config, examples, tiny_llama, values
+from tests.training import EXAMPLES, Training, collate, config, examples, new_accelerator, tiny_llama, values
 
 strategies = pytest.mark.parametrize("strategy", ["one_pass", "two_pass", "per_example"])
 
@@ -29,13 +28,9 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "ledger.jsonl"
 
 
-def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
-
-
 def test_the_loop_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    accelerator, model, dataset = Accelerator(cpu=True), tiny_llama(), examples()
+    accelerator, model, dataset = new_accelerator(), tiny_llama(), examples()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     before = values(model)
 
@@ -60,7 +55,7 @@ def test_the_loop_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_ledger_is_in_the_project_directory(tmp_path: Path) -> None:
-    Training(None, accelerator=Accelerator(cpu=True, project_dir=str(tmp_path))).train()  # type: ignore[arg-type]  # the default
+    Training(None, accelerator=new_accelerator(project_dir=str(tmp_path))).train()  # type: ignore[arg-type]  # the default
     assert Ledger.read(tmp_path / "privacy_ledger.jsonl").count == 3
 
 
@@ -101,10 +96,11 @@ def test_without_noise_it_is_the_plain_loop(path: Path, strategy: Any, max_grad_
 
 
 def test_float64_is_exact(path: Path) -> None:
+    model = tiny_llama().double()
     with oracle.Float64():  # Hugging Face's casts to float32 become casts to float64
         training = Training(
             path,
-            model=tiny_llama().double(),
+            model=model,
             make=lambda p: torch.optim.SGD(p, lr=0.1),
             changes={"noise_multiplier": 0, "max_grad_norm": 0.5},
         ).train()
@@ -163,7 +159,7 @@ def test_padding_rows_change_nothing_also_where_the_user_computes_the_losses(tmp
     assert torch.equal(empty, start)
 
 
-@pytest.mark.parametrize("order", ["first", "last", "after backward"])
+@pytest.mark.parametrize("order", ["first", "before backward", "last"])
 def test_zero_grad_may_stand_where_torch_allows_it(tmp_path: Path, order: str) -> None:
     """zero_grad, backward, step is the order of torch's own tutorials: no physical batch may get lost."""
     expected = values(Training(tmp_path / "a", max_physical_batch_size=2).train().model)
@@ -172,7 +168,7 @@ def test_zero_grad_may_stand_where_torch_allows_it(tmp_path: Path, order: str) -
         if order == "first":
             training.optimizer.zero_grad()
         loss = training.model(**batch).loss
-        if order == "after backward":  # and before the next: after the forward
+        if order == "before backward":
             training.optimizer.zero_grad()
         training.accelerator.backward(loss)
         training.optimizer.step()
@@ -195,14 +191,13 @@ def test_accumulate_context_changes_nothing(tmp_path: Path) -> None:
 def test_bf16_mixed_precision(tmp_path: Path) -> None:
     def train(name: str, precision: str) -> Training:
         changes = {"noise_multiplier": 0}
-        accelerator = Accelerator(cpu=True, mixed_precision=precision)
+        accelerator = new_accelerator(mixed_precision=precision)
         return Training(tmp_path / name, accelerator=accelerator, changes=changes).train()
 
     start, full, mixed = values(tiny_llama()), train("a", "no"), train("b", "bf16")
     assert all(p.dtype == torch.float32 for p in mixed.model.parameters())
     moved, difference = values(full.model) - start, values(mixed.model) - values(full.model)
     assert 0 < difference.norm() < 0.05 * moved.norm()
-    Accelerator(cpu=True, mixed_precision="no")
 
 
 @pytest.mark.parametrize("strategy", ["one_pass", "two_pass", "per_example"])
@@ -255,194 +250,6 @@ def test_schedulers_count_logical_batches(path: Path) -> None:
         if training.loader.is_last:
             rates.append(round(scheduler.get_last_lr()[0], 6))
     assert rates == [0.8, 0.6, 0.4, 0.2, 0.0]
-
-
-# --- the order: ledger, then parameters ------------------------------------------------------------------------------
-
-
-def test_the_line_is_on_the_disk_before_parameters_change(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    training = Training(path)
-    counts: list[int] = []
-    step = training.inner.step
-
-    def spied(*args: Any) -> None:
-        counts.append(Ledger.read(path).count)
-        step(*args)
-
-    monkeypatch.setattr(training.inner, "step", spied)
-    steps = [Ledger.read(path).count for _ in training.physical() if training.loader.is_last]
-    assert counts == steps == [1, 2, 3]
-
-
-def test_a_ledger_that_cannot_be_written_stops_the_release(path: Path) -> None:
-    training = Training(path)
-    training.train(1)
-    before = values(training.model)
-    path.unlink()
-    training.one_batch()
-    with pytest.raises(LedgerError, match="deleted"):
-        training.optimizer.step()
-    assert torch.equal(values(training.model), before)
-
-
-def test_it_ends_by_itself_and_one_more_release_is_refused(path: Path) -> None:
-    training = Training(path).train()
-    before = values(training.model)
-    assert training.run.steps == 3 and list(training.loader) == []
-    batch = collate(examples()[:2])
-    with pytest.raises((BudgetExceededError, WrapError, ClippingError)):
-        training.backward(batch)
-        training.optimizer.step()
-    assert torch.equal(values(training.model), before)
-    assert training.run.steps == Ledger.read(path).count == 3
-    with pytest.raises(BudgetExceededError, match="3 of 3"):
-        training.run.release()
-
-
-def test_no_logical_batch_is_released_twice(path: Path) -> None:
-    """The accountant composes independent draws; a second release of one draw is none."""
-    training = Training(path, max_physical_batch_size=EXAMPLES)
-    for batch in training.loader:
-        training.backward(batch)
-        training.optimizer.step()
-        training.optimizer.zero_grad()
-        before = values(training.model)
-        with pytest.raises(DPFTError):
-            training.backward(batch)
-            training.optimizer.step()
-        assert torch.equal(values(training.model), before) and training.run.steps == 1
-        break
-
-
-@pytest.mark.parametrize("what", ["multiple", "accelerator", "twice", "twice in the middle"])
-def test_no_example_contributes_more_than_c(tmp_path: Path, what: str) -> None:
-    """Twice the loss, or two backward passes, would be twice the sensitivity under the same noise."""
-    once = Training(tmp_path / "once", changes={"noise_multiplier": 0})
-    once.train(1)
-    start = values(tiny_llama())
-    training = Training(tmp_path / "more", changes={"noise_multiplier": 0})
-    if what == "accelerator":
-        training.accelerator.gradient_accumulation_steps = 4
-    try:
-        for number, batch in enumerate(training.loader):
-            loss = training.model(**batch).loss
-            training.accelerator.backward(10 * loss if what == "multiple" else loss)
-            if what == "twice" or (what == "twice in the middle" and number == 0):
-                training.backward(batch)
-            training.optimizer.step()
-            last = training.loader.is_last
-            training.optimizer.zero_grad()
-            if last:
-                break
-    except DPFTError:
-        assert torch.equal(values(training.model), start) and training.run.steps == 0
-        return
-    torch.testing.assert_close(values(training.model), values(once.model), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("how", ["break", "exception", "break before step"])
-def test_an_abandoned_logical_batch_is_not_added_to_the_next(tmp_path: Path, how: str) -> None:
-    changes = {"noise_multiplier": 0, "sample_rate": 1.0}
-    expected = values(Training(tmp_path / "a", changes=changes).train(1).model)
-    training = Training(tmp_path / "b", changes=changes)
-    try:
-        for number, batch in enumerate(training.loader):
-            if how == "exception" and number == 2:
-                raise MemoryError
-            training.backward(batch)
-            if how == "break before step":
-                break
-            training.optimizer.step()
-            training.optimizer.zero_grad()
-            if number == 1:
-                break
-    except MemoryError:
-        pass
-    assert training.run.steps == 0
-    training.train(1)
-    torch.testing.assert_close(values(training.model), expected, rtol=0, atol=1e-6)
-
-
-# --- a second run, another ledger, seeds -----------------------------------------------------------------------------
-
-
-def test_a_second_run_on_a_ledger_must_say_what_it_is(tmp_path: Path, path: Path) -> None:
-    first = Training(path)
-    first.train(2)
-    first.accelerator.save_state(str(tmp_path / "state"))
-    first.close()
-    second = Training(path)
-    before = values(second.model)
-    second.one_batch()
-    with pytest.raises(LedgerError, match="load_state"):
-        second.optimizer.step()
-    assert torch.equal(values(second.model), before) and Ledger.read(path).count == 2
-    second.accelerator.load_state(str(tmp_path / "state"))
-    assert torch.equal(values(second.model), values(first.model))
-    second.train()
-    assert second.run.steps == 3
-    second.close()
-    third = Training(path, continue_ledger=True, changes={"num_steps": 5})
-    third.train()
-    assert third.run.steps == Ledger.read(path).count == 5
-
-
-def test_a_ledger_of_another_mechanism_is_refused(path: Path) -> None:
-    first = Training(path)
-    first.train(1)
-    first.close()
-    for changes in ({"noise_multiplier": 2.0}, {"sample_rate": 0.25}):
-        with pytest.raises(LedgerError, match="mechanism"):
-            Training(path, changes=changes, continue_ledger=True)
-    assert Ledger.read(path).count == 1
-
-
-def test_a_resumed_shuffle_counts_its_epochs_and_stays_in_its_budget(tmp_path: Path, path: Path) -> None:
-    """Every start begins an epoch, so an example may be in more batches than were planned."""
-    changes = {"sampler": "shuffle", "num_steps": 4}
-    first = Training(path, changes=changes, test_seed=None)
-    first.train(1)
-    first.accelerator.save_state(str(tmp_path / "state"))
-    first.close()
-    second = Training(path, changes=changes, test_seed=None)
-    second.accelerator.load_state(str(tmp_path / "state"))
-    try:
-        second.train()
-    except BudgetExceededError:
-        assert second.run.steps < 4
-    spent = float(second.run.report()["epsilon_spent"])
-    assert spent <= second.run.plan.epsilon * (1 + 1e-9)
-    assert second.run.epsilon() >= spent * (1 - 1e-9)
-
-
-def test_known_seeds_in_an_earlier_part_are_not_forgotten(tmp_path: Path, path: Path) -> None:
-    first = Training(path, test_seed=3)
-    first.train(1)
-    first.accelerator.save_state(str(tmp_path / "state"))
-    first.close()
-    try:
-        second = Training(path, test_seed=None)
-    except DPFTError:
-        return
-    second.accelerator.load_state(str(tmp_path / "state"))
-    assert not second.run.private and second.run.epsilon() == math.inf
-    assert not second.run.report()["private"]
-
-
-@pytest.mark.parametrize(
-    ("options", "changes", "reason"),
-    [
-        ({"test_seed": None}, {"noise_multiplier": 0}, "no noise"),
-        ({"test_seed": None, "clipping": "none"}, {"noise_multiplier": 0}, "not clipped"),
-        ({"test_seed": 3}, {}, "seed known"),
-    ],
-)
-def test_not_private_is_said_everywhere(path: Path, options: Any, changes: Any, reason: str) -> None:
-    run = Training(path, changes=changes, **options).train().run
-    report = run.report()
-    assert not report["private"] and any(reason in r for r in report["not_private_because"])
-    assert report["epsilon_spent"] == "inf" and run.epsilon() == run.epsilon(exact=True) == math.inf and not run.private
-    assert f"NOT PRIVATE: {'; '.join(report['not_private_because'])}" in dpft.privacy_statement_markdown(report)
 
 
 def test_clipping_none_is_plain_training(path: Path) -> None:

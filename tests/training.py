@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 import dpft
@@ -20,6 +21,17 @@ def examples(count: int = EXAMPLES, tokens: int = 6) -> list[dict[str, Tensor]]:
     """One dictionary of tensors [T] per example, with prompts and padding."""
     batch = zoo.token_batch(count, tokens)
     return [{name: value[i] for name, value in batch.items()} for i in range(count)]
+
+
+def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The collator that a user would write."""
+    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
+
+
+def new_accelerator(**options: Any) -> Accelerator:
+    """On the CPU, whatever an earlier one of this process was made with."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(cpu=True, **options)
 
 
 def tiny_llama() -> nn.Module:
@@ -64,7 +76,7 @@ class Training:
         **options: Any,
     ) -> None:
         model = tiny_llama() if model is None else model
-        self.accelerator = Accelerator(cpu=True) if accelerator is None else accelerator
+        self.accelerator = new_accelerator() if accelerator is None else accelerator
         trained = [p for p in model.parameters() if p.requires_grad]
         self.inner = torch.optim.SGD(trained, lr=1.0) if make is None else make(trained)
         options = {"max_physical_batch_size": 4, "test_seed": 3, "ledger_path": path, **options}

@@ -48,6 +48,7 @@ class ClipState:
         flattening: names of parameters in modules that are known to see ``[B * T, ...]`` in order.
         backwards: clipped backward passes so far.
         broken: one of them failed midway: ``.grad`` may hold a part of it.
+        weights: ``[B]`` example weights that a forward without labels was given.
         scales: ``[2]``, smallest and largest factor that a loss was multiplied by since they were last read.
         probed_at: the number of the last one before which the isolation check came to a result.
         delivering: per-example strategy: parameters whose clipped gradient autograd is about to accumulate.
@@ -74,6 +75,7 @@ class ClipState:
     backwards: int = 0
     broken: bool = False
     scales: Tensor | None = None
+    weights: Tensor | None = None
 
     def record_use(self, key: str, ids: Tensor | None = None) -> None:
         """See :class:`dpft.rules.base.Host`. A recomputed forward is not a second use."""

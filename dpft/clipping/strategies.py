@@ -219,13 +219,12 @@ def run_per_example(job: Job, scale: Tensor) -> list[Tensor | None]:
             else:
                 p.grad.add_(part)
             del grad, part
-    if squares:
-        job.state.last = ClipStats(
-            norms=torch.cat(squares).sqrt().float(),
-            clip_factors=torch.cat(all_factors).float(),
-            example_weights=job.weights.float(),
-            strategy=job.strategy,
-        )
+    job.state.last = ClipStats(
+        norms=torch.cat(squares).sqrt().float() if squares else torch.empty(0),
+        clip_factors=torch.cat(all_factors).float() if squares else torch.empty(0),
+        example_weights=job.weights.float(),
+        strategy=job.strategy,
+    )
     return result
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend
 
 from dpft.errors import EngineError
 
@@ -34,6 +34,12 @@ def check_single_process(accelerator: Any) -> None:
     if accelerator.mixed_precision == "fp16":
         raise EngineError(
             "mixed_precision is 'fp16', whose loss scaling skips steps depending on the data. Use 'bf16' or 'no'."
+        )
+    dynamo = getattr(accelerator.state, "dynamo_plugin", None)
+    if dynamo is not None and dynamo.backend != DynamoBackend.NO:
+        raise EngineError(
+            f"dynamo_backend is {dynamo.backend.value!r}: torch.compile of a private model is not supported by this "
+            "version. Use dynamo_backend 'no'."
         )
     if accelerator.gradient_accumulation_steps != 1:
         raise EngineError(

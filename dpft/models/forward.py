@@ -42,6 +42,7 @@ def clipped_forward(
         return plain(*args, **kwargs)
     state.begin(shape[0], shape[1] if len(shape) > 1 else 1)
     if kwargs.get("labels") is None:
+        state.weights = weights
         return plain(*args, **kwargs)
     device = next(iter(state.parameters.values())).device
     choice = state.choose(device, shape[0], state.seq_len).strategy

@@ -127,7 +127,7 @@ class TruncatedPoissonSampler(LogicalBatchSampler):
     """Poisson over the whole dataset, cut to a uniform subset of ``max_batch_size`` where more joined."""
 
     def __init__(self, dataset_size: int, sample_rate: float, max_batch_size: int, **ranks: int | None) -> None:
-        super().__init__(dataset_size, **ranks)  # type: ignore[arg-type]  # as above
+        super().__init__(dataset_size, **ranks)  # type: ignore[arg-type]  # rank and world_size are never None
         self.sample_rate, self.max_batch_size = _checked_rate(sample_rate), max_batch_size
 
     def draw(self, step: int) -> Indices:
@@ -139,7 +139,7 @@ class FixedSizeSampler(LogicalBatchSampler):
     """A uniform subset of ``batch_size`` examples, without replacement, fresh at every step."""
 
     def __init__(self, dataset_size: int, batch_size: int, **ranks: int | None) -> None:
-        super().__init__(dataset_size, **ranks)  # type: ignore[arg-type]  # as above
+        super().__init__(dataset_size, **ranks)  # type: ignore[arg-type]  # rank and world_size are never None
         self.batch_size = _checked_batch(batch_size, dataset_size)
 
     def draw(self, step: int) -> Indices:
@@ -155,7 +155,7 @@ class ShuffleSampler(LogicalBatchSampler):
     """
 
     def __init__(self, dataset_size: int, batch_size: int, *, first_step: int = 0, **ranks: int | None) -> None:
-        super().__init__(dataset_size, **ranks)  # type: ignore[arg-type]  # as above
+        super().__init__(dataset_size, **ranks)  # type: ignore[arg-type]  # rank and world_size are never None
         self.batch_size, self.first_step = _checked_batch(batch_size, dataset_size), first_step
         self.steps_per_epoch = -(-dataset_size // batch_size)
         self._epoch, self._order = -1, np.empty(0, np.int64)

@@ -1,5 +1,4 @@
-"""Rules for normalisation layers: ``nn.LayerNorm``, ``nn.RMSNorm``, and every elementwise-affine norm of "
-"Hugging Face."""
+"""Rules for normalisation: ``nn.LayerNorm``, ``nn.RMSNorm``, and the elementwise-affine norms of Hugging Face."""
 
 from __future__ import annotations
 

@@ -1,0 +1,204 @@
+"""A private training in progress: what it has spent, and that its loop does what the accountant assumes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from dpft.clipping.state import ClipState
+from dpft.errors import BudgetExceededError, ClippingError, LedgerError, WrapError
+from dpft.optimizer import DPOptimizer
+from dpft.privacy import privacy_report
+from dpft.privacy.calibration import max_steps_within
+from dpft.privacy.ledger import Ledger
+from dpft.privacy.meter import EpsilonMeter
+from dpft.privacy.plan import PrivacyPlan
+
+
+class PrivacyRun:
+    """What a private training has spent and may spend: plan, ledger, epsilon. Saved with ``accelerator.save_state``.
+
+    Attributes:
+        plan: the resolved configuration.
+        ledger: of releases, written ahead.
+        clipping: the clipping mode; ``"none"`` is not private.
+        seeded: a noise or sampling seed was given: for tests, not private.
+        last_step: the release after which the budget is spent.
+    """
+
+    def __init__(self, plan: PrivacyPlan, ledger: Ledger, clipping: str, seeded: bool, continued: bool) -> None:
+        self.plan, self.ledger, self.clipping, self.seeded = plan, ledger, clipping, seeded
+        self._meter: EpsilonMeter | None = None
+        self._unclaimed = ledger.count > 0 and not continued
+        self._history, self._first = ledger.events(), ledger.count
+        self.on_load: Callable[[], None] = lambda: None
+        self.last_step = self._last_step()
+
+    def _last_step(self) -> int:
+        """The plan's number of steps, or fewer where a restart spends more (``shuffle`` starts an epoch anew)."""
+        plan, left = self.plan, max(0, self.plan.num_steps - self._first)
+        if self.private and self._history and plan.sampler == "shuffle":
+            left = max_steps_within(
+                plan.mechanism,
+                plan.epsilon,
+                plan.target_delta,
+                accountant=plan.accountant,
+                history=self._history,
+                limit=left,
+            )
+        return self._first + left
+
+    @property
+    def private(self) -> bool:
+        """Whether the releases have a finite epsilon."""
+        return self.plan.private and self.clipping != "none" and not self.seeded
+
+    @property
+    def steps(self) -> int:
+        """Releases so far, by the ledger."""
+        return self.ledger.count
+
+    def epsilon(self, exact: bool = False) -> float:
+        """Epsilon spent so far, at the plan's delta; inf where the run is not private.
+
+        Args:
+            exact: False gives a cheap upper bound for a progress bar, at most some per cent above.
+        """
+        if not self.private:
+            return float("inf")
+        if self._meter is None:
+            plan, horizon = self.plan, max(1, self.last_step - self._first)
+            self._meter = EpsilonMeter(
+                plan.mechanism, plan.target_delta, horizon, accountant=plan.accountant, history=self._history
+            )
+        here = self.steps - self._first
+        return self._meter.exact(here) if exact else self._meter.at(here)
+
+    def check_budget(self) -> None:
+        """Refuse a release that the budget does not cover.
+
+        Raises:
+            BudgetExceededError: the plan's steps are used up.
+            LedgerError: the ledger belongs to a run that was not resumed.
+        """
+        if self._unclaimed:
+            raise LedgerError(
+                f"the ledger {self.ledger.path} has {self.ledger.count} releases of an earlier run. Resume that "
+                "run with accelerator.load_state(...) before training; or pass continue_ledger=True to start "
+                "the model anew and keep counting; or give a new run another ledger_path."
+            )
+        if self.ledger.count >= self.last_step:
+            raise BudgetExceededError(
+                f"{self.ledger.count} of {self.last_step} planned releases are spent; one more would "
+                f"exceed epsilon {self.plan.epsilon:.4g}. The parameters were not changed. Plan a larger budget "
+                "for a new run."
+            )
+
+    def report(self, tuning: str | None = None, notes: tuple[str, ...] = ()) -> dict[str, Any]:
+        """The privacy report, for a model card; ``tuning`` and ``notes`` as :func:`dpft.privacy_report`."""
+        return privacy_report(
+            self.plan,
+            self.ledger,
+            clipping=self.clipping,
+            noise_seed_known=self.seeded,
+            sampling_seed_known=self.seeded,
+            tuning=tuning,
+            notes=notes,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which ledger this checkpoint belongs to, and its count. No secret."""
+        return self.ledger.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue a checkpoint: the ledger's count stands, also where the checkpoint is behind it.
+
+        Raises:
+            LedgerError: the checkpoint belongs to another ledger, or is ahead of this one.
+        """
+        self.ledger.check_resume(state)
+        self._unclaimed = False
+        self.on_load()
+
+
+class LoopGuard:
+    """Between loop and mechanism: what the accountant takes for granted about the user's loop, checked.
+
+    One clipped backward per physical batch, of the covered parameters and unscaled; one release per logical batch that
+    was drawn; nothing of an abandoned batch in the next.
+    """
+
+    def __init__(self, accelerator: Any, model: nn.Module, state: ClipState, run: PrivacyRun) -> None:
+        self._accelerator, self._model, self._state, self._run = accelerator, model, state, run
+        self._backwards = state.backwards
+        self._step: int | None = None
+        self._drawn = False
+
+    def start(self, optimizer: DPOptimizer) -> None:
+        """A loop begins: what an abandoned one left in ``.grad`` would put its examples into a second batch."""
+        optimizer.discard()
+        self._state.broken, self._state.scales = False, None
+        self._backwards = self._state.backwards
+        self._step, self._drawn = None, False
+
+    def next_batch(self, step: int, is_last: bool) -> None:
+        """Before a physical batch of a logical one is handed out."""
+        self._count()
+        if step != self._step:
+            if self._drawn and self._step is not None:
+                raise ClippingError(
+                    f"logical batch {self._step} ended without optimizer.step(): its sum would be released with the "
+                    "next one's, under the noise of one. Call optimizer.step() after every backward."
+                )
+            self._step, self._drawn = step, True
+        self._backwards = self._state.backwards
+        self._accelerator.sync_gradients = is_last
+
+    def _count(self) -> None:
+        ran = self._state.backwards - self._backwards
+        if ran > 1:
+            raise ClippingError(
+                f"{ran} backward passes ran on one physical batch; expected one. Each adds a contribution of "
+                "norm C per example. Add up the per-example losses and call dpft.clipped_loss once."
+            )
+
+    def release(self) -> None:
+        """Write one release ahead, if there is budget for it and a batch that was drawn for it."""
+        self._run.check_budget()
+        if not self._drawn:
+            raise ClippingError(
+                "optimizer.step() would release a logical batch a second time; the accountant composes batches "
+                "that are drawn independently. Step once per batch that the loader yields."
+            )
+        self._run.ledger.record()
+        self._drawn = False
+
+    def check(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Before a release."""
+        state = self._state
+        state.check_parameters(self._model)
+        if state.broken:
+            raise ClippingError(
+                "a backward pass of this logical batch failed midway, and what it left in .grad is not known. Start "
+                "iterating over the loader anew: it drops the batch, of which nothing was released."
+            )
+        self._count()
+        state.check_scales(1.0)
+        _check_covered(parameters, state)
+
+
+def check_optimizer(param_groups: Iterable[dict[str, Any]], state: ClipState) -> None:
+    """Refuse an optimiser whose trainable parameters are not all clipped."""
+    _check_covered([p for group in param_groups for p in group["params"] if p.requires_grad], state)
+
+
+def _check_covered(parameters: Iterable[nn.Parameter], state: ClipState) -> None:
+    covered = {id(p) for p in state.parameters.values()}
+    strangers = [list(p.shape) for p in parameters if id(p) not in covered]
+    if strangers:
+        raise WrapError(
+            f"the optimiser holds {len(strangers)} trainable parameters that the model does not (shapes "
+            f"{strangers[:3]}): they are not clipped. Make the optimiser on model.parameters()."
+        )
