@@ -39,9 +39,12 @@ class _Fetch(Dataset[Any]):
         batch = dict(collated)
         rows = len(examples)
         for name, value in batch.items():
-            if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] != rows:
+            shape = list(value.shape) if isinstance(value, Tensor) else None
+            if isinstance(value, list | tuple):
+                shape = [len(value)]
+            if shape and shape[0] != rows:
                 raise PrivacyConfigError(
-                    f"collate_fn returned {name!r} of shape {list(value.shape)} for {rows} examples; expected "
+                    f"collate_fn returned {name!r} of shape {shape} for {rows} examples; expected "
                     "one row per example. Packing several examples into a row changes the privacy unit and is "
                     "not supported."
                 )

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from dpft.errors import WrapError
 from dpft.noise import GaussianNoise
 
+_GUARD = "_dpft_guard"
+
 
 class DPOptimizer(torch.optim.Optimizer):
     """Any torch optimiser, stepping on ``(clipped sum + N(0, (sigma C)^2 I)) / expected_batch_size``.
@@ -78,7 +80,10 @@ class DPOptimizer(torch.optim.Optimizer):
         self._check = check
         self._spent = False  # .grad holds a release, not a sum
         self._stepping = False
-        optimizer.register_step_pre_hook(self._only_through_here)
+        previous = optimizer.__dict__.pop(_GUARD, None)
+        if previous is not None:  # of a DPOptimizer that this one takes the place of
+            previous.remove()
+        optimizer.__dict__[_GUARD] = optimizer.register_step_pre_hook(self._only_through_here)
         for p in self.parameters():
             p.grad = None
         _accumulate_in_float32(self.parameters())
@@ -87,8 +92,16 @@ class DPOptimizer(torch.optim.Optimizer):
         if not self._stepping:
             raise WrapError(
                 "step() of the inner optimiser was called directly: it would release the clipped sum without noise. "
-                "Call step() of what dpft.prepare returned, or of the DPOptimizer."
+                "Call step() of what dpft.prepare returned, or of the DPOptimizer; or, to train on without privacy, "
+                "DPOptimizer.detach() first."
             )
+
+    def detach(self) -> torch.optim.Optimizer:
+        """Give the inner optimiser back, without the guard that keeps its own ``step`` from being called."""
+        guard = self.inner.__dict__.pop(_GUARD, None)
+        if guard is not None:
+            guard.remove()
+        return self.inner
 
     def _link(self) -> None:
         self.param_groups = self.inner.param_groups

@@ -156,7 +156,7 @@ def _assemble(
     private_loader = PrivateDataLoader(
         batches=batches,
         device=accelerator.device,
-        on_start=lambda: guard.start(private),
+        on_start=guard.start,
         on_batch=guard.next_batch,
         privacy=run,
         **loader,
@@ -171,7 +171,8 @@ def _assemble(
         on_release=guard.release,
         check=guard.check,
     )
-    run.on_load = lambda: guard.start(private)
+    guard.optimizer = private
+    run.on_load = guard.start
     accelerator.register_for_checkpointing(run)
     return prepared, accelerator.prepare_optimizer(private), private_loader
 

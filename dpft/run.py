@@ -133,12 +133,14 @@ class LoopGuard:
     def __init__(self, accelerator: Any, model: nn.Module, state: ClipState, run: PrivacyRun) -> None:
         self._accelerator, self._model, self._state, self._run = accelerator, model, state, run
         self._backwards = state.backwards
+        self.optimizer: DPOptimizer | None = None
         self._step: int | None = None
         self._drawn = False
 
-    def start(self, optimizer: DPOptimizer) -> None:
+    def start(self) -> None:
         """A loop begins: what an abandoned one left in ``.grad`` would put its examples into a second batch."""
-        optimizer.discard()
+        assert self.optimizer is not None
+        self.optimizer.discard()
         self._state.broken, self._state.scales = False, None
         self._backwards = self._state.backwards
         self._step, self._drawn = None, False
@@ -153,6 +155,8 @@ class LoopGuard:
                     "next one's, under the noise of one. Call optimizer.step() after every backward."
                 )
             self._step, self._drawn = step, True
+            assert self.optimizer is not None
+            self.optimizer.discard()  # an old release, where zero_grad was called at a time when Accelerate skips it
         self._backwards = self._state.backwards
         self._accelerator.sync_gradients = is_last
 

@@ -116,7 +116,7 @@ def test_an_optimiser_with_foreign_parameters(path: Path) -> None:
         Training(path, model=model, make=lambda ps: torch.optim.SGD([*ps, stranger], lr=1.0))
     other = tiny_llama()
     with pytest.raises(WrapError, match="not clipped"):
-        Training(path.with_name("other"), model=tiny_llama(), make=lambda _: torch.optim.SGD(other.parameters(), lr=1.0))
+        Training(path.with_name("other"), make=lambda _: torch.optim.SGD(other.parameters(), lr=1.0))
 
 
 def test_a_private_optimiser(path: Path) -> None:
@@ -157,7 +157,7 @@ def freeze(model: nn.Module) -> None:
 
 
 def replace(model: nn.Module) -> None:
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # type: ignore[union-attr]  # as above
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())  # type: ignore[union-attr]  # of an HF model
 
 
 def add(model: nn.Module) -> None:

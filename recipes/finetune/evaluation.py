@@ -12,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.data import IGNORED_LABEL
 
+TOKENS_AT_ONCE = 4096  # of an evaluation without gradients
+
 
 def choose_examples(dataset: Any, at_most: int, seed: int) -> list[dict[str, Any]]:
     """Choose the examples of every evaluation of a run: always the same ones, and the same number.
@@ -26,6 +28,19 @@ def choose_examples(dataset: Any, at_most: int, seed: int) -> list[dict[str, Any
     return [dataset[i] for i in chosen if len(dataset[i]["input_ids"]) > 1]
 
 
+def batches_of(examples: Sequence[dict[str, Any]], tokens: int = TOKENS_AT_ONCE) -> list[list[dict[str, Any]]]:
+    """Cut the examples into batches of at most ``tokens`` tokens, padding included, or of one example.
+
+    By length, so that little is padded: these are not the batches of training, whose making is part of the privacy.
+    """
+    batches: list[list[dict[str, Any]]] = []
+    for example in sorted(examples, key=lambda example: len(example["input_ids"])):
+        if not batches or (len(batches[-1]) + 1) * len(example["input_ids"]) > tokens:
+            batches.append([])
+        batches[-1].append(example)
+    return batches
+
+
 @torch.no_grad()
 def validation_loss(
     model: nn.Module,
@@ -33,29 +48,33 @@ def validation_loss(
     collate: Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]],
     accelerator: Accelerator | None = None,
 ) -> float:
-    """Mean loss in nats a token over the examples, each weighted by its number of predicted tokens.
+    """Mean loss in nats a token over all tokens of the examples.
 
-    One example goes through the model at a time: the number then depends neither on padding nor on how a wrapped or
-    a bare model averages a batch, so that it can be compared before, after, and with the model read back from disk.
+    From the logits, and not the loss that the model returns: a wrapped and a bare model average a batch differently,
+    and this number is compared before, after, and with the model read back from disk.
 
     Args:
         model: a causal language model, wrapped by dpft or not; left in the mode it was in.
         examples: tokenised examples.
         collate: from a list of examples to a batch.
-        accelerator: shares the examples between ranks; every rank runs the same number, as sharded engines need.
+        accelerator: shares the batches between ranks; every rank runs the same number, as sharded engines need.
     """
     was_training = model.training
     model.eval()
     rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     device = accelerator.device if accelerator else next(model.parameters()).device
     total = torch.zeros(2, dtype=torch.float64)
-    for start in range(0, len(examples), ranks):
+    batches = batches_of(examples)
+    for start in range(0, len(batches), ranks):
         position = start + rank
-        batch = collate([examples[min(position, len(examples) - 1)]])
-        predicted = int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
-        loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
-        if position < len(examples):  # the last round repeats an example on ranks that have none left
-            total += torch.tensor([loss.item() * predicted, predicted], dtype=torch.float64)
+        batch = collate(batches[min(position, len(batches) - 1)])
+        labels = batch.pop("labels")[:, 1:].to(device)
+        logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits[:, :-1]
+        loss = nn.functional.cross_entropy(
+            logits.float().transpose(1, 2), labels, ignore_index=IGNORED_LABEL, reduction="sum"
+        )
+        if position < len(batches):  # the last round repeats a batch on ranks that have none left
+            total += torch.tensor([loss.item(), (labels != IGNORED_LABEL).sum().item()], dtype=torch.float64)
     if accelerator is not None and ranks > 1:
         total = accelerator.reduce(total.float().to(device), reduction="sum").double().cpu()
     model.train(was_training)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -83,15 +84,29 @@ class WeightWatch:
             )
 
 
+NOT_FOR_PUBLICATION = (
+    "loss, validation_loss, clipped_share, median_norm, tokens_per_second: computed from private records without "
+    "noise, and covered by no epsilon. Not for publication."
+)
+
+
 @dataclass
 class History:
-    """The metrics of a run, kept and written as JSON lines as they come."""
+    """The metrics of a run, kept and written as JSON lines as they come; the first line says what they reveal."""
 
     path: Path | None
+    private: bool = True
     rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def start(self, private: bool) -> None:
+        """Write the line that says what the others reveal. ``private`` then stands in every row."""
+        self.private = private
+        if not self.rows:
+            self.add({"step": 0, "note": NOT_FOR_PUBLICATION if private else "NOT PRIVATE. " + NOT_FOR_PUBLICATION})
 
     def add(self, row: dict[str, Any]) -> None:
         """Add one row, and write it at once, so that a killed run has its metrics."""
+        row["private"] = self.private
         self.rows.append(row)
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
@@ -102,6 +117,21 @@ class History:
         if self.path is not None and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines()
             self.rows = [json.loads(line) for line in lines if line.endswith("}")]
+            # a run killed while it wrote leaves half a line, which the next row must not be glued to
+            self.path.write_text("".join(line + "\n" for line in lines if line.endswith("}")), encoding="utf-8")
+
+    def summary(self) -> dict[str, float]:
+        """Figures over the whole run, for the card."""
+        found = {}
+        for key, name in (
+            ("tokens_per_second", "tokens a second, median of the steps"),
+            ("clipped_share", "share of examples clipped, median of the steps"),
+            ("median_norm", "gradient norm, median of the steps' medians"),
+        ):
+            values = [row[key] for row in self.rows if row.get(key) is not None]
+            if values:
+                found[name] = float(statistics.median(values))
+        return found
 
 
 def train(
@@ -143,12 +173,14 @@ def train(
     )
     # loss, tokens, clipped examples, examples; of one logical batch, on this rank
     sums, began = torch.zeros(4, dtype=torch.float64), time.perf_counter()
+    norms: list[torch.Tensor] = []
     model.train()
     with Interrupt().listening() as interrupt, bar:
         for batch in prepared.loader:
             loss = model(**batch).loss
             accelerator.backward(loss)
-            clipped, examples = prepared.clipped(batch)
+            clipped, examples, norms_B = prepared.clipped(batch)
+            norms.append(norms_B)
             tokens = float((batch["attention_mask"] * batch["example_weight"][:, None]).sum())
             sums += torch.tensor([loss.item() * examples, tokens, clipped, examples], dtype=torch.float64)
             last = prepared.ends_logical_batch
@@ -173,7 +205,8 @@ def train(
                 "loss": loss_sum / examples if examples else None,
                 "tokens_per_second": tokens / (now - began),
                 "epsilon": prepared.epsilon(),
-                "clipped_share": clipped / examples if examples else None,
+                "clipped_share": clipped / examples if examples and options.clipping != "none" else None,
+                "median_norm": _median(torch.cat(norms)),  # of this rank
                 "learning_rate": rate,
             }
             finished = step >= plan.num_steps
@@ -184,12 +217,18 @@ def train(
             accelerator.log({key: value for key, value in row.items() if value is not None}, step=step)
             bar.set_postfix_str(describe(row, target))
             bar.update(1)
-            if not finished and (asked or _due(step, options.checkpoint_every)):
+            # the last step too: a run that dies while it saves the model has no budget left to train it again
+            if asked or _due(step, options.checkpoint_every) or (finished and options.checkpoint_every):
                 checkpoint(step)
             if asked and not finished:
                 return False
-            sums, began = torch.zeros(4, dtype=torch.float64), time.perf_counter()
+            sums, norms, began = torch.zeros(4, dtype=torch.float64), [], time.perf_counter()
     return True
+
+
+def _median(norms_B: torch.Tensor) -> float | None:
+    """None for an empty batch, and where norms are not taken (``--clipping none``)."""
+    return float(norms_B.median()) if norms_B.numel() and not norms_B.isnan().all() else None
 
 
 def _due(step: int, every: int) -> bool:
@@ -200,12 +239,21 @@ def describe(row: dict[str, Any], target: float) -> str:
     """The end of the progress bar, from one row of metrics."""
     loss = row["loss"]
     words = ["empty batch" if loss is None else f"loss {loss:.3f}"]
-    if row["epsilon"] is not None:
-        words.append(f"epsilon {row['epsilon']:.2f} of {target:g}")
+    words.append("epsilon infinite" if row["epsilon"] is None else f"epsilon {row['epsilon']:.2f} of {target:.3g}")
     words.append(f"{row['tokens_per_second']:,.0f} tokens/s")
     if row.get("clipped_share") is not None:
         words.append(f"{row['clipped_share']:.0%} clipped")
     return ", ".join(words)
+
+
+def make_optimizer(options: Options, model: nn.Module) -> torch.optim.Optimizer:
+    """AdamW on what is trained, the same with and without privacy."""
+    return torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        weight_decay=options.weight_decay,
+    )
 
 
 def make_scheduler(options: Options, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:

@@ -21,6 +21,8 @@ import yaml
 
 BASE_MODEL = Path(__file__).resolve().parent.parent / "assets" / "base_model"
 
+DEFAULT_STEPS = 24
+
 
 def option(default: Any, group: str, help: str, *, also: tuple[str, ...] = (), **kwargs: Any) -> Any:
     """A dataclass field that is an option: its default, its group in ``--help``, other names, argparse's keywords."""
@@ -96,13 +98,19 @@ class Options:
         metavar="B",
     )
     num_steps: int | None = option(
-        None, "privacy", "logical batches, each one noisy update (default 30)", also=("max_steps",)
+        None, "privacy", f"logical batches, each one noisy update (default {DEFAULT_STEPS})", also=("max_steps",)
     )
     num_epochs: float | None = option(
         None, "privacy", "instead of steps: expected passes over the data", also=("num_train_epochs",)
     )
     secure_rng: bool = option(
         False, "privacy", "noise and sampling from a cryptographic generator, hardened against floating-point attacks"
+    )
+    tuning_note: str | None = option(
+        None,
+        "privacy",
+        "for the card: how the hyperparameters were chosen, which the epsilon does not account for",
+        metavar="TEXT",
     )
 
     clipping: str = option(
@@ -125,6 +133,8 @@ class Options:
     )
 
     learning_rate: float = option(5e-3, "optimisation", "peak of the learning rate (AdamW)", metavar="LR")
+    adam_beta1: float = option(0.8, "optimisation", "AdamW's beta 1; few steps want a short memory", metavar="BETA")
+    adam_beta2: float = option(0.95, "optimisation", "AdamW's beta 2", metavar="BETA")
     weight_decay: float = option(0.0, "optimisation", "AdamW's weight decay", metavar="DECAY")
     warmup_steps: int = option(0, "optimisation", "logical steps of linear warm-up", metavar="N")
     lr_scheduler_type: str = option(
@@ -151,8 +161,10 @@ class Options:
     resume_from_checkpoint: bool = option(
         False, "output", "go on from the last checkpoint in output_dir; the ledger there says what was spent"
     )
-    checkpoint_every: int = option(0, "output", "logical steps between checkpoints; 0 writes none", metavar="N")
-    eval_every: int = option(0, "output", "logical steps between evaluations; 0: before and after only", metavar="N")
+    checkpoint_every: int = option(
+        10, "output", "logical steps between checkpoints, of which the last two are kept; 0 writes none", metavar="N"
+    )
+    eval_every: int = option(5, "output", "logical steps between evaluations; 0: before and after only", metavar="N")
     max_eval_examples: int = option(
         256, "output", "validation examples to evaluate, the same ones each time", metavar="N"
     )
@@ -182,10 +194,18 @@ class Options:
                 f"got both --num-steps {self.num_steps} and --num-epochs {self.num_epochs:g}; give one of them."
             )
         if self.num_steps is None and self.num_epochs is None:
-            self.num_steps = 30
-        for name in ("seq_len", "max_physical_batch_size", "max_eval_examples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1.")
+            self.num_steps = DEFAULT_STEPS
+        least = dict.fromkeys(("seq_len", "max_physical_batch_size", "max_eval_examples", "cpu_threads"), 1)
+        least |= dict.fromkeys(("lora_r", "warmup_steps", "checkpoint_every", "eval_every", "sample_tokens"), 0)
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}; expected at least {bound}.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name):g}; expected 0 to below 1.")
+        if not 0 <= self.learning_rate < float("inf"):
+            raise ValueError(f"--learning-rate is {self.learning_rate:g}; expected a finite number of at least 0.")
         if self.seq_len < 2:
             raise ValueError("--seq-len is 1; a language model needs two tokens for one prediction. Give at least 2.")
         if not 0 < self.validation_share < 1:
@@ -346,4 +366,5 @@ def parse(argv: Sequence[str] | None = None, description: str = "") -> Options:
 def as_words(options: Options) -> dict[str, Any]:
     """The options that differ from the defaults, for the model card."""
     defaults = {f.name: f.default for f in fields(Options)}
+    defaults["num_steps"] = DEFAULT_STEPS if options.num_epochs is None else None
     return {name: value for name, value in dataclasses.asdict(options).items() if value != defaults[name]}

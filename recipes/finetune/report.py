@@ -14,12 +14,17 @@ import yaml
 
 from finetune.options import BASE_MODEL, Options, as_words
 from finetune.plots import plot_run
+from finetune.private import LEDGER
+from finetune.setup import CARD, METRICS, PICTURE
 
-NOT_COVERED = """\
+NOT_COVERED = f"""\
 The epsilon covers the weights in this directory, and whatever is computed from them alone, such as the sample below.
-It does **not** cover `metrics.jsonl`, the picture and the losses in this card: training loss, share clipped, tokens a
-second and validation loss are figures of the private records, without noise, for whoever trained. Leave them out when
-you publish the model, or treat them as you treat the records."""
+It does **not** cover `{METRICS}`, the picture, the checkpoints and the figures under "Measured": training loss, share
+clipped, gradient norms, tokens a second and validation loss are computed from the private records, without noise, for
+whoever trained. Leave them out when you publish the model, or treat them as you treat the records."""
+NOTHING_COVERED = """\
+Everything: **this training was NOT PRIVATE**. Treat the weights, and whatever was computed with them, as you treat the
+records themselves."""
 
 
 def shown(model: str) -> str:
@@ -34,7 +39,7 @@ def model_card(
     statement: str,
     figures: dict[str, Any],
     samples: dict[str, str],
-    ledger: str,
+    private: bool,
 ) -> str:
     """Write the card.
 
@@ -43,12 +48,13 @@ def model_card(
         statement: the privacy statement, as Markdown.
         figures: name to value, for the table of what was measured.
         samples: generated texts, by "before" and "after".
-        ledger: name of the ledger's file, beside the card.
+        private: whether the run has a finite epsilon.
     """
     given = as_words(options)
     if "model" in given:
         given["model"] = shown(options.model)
-    given.pop("output_dir", None)
+    for of_the_machine in ("output_dir", "overwrite_output_dir", "resume_from_checkpoint"):
+        given.pop(of_the_machine, None)
     if Path(options.dataset).exists():  # a path of somebody's machine is nobody's business
         given["dataset"] = Path(options.dataset).name
     command = yaml.safe_dump(given, sort_keys=True).rstrip()
@@ -57,26 +63,26 @@ def model_card(
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, "
     versions += f"transformers {transformers.__version__}, accelerate {accelerate.__version__}"
     data = {
-        "docstrings": "docstrings of Python's standard library, public text that plays the private records. Default "
-        "hyperparameters were chosen on it, by the validation loss too, which the epsilon does not account for",
+        "docstrings": "docstrings of Python's standard library, public text that plays the private records",
         "tickets": "**synthetic** support tickets, from templates",
     }.get(options.dataset, Path(options.dataset).name if Path(options.dataset).exists() else options.dataset)
+    title = shown(options.model).removeprefix("the ")
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
-tags: [differential-privacy, dp-sgd, dpft]
+tags: [{"differential-privacy, dp-sgd, dpft" if private else "not-private, dpft"}]
 ---
-# {shown(options.model).removeprefix("the ").capitalize()}, fine-tuned with differential privacy
+# {title[:1].upper() + title[1:]}, fine-tuned {"with differential privacy" if private else "WITHOUT PRIVACY"}
 
 Data: {data}. At most {options.seq_len} tokens of each record; one record is one example, never packed.
 
 {statement.strip()}
 
-Every release is in the ledger, `{ledger}`, which was written ahead of it.
+Every release is in the ledger, `{LEDGER}`, which was written ahead of it.
 
 ### What the epsilon does not cover
 
-{NOT_COVERED}
+{NOT_COVERED if private else NOTHING_COVERED}
 
 ## Measured
 
@@ -84,7 +90,7 @@ Every release is in the ledger, `{ledger}`, which was written ahead of it.
 |---|---|
 {rows}
 
-![Loss and epsilon over the steps](training.png)
+![Loss and epsilon over the steps]({PICTURE})
 
 ## Samples
 
@@ -97,7 +103,7 @@ Prompt: `{options.prompt}`.
 `recipes/llama_dp.py` with these options (the others at their defaults):
 
 ```yaml
-{command}
+{command if given else "{}  # all of them"}
 ```
 
 {versions}, {platform.machine()}, {torch.get_num_threads()} thread(s).
@@ -117,26 +123,31 @@ def _quoted(text: str) -> str:
 def write_report(
     directory: Path,
     options: Options,
+    plan: Any,
     statement: str,
     figures: dict[str, Any],
     samples: dict[str, str],
     rows: Sequence[dict[str, Any]],
     *,
-    ledger: str,
     private: bool,
 ) -> None:
-    """Write ``README.md`` and ``training.png`` into the directory."""
+    """Write the card and the picture into the directory; ``plan`` is the run's ``dpft.PrivacyPlan``."""
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    data = Path(options.dataset).name if Path(options.dataset).exists() else options.dataset
     caption = (
-        f"{shown(options.model)}, {Path(options.dataset).name}, seq_len {options.seq_len}, expected batch "
-        f"{options.expected_batch_size:g}, clip norm {options.max_grad_norm:g}; figures of private records, not noised"
+        f"{shown(options.model)}; {data}, at most {options.seq_len} tokens; {plan.sampler} sampling, "
+        f"{plan.expected_batch_size:g} expected, rate {plan.sample_rate:.4f}\n"
+        f"noise multiplier {plan.noise_multiplier:.4g}, clip norm {plan.max_grad_norm:g}, {options.clipping}, AdamW "
+        f"{options.learning_rate:g} {options.lr_scheduler_type}; {hardware}, {torch.get_num_threads()} thread(s), "
+        f"torch {torch.__version__}. Losses are figures of private records without noise"
     )
     plot_run(
         rows,
-        directory / "training.png",
-        target_epsilon=options.target_epsilon,
-        delta=options.target_delta,
+        directory / PICTURE,
+        target_epsilon=plan.target_epsilon,
+        delta=plan.target_delta,
         private=private,
         caption=caption,
     )
-    card = model_card(options, statement, figures, samples, ledger)
-    (directory / "README.md").write_text(card, encoding="utf-8")
+    card = model_card(options, statement, figures, samples, private)
+    (directory / CARD).write_text(card, encoding="utf-8")

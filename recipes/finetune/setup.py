@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,18 +20,7 @@ from finetune.options import Options
 from finetune.private import LEDGER
 
 DEFAULT_OUTPUT = Path("outputs") / "llama_dp"
-
-
-def set_threads(options: Options, accelerator: Accelerator) -> None:
-    """Give torch the cores that this process may use, on a CPU.
-
-    ``accelerate launch`` leaves a single process with one thread unless it is told that there is no GPU.
-    """
-    if accelerator.device.type != "cpu":
-        return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-    torch.set_num_threads(options.cpu_threads or max(1, cores // here))
+METRICS, CARD, PICTURE, CHECKPOINTS = "metrics.jsonl", "README.md", "training.png", "checkpoints"
 
 
 def choose_output(options: Options, accelerator: Accelerator) -> Path:
@@ -64,15 +52,36 @@ def _choose_output(options: Options) -> Path:
         first_free = next(i for i, folder in enumerate(candidates) if not folder.exists())
         # to resume is to go on with the last one
         chosen = candidates[max(0, first_free - 1) if options.resume_from_checkpoint else first_free]
-    if (chosen / LEDGER).exists() and not options.resume_from_checkpoint:
-        if not options.overwrite_output_dir:
+    if chosen.exists() and not chosen.is_dir():
+        raise FileExistsError(f"--output-dir {str(chosen)!r} is a file; expected a folder, or a name that is free.")
+    ledger = chosen / LEDGER
+    if not options.resume_from_checkpoint and chosen.exists():
+        if not ledger.exists() and any(chosen.iterdir()):
             raise FileExistsError(
-                f"--output-dir {str(chosen)!r} holds the ledger of a run. Go on with it by --resume-from-checkpoint, "
-                "choose another folder, or start anew by --overwrite-output-dir."
+                f"--output-dir {str(chosen)!r} holds files, and no ledger of a run. Choose a folder that is new or "
+                "empty: a run writes README.md, config.json and others of that kind."
             )
-        shutil.rmtree(chosen)
+        if ledger.exists():
+            _clear(chosen, ledger, options.overwrite_output_dir)
     chosen.mkdir(parents=True, exist_ok=True)
     return chosen
+
+
+def _clear(folder: Path, ledger: Path, overwrite: bool) -> None:
+    """Make room for a new run. The ledger of the old one is put aside, not deleted: what it spent stays spent."""
+    releases = sum(line.startswith('{"release"') for line in ledger.read_text(encoding="utf-8").splitlines())
+    if releases and not overwrite:
+        raise FileExistsError(
+            f"--output-dir {str(folder)!r} holds a run, with {releases} releases in its ledger. Go on with it by "
+            "--resume-from-checkpoint, choose another folder, or start anew by --overwrite-output-dir."
+        )
+    if releases:
+        ledger.rename(folder / f"earlier-{sum(1 for _ in folder.glob(f'earlier-*-{LEDGER}')) + 1}-{LEDGER}")
+    ledger.unlink(missing_ok=True)  # a run that ended before its first release
+    for name in (METRICS, CARD, PICTURE):  # what says something of the old run; the model's files are written over
+        (folder / name).unlink(missing_ok=True)
+    for inner in (CHECKPOINTS, "adapter"):
+        shutil.rmtree(folder / inner, ignore_errors=True)
 
 
 @dataclass

@@ -3,8 +3,28 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
+import torch
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 if str(RECIPES) not in sys.path:
     sys.path.insert(0, str(RECIPES))
+
+
+@pytest.fixture(scope="session")
+def docstrings() -> list[dict[str, str]]:
+    """The records of the demonstration: read once, since it takes seconds."""
+    from finetune.corpora import stdlib_docstrings
+
+    return stdlib_docstrings()
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """Gives back the number of threads that a recipe, run in this process, has set."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

@@ -13,11 +13,6 @@ from finetune.corpora import in_validation, stdlib_docstrings, synthetic_tickets
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module")
-def docstrings() -> list[dict[str, str]]:
-    return stdlib_docstrings()
-
-
 def test_docstrings_are_many_sorted_long_and_each_once(docstrings: list[dict[str, str]]) -> None:
     names = [record["name"] for record in docstrings]
     assert len(docstrings) > 2500

@@ -1,0 +1,221 @@
+"""The recipe itself: launched as a person launches it, killed, interrupted, resumed, and asked for what cannot be."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import llama_dp
+import pytest
+from finetune import loop
+from matplotlib.image import imread
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["--expected-batch-size", "12", "--max-eval-examples", "8", "--sample-tokens", "4", "--seq-len", "48"]
+
+
+def releases(folder: Path) -> int:
+    lines = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    return sum("release" in line for line in lines)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("data") / "records.jsonl"
+    rows = [{"text": f"Return the value number {n}, " + "or nothing " * (n % 5), "id": n} for n in range(90)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.launch
+def test_the_launched_demonstration_leaves_everything(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    words = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", "accelerate_config.yaml"]
+    words += ["recipes/llama_dp.py", "--output_dir", str(output), "--num-steps", "4", "--eval-every", "2", *SMALL]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    ended = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    for part in ("validation loss before: ", "validation loss after: ", "sample after: ", "epsilon "):
+        assert part in ended.stdout
+    for part in ("private: 100%", " of 8, ", "tokens/s", "% clipped"):
+        assert part in ended.stderr
+
+    model = AutoModelForCausalLM.from_pretrained(output)
+    ids = AutoTokenizer.from_pretrained(output)("Return the", return_tensors="pt")["input_ids"]
+    assert model(ids).logits.isfinite().all()
+    assert releases(output) == 4
+    note, *rows = metrics(output)
+    assert "Not for publication" in note["note"]
+    assert all(row["private"] is True for row in rows)
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    spent = [row["epsilon"] for row in steps]
+    assert spent == sorted(spent) and 0 < spent[-1] <= 8
+    assert [row["step"] for row in rows if "validation_loss" in row] == [0, 2, 4]
+    card = (output / "README.md").read_text()
+    for part in (
+        "## Privacy statement",
+        "differential privacy, where neighbouring",
+        "| Steps released / planned | 4 / 4 |",
+        "chosen by the validation loss",
+        "does **not** cover `metrics.jsonl`",
+        "## Samples",
+        "num_steps: 4",
+        "one record is one example",
+    ):
+        assert part in card
+    assert str(tmp_path) not in card
+    height, width = imread(output / "training.png").shape[:2]
+    assert height > 400 and width > 800
+    assert [p.name for p in (output / "checkpoints").iterdir()] == ["step_4"]
+
+
+@pytest.mark.launch
+def test_a_killed_run_is_resumed_and_counts_what_it_spent(tmp_path: Path, records: str) -> None:
+    """SIGKILL, at a moment that is not chosen; the checkpoint may be behind the ledger, which stands."""
+    output, planned = tmp_path / "run", 40
+    words = ["--dataset", records, "--output-dir", str(output), "--num-steps", str(planned), "--eval-every", "0", *SMALL]
+    words += ["--checkpoint-every", "3"]
+    log = (tmp_path / "log").open("w")
+    process = subprocess.Popen([sys.executable, "recipes/llama_dp.py", *words], cwd=ROOT, stdout=log, stderr=log)
+    until = time.monotonic() + 120
+    while not any((output / "checkpoints").glob("step_*")) and time.monotonic() < until and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait(30) == -signal.SIGKILL, (tmp_path / "log").read_text()[-3000:]
+    spent = releases(output)
+    assert 3 <= spent < planned
+
+    with pytest.raises(SystemExit) as stop:  # the same command again, without saying that it is to go on
+        llama_dp.main(words)
+    assert stop.value.code == 2
+    assert llama_dp.main([*words, "--resume-from-checkpoint"]) == 0
+    assert releases(output) == planned
+    resumed = next(row for row in metrics(output) if "resumed_from_step" in row)
+    assert resumed["step"] == spent and resumed["resumed_from_step"] <= spent
+    after = metrics(output)[metrics(output).index(resumed) + 1 :]
+    assert [row["step"] for row in after if "loss" in row] == list(range(spent + 1, planned + 1))
+    assert max(row["epsilon"] for row in after) <= 8
+    assert f"| Steps released / planned | {planned} / {planned} |" in (output / "README.md").read_text()
+    assert len(list((output / "checkpoints").iterdir())) <= 2
+
+
+def test_ctrl_c_ends_after_the_logical_batch_and_can_be_resumed(
+    tmp_path: Path, records: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add = loop.History.add
+
+    def press(history: loop.History, row: dict[str, Any]) -> None:
+        add(history, row)
+        if row["step"] == 2 and "loss" in row:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    words = ["--dataset", records, "--output-dir", str(tmp_path), "--num-steps", "5", *SMALL]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.History, "add", press)
+        assert llama_dp.main(words) == 130
+    told = capsys.readouterr().out
+    assert "interrupted after step 3 of 5, epsilon" in told and "--resume-from-checkpoint" in told
+    assert releases(tmp_path) == 3
+    assert llama_dp.main([*words, "--resume-from-checkpoint"]) == 0
+    assert releases(tmp_path) == 5
+    assert "resumed: weights of step 3, 3 steps released" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--clipping", "none"], ["--noise-multiplier", "0", "--compare-nonprivate"]])
+def test_what_is_not_private_says_so_everywhere(
+    words: list[str], tmp_path: Path, records: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert llama_dp.main(["--dataset", records, "--output-dir", str(tmp_path), "--num-steps", "2", *SMALL, *words]) == 0
+    told = capsys.readouterr()
+    assert "NOT PRIVATE" in told.out and "NOT PRIVATE: 100%" in told.err and "epsilon infinite" in told.err
+    card = (tmp_path / "README.md").read_text()
+    assert "WITHOUT PRIVACY" in card and "**NOT PRIVATE:" in card and "Treat the weights" in card
+    assert "does **not** cover" not in card and "differential-privacy" not in card
+    rows = metrics(tmp_path)
+    assert "NOT PRIVATE" in rows[0]["note"]
+    assert all(row["private"] is False and row.get("epsilon") is None for row in rows)
+    assert any("nonprivate_validation_loss" in row for row in rows) is ("--compare-nonprivate" in words)
+
+
+@pytest.mark.parametrize(
+    "words", [["--bf16", "--gradient-checkpointing"], ["--lora-r", "2"]], ids=["bf16, checkpointing", "lora"]
+)
+def test_ways_to_train(words: list[str], tmp_path: Path, records: str) -> None:
+    assert llama_dp.main(["--dataset", records, "--output-dir", str(tmp_path), "--num-steps", "2", *SMALL, *words]) == 0
+    assert releases(tmp_path) == 2
+    assert AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
+    tmp_path: Path, records: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert llama_dp.main(["--dry-run", "--dataset", records, *SMALL]) == 0
+    told = capsys.readouterr().out
+    for part in ("noise multiplier", "epsilon", "24 steps", "logical batch", "one_pass", "32 x 48"):
+        assert part in told
+    for part in ("1 x 48 tokens", "linear 96 -> 256", "MiB held", "nothing was written"):
+        assert part in told
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--dataset", "absent.jsonl"], "no such file"),
+        (["--lr-scheduler-type", "nosuch"], "nosuch"),
+        (["--expected-batch-size", "5000"], "5000"),
+        (["--target-delta", "2"], "target_delta"),
+        (["--seq-len", "4096"], "1024 positions"),
+        (["--text-column", "id"], "holds int"),
+        (["--resume-from-checkpoint"], "no checkpoint"),
+        (["--dry-run", "--clipping", "none", "--noise-multiplier", "1"], "bounds nothing"),
+        (["--clipping", "ghost", "--strategy", "one_pass"], "by definition"),
+        (["--with-tracking"], "pip install"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_cannot_be_done_ends_with_one_line_and_status_2(
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    records: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("llama_dp.get_available_trackers", lambda: [])
+    with pytest.raises(SystemExit) as stop:
+        llama_dp.main([*SMALL, "--dataset", records, "--output-dir", str(tmp_path / "run"), *words])
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("llama_dp.py: error:") and message in last
+
+
+def test_a_folder_of_somebody_is_not_written_into(
+    tmp_path: Path, records: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        llama_dp.main([*SMALL, "--dataset", records, "--output-dir", str(tmp_path), "--overwrite-output-dir"])
+    assert stop.value.code == 2 and "no ledger of a run" in capsys.readouterr().err
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("README.md", "mine")]
+
+
+def test_starting_anew_keeps_the_ledger_of_what_was_spent(tmp_path: Path, records: str) -> None:
+    words = [*SMALL, "--dataset", records, "--output-dir", str(tmp_path), "--num-steps", "1"]
+    assert llama_dp.main(words) == 0
+    assert llama_dp.main([*words, "--overwrite-output-dir"]) == 0
+    assert releases(tmp_path) == 1
+    assert sum("release" in json.loads(line) for line in (tmp_path / "earlier-1-ledger.jsonl").open()) == 1
