@@ -100,12 +100,20 @@ class PrivateDataLoader:
         )
         self.device, self.num_steps, self.privacy = torch.device(device), batches.num_steps, privacy
         self.is_last, self.step = False, 0
+        self._iteration = 0
         self._on_start, self._on_batch = on_start, on_batch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        self._iteration += 1
+        mine = self._iteration
         if self._on_start is not None:
             self._on_start()
         for batch, is_last, step in self._loader:
+            if mine != self._iteration:
+                raise PrivacyConfigError(
+                    "a second iteration over the loader has begun: batches of two draws would go into one "
+                    "release. Use one iterator at a time."
+                )
             self.is_last, self.step = is_last, step
             if self._on_batch is not None:
                 self._on_batch(step, is_last)

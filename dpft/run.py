@@ -108,6 +108,10 @@ class PrivacyRun:
             notes=notes,
         )
 
+    def close(self) -> None:
+        """Close the ledger, which ends its lock: another run in this process may open it then."""
+        self.ledger.close()
+
     def state_dict(self) -> dict[str, Any]:
         """Which ledger this checkpoint belongs to, and its count. No secret."""
         return self.ledger.state_dict()

@@ -82,7 +82,7 @@ def wrap(
         raise UnsupportedModuleError("no parameter of the model requires a gradient; unfreeze what is to be trained")
     covered = clipping != "none" and strategy != "per_example"
     sites = _cover(model, parameters) if covered else []
-    uses = {use.key: use for _, site_rule, keys in sites if (use := _matrix_use(site_rule, _, keys)) is not None}
+    uses = [use for module, site_rule, keys in sites if (use := _matrix_use(site_rule, module, keys)) is not None]
     state = ClipState(clipping, fixed or strategy, rule, memory, uses, parameters, flattening_parameters(model))
     if strategy == "per_example":
         guard_parameters(state)
@@ -99,6 +99,8 @@ def wrap(
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Undo :func:`wrap` in place: the model computes, and trains, as it did before. Returns the same object.
+
+    An optimiser inside a :class:`dpft.DPOptimizer` is given back by its ``detach()``.
 
     Raises:
         WrapError: the model is not wrapped.
@@ -200,7 +202,7 @@ def explain(model: nn.Module, batch_size: int, seq_len: int) -> str:
     itemsize = max(p.element_size() for p in state.parameters.values())
     lines = [f"clipping {state.clipping}, {choice.reason}"]
     if state.clipping == "flash" and choice.strategy != "per_example":
-        lines += describe_uses(state.uses.values(), choice.strategy, batch_size, seq_len, itemsize)
+        lines += describe_uses(state.uses, choice.strategy, batch_size, seq_len, itemsize)
     return "\n".join(lines)
 
 

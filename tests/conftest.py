@@ -15,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HOME"] = os.path.join(_SCRATCH, "huggingface")  # also hides the user's default Accelerate config
 # A process killed while it builds an extension leaves a lock that makes all later builds wait for ever.
 os.environ["TORCH_EXTENSIONS_DIR"] = os.path.join(_SCRATCH, "torch_extensions")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait starve the tests beside them
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests fork, and a forked tokenizer warns about its threads
 
@@ -25,6 +26,9 @@ import torch
 # No deadline: another process on the machine must not fail a test. Derandomised: a red run can be repeated.
 hypothesis.settings.register_profile("dpft", deadline=None, derandomize=True, print_blob=True, database=None)
 hypothesis.settings.load_profile("dpft")
+
+# The models are tiny and the suite runs one process a core (pytest-xdist): more threads only wait for each other.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,14 +12,6 @@ import dpft
 from tests.test_memory import model_of
 
 TOKENS, LAYERS = 1024, 4
-
-
-@pytest.fixture(autouse=True, scope="module")
-def single_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # less CPU time, above all on a busy machine
-    yield
-    torch.set_num_threads(threads)
 
 
 @functools.cache

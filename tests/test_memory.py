@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import gc
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,14 +18,6 @@ import dpft
 from tests.memory_meter import MemoryMeter
 
 MIB = 2**20
-
-
-@pytest.fixture(autouse=True, scope="module")
-def single_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # less CPU time, above all on a busy machine
-    yield
-    torch.set_num_threads(threads)
 
 
 def model_of(checkpointing: bool, layers: int = 4) -> nn.Module:

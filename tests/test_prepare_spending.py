@@ -123,6 +123,37 @@ def test_an_abandoned_logical_batch_is_not_added_to_the_next(tmp_path: Path, how
     torch.testing.assert_close(values(training.model), expected, rtol=0, atol=1e-6)
 
 
+def test_two_live_iterators_do_not_share_a_release(path: Path) -> None:
+    """Each draws a logical batch of its own; an example of both would contribute twice."""
+    training = Training(path, changes={"noise_multiplier": 0, "sample_rate": 1.0})
+    iterators = [iter(training.loader), iter(training.loader)]
+    rows = 0
+    try:
+        while training.run.steps == 0:
+            for iterator in iterators:
+                batch = next(iterator)
+                training.backward(batch)
+                rows += len(batch["labels"])
+                training.optimizer.step()
+                if training.run.steps:
+                    break
+                training.optimizer.zero_grad()
+    except DPFTError:
+        assert training.run.steps == 0
+    else:
+        assert rows <= EXAMPLES
+
+
+def test_a_second_phase_with_the_same_optimiser(path: Path) -> None:
+    """Unwrapped and prepared again: nothing of the first phase stands in the way, and its noise stays behind."""
+    first = Training(path).train()
+    model = dpft.unwrap(first.model)
+    second = Training(path.with_name("second"), model=model, make=lambda _: first.inner)
+    before = values(model)
+    second.train()
+    assert second.run.steps == 3 and not torch.equal(values(model), before)
+
+
 # --- a second run, another ledger, seeds -----------------------------------------------------------------------------
 
 

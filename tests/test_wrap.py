@@ -21,14 +21,6 @@ strategies = pytest.mark.parametrize("strategy", STRATEGIES)
 norm_strategies = pytest.mark.parametrize("strategy", NORM_STRATEGIES)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def single_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Scale(nn.Module):
     """A raw parameter of its own."""
 

@@ -88,7 +88,7 @@ def choose_strategy(
         device: where the model is.
     """
     uses = list(uses)
-    gradient = sum(use.grad_numel() for use in uses) * itemsize
+    gradient = sum({use.key: use.grad_numel() for use in uses}.values()) * itemsize
     extra = max(0, kept_bytes(uses, batch_size, seq_len, itemsize) - gradient)
     allowed = int(FREE_MEMORY_SHARE * free_memory(device)) if memory is None else memory
     numbers = (

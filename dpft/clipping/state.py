@@ -43,7 +43,7 @@ class ClipState:
         strategy: what was asked for; ``"auto"`` is decided per batch shape.
         rule: the clip function with C.
         memory: bytes that one-pass may keep beyond one gradient; None asks the device.
-        uses: the trainable matrices, by canonical name.
+        uses: the trainable matrices, at every place where one is used.
         parameters: trainable parameters by canonical name, as they were when last registered.
         flattening: names of parameters in modules that are known to see ``[B * T, ...]`` in order.
         backwards: clipped backward passes so far.
@@ -58,7 +58,7 @@ class ClipState:
     strategy: Strategy | Literal["auto"]
     rule: ClipRule
     memory: int | None
-    uses: dict[str, MatrixUse]
+    uses: list[MatrixUse]
     parameters: dict[str, nn.Parameter]
     flattening: set[str] = field(default_factory=set)
     tap: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
@@ -150,6 +150,6 @@ class ClipState:
         if shape not in self.choices:
             itemsize = max((p.element_size() for p in self.parameters.values()), default=4)
             self.choices[shape] = choose_strategy(
-                self.uses.values(), batch_size, seq_len, itemsize, self.memory, device
+                self.uses, batch_size, seq_len, itemsize, self.memory, device
             )
         return self.choices[shape]

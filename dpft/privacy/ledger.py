@@ -260,7 +260,8 @@ def _lock(fd: int, file: Path) -> None:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise LedgerError(
-            f"another process has the ledger {file} open; two runs cannot share one. Wait for it, or end it."
+            "another process, or a run of this one that was not closed (loader.privacy.close()), has the "
+            f"ledger {file} open; two runs cannot share one. Wait for it, or end it."
         ) from error
     except OSError as error:
         raise LedgerError(

@@ -69,6 +69,8 @@ class EpsilonMeter:
         return accounting.compose_epsilon(events, self.delta, accountant=self.accountant)
 
     def _rounded_up(self, steps: int) -> int:
+        if self.horizon <= _GRID:
+            return steps
         # Squares, because epsilon grows about as the root of the steps: equal increments of epsilon.
         nth = math.ceil(_GRID * math.sqrt(steps / self.horizon) - 1e-9)
         return max(steps, math.ceil(self.horizon * (nth / _GRID) ** 2))

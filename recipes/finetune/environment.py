@@ -2,8 +2,8 @@
 
 OpenMP's threads wait for each other by spinning, unless told otherwise. On a machine where another process wants a
 core too, a thread that spins keeps the one that it waits for from running. *Measured*, a physical batch of 32 x 128
-tokens of the small Llama, two threads on two cores that two to three other processes shared: 720 and 5,800 tokens a
-second spinning, 9,500 and 6,500 sleeping; one thread, 5,000 and 5,500.
+tokens of the small Llama, two threads on two cores that two to three other processes shared, two rounds: 720 and 5,814
+tokens a second spinning, 9,482 and 6,482 sleeping; one thread, 4,992 and 5,518.
 """
 
 from __future__ import annotations

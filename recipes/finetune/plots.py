@@ -85,8 +85,14 @@ def plot_run(
     else:
         epsilon_axis.title.set_color("tab:red")
         epsilon_axis.text(
-            0.5, 0.5, "no finite epsilon:\nNOT PRIVATE", transform=epsilon_axis.transAxes, ha="center", va="center",
-            fontsize=16, color="tab:red",
+            0.5,
+            0.5,
+            "no finite epsilon:\nNOT PRIVATE",
+            transform=epsilon_axis.transAxes,
+            ha="center",
+            va="center",
+            fontsize=16,
+            color="tab:red",
         )
         epsilon_axis.set_yticks([])
     for axis in (loss_axis, epsilon_axis):

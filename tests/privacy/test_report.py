@@ -56,7 +56,7 @@ def test_a_resume_with_other_noise_is_composed(tmp_path: Path) -> None:
     plan = plan_of()
     quieter = plan.mechanism.with_noise(0.7)
     for mode, mechanism in (("new", quieter), ("resume", plan.mechanism)):
-        with Ledger.open(tmp_path / "l", mode, mechanism=mechanism) as ledger:  # type: ignore[arg-type]  # a loop
+        with Ledger.open(tmp_path / "l", mode, mechanism=mechanism) as ledger:  # type: ignore[arg-type]  # mypy takes the loop variable for a str
             for _ in range(20):
                 ledger.record()
     report = privacy_report(plan, Ledger.read(tmp_path / "l"))

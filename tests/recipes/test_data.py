@@ -21,9 +21,7 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(BASE_MODEL)
 
 
-def test_built_in_docstrings_split_disjoint(
-    docstrings: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_built_in_docstrings_split_disjoint(docstrings: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finetune.data.stdlib_docstrings", lambda: docstrings)
     train, validation = load_texts("docstrings")
     assert not set(train["name"]) & set(validation["name"])
