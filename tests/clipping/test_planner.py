@@ -24,8 +24,9 @@ def test_gram_never_above_its_crossover(tokens: int, p: int, d: int) -> None:
 @hypothesis.given(tokens=st.integers(1, 4096), p=size, d=size)
 @hypothesis.settings(max_examples=300)
 def test_choice_is_the_cheapest(tokens: int, p: int, d: int) -> None:
-    chosen = method_flops(planner.choose_method(tokens, p, d), tokens, p, d)
-    assert chosen <= min(method_flops(m, tokens, p, d) for m in ("gram", "feature", "materialise"))
+    # Gram products are made in float64 and count twice.
+    cost = {m: (2 if m == "gram" else 1) * method_flops(m, tokens, p, d) for m in ("gram", "feature", "materialise")}
+    assert cost[planner.choose_method(tokens, p, d)] <= min(cost.values())
 
 
 @pytest.mark.parametrize(("tokens", "p", "d"), [(8, 64, 64), (63, 64, 64), (65, 64, 64), (200, 64, 96), (129, 8, 512)])
