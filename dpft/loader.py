@@ -88,7 +88,7 @@ class PrivateDataLoader:
         num_workers: int = 0,
         static_shapes: bool = False,
         on_start: Callable[[], None] | None = None,
-        on_batch: Callable[[int, bool], None] | None = None,
+        on_batch: Callable[[int, bool, int, int], None] | None = None,
         privacy: Any = None,
     ) -> None:
         self._loader = DataLoader(
@@ -116,7 +116,8 @@ class PrivateDataLoader:
                 )
             self.is_last, self.step = is_last, step
             if self._on_batch is not None:
-                self._on_batch(step, is_last)
+                weights = batch["example_weight"]
+                self._on_batch(step, is_last, len(weights), int((weights == 0).sum()))
             yield {
                 name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
                 for name, value in batch.items()

@@ -139,6 +139,7 @@ class LoopGuard:
         self._backwards = state.backwards
         self.optimizer: DPOptimizer | None = None
         self._step: int | None = None
+        self._rows = self._padding = 0
         self._drawn = False
 
     def start(self) -> None:
@@ -149,9 +150,11 @@ class LoopGuard:
         self._backwards = self._state.backwards
         self._step, self._drawn = None, False
 
-    def next_batch(self, step: int, is_last: bool) -> None:
+    def next_batch(self, step: int, is_last: bool, rows: int, padding: int) -> None:
         """Before a physical batch of a logical one is handed out."""
         self._count()
+        self._rows, self._padding = rows, padding
+        self._state.weights = None
         if step != self._step:
             if self._drawn and self._step is not None:
                 raise ClippingError(
@@ -171,6 +174,14 @@ class LoopGuard:
                 f"{ran} backward passes ran on one physical batch; expected one. Each adds a contribution of "
                 "norm C per example. Add up the per-example losses and call dpft.clipped_loss once."
             )
+        if ran and self._padding and self._state.last is not None:
+            counted = int((self._state.last.example_weights > 0).sum())
+            if counted > self._rows - self._padding:
+                raise ClippingError(
+                    f"{counted} rows of a physical batch had a weight above zero and only "
+                    f"{self._rows - self._padding} are examples that were drawn: the loader's example_weight was not "
+                    "passed on. Call model(**batch), or dpft.clipped_loss(model, losses, batch['example_weight'])."
+                )
 
     def release(self) -> None:
         """Write one release ahead, if there is budget for it and a batch that was drawn for it."""

@@ -17,7 +17,7 @@ from dpft.clipping.state import Clipping, ClipState, ClipStats
 from dpft.clipping.strategies import guard_parameters
 from dpft.errors import ClippingError, UnsupportedModuleError, WrapError
 from dpft.models.causal_lm import find_causal_lm, flattening_parameters, per_example_causal_lm_losses
-from dpft.models.forward import clipped_forward
+from dpft.models.forward import clipped_forward, refuse_unsaved_rng
 from dpft.rules.base import EmbeddingUse, LinearUse, MatrixUse, Rule
 from dpft.rules.embedding import EmbeddingRule
 from dpft.rules.linear import LinearRule
@@ -84,7 +84,7 @@ def wrap(
     sites = _cover(model, parameters) if covered else []
     uses = [use for module, site_rule, keys in sites if (use := _matrix_use(site_rule, module, keys)) is not None]
     state = ClipState(clipping, fixed or strategy, rule, memory, uses, parameters, flattening_parameters(model))
-    if strategy == "per_example":
+    if clipping != "none":
         guard_parameters(state)
     for module, site_rule, keys in sites:
         _attach(module, site_rule, state, keys)
@@ -162,6 +162,7 @@ def clipped_loss(
                 "range(len(x))]"
             )
         return clip_boundary(state, [x.reshape(()) for x in losses], example_weight, "per_example")
+    refuse_unsaved_rng(state, model)
     if not isinstance(losses, Tensor):
         raise ClippingError(f"got losses as a {type(losses).__name__}; expected one tensor [B], from one forward")
     return clip_boundary(state, losses, example_weight, state.choose(losses.device, losses.numel(),
@@ -241,7 +242,8 @@ def _cover(model: nn.Module, parameters: dict[str, nn.Parameter]) -> list[tuple[
     canonical = {id(p): name for name, p in parameters.items()}
     sites, missing = [], []
     for path, module in model.named_modules():
-        own = {name: canonical[id(p)] for name, p in module.named_parameters(recurse=False) if id(p) in canonical}
+        held = module.named_parameters(recurse=False, remove_duplicate=False)
+        own = {name: canonical[id(p)] for name, p in held if id(p) in canonical}
         if not own:
             continue
         rule = find_rule(module)

@@ -70,7 +70,7 @@ def test_yields_the_drawn_examples_in_their_logical_batches(static: bool, worker
 def test_is_last_only_on_the_last_of_a_logical_batch_and_the_callback_agrees() -> None:
     p = plan(sample_rate=1.0, num_steps=2)
     seen: list[tuple[int, bool]] = []
-    loader = load(batches=batches(p, 5), on_batch=lambda step, last: seen.append((step, last)))
+    loader = load(batches=batches(p, 5), on_batch=lambda step, last, rows, padding: seen.append((step, last)))
     flags = [(loader.step, loader.is_last, len(b["number"])) for b in loader]
     assert flags == [(0, False, 5), (0, False, 5), (0, True, 2), (1, False, 5), (1, False, 5), (1, True, 2)]
     assert seen == [(step, last) for step, last, _ in flags]

@@ -9,19 +9,25 @@ from torch import Tensor, nn
 
 from dpft.errors import UnsupportedModuleError
 
-_SITES = frozenset({"LinearSiteBackward", "EmbeddingSiteBackward", "LayerNormSiteBackward", "ExpandSiteBackward"})
+# Which of a site's tensor inputs are its parameters; a parameter in another place is data, and its gradient dX.
+_SITES = {
+    "LinearSiteBackward": (1, 2),
+    "EmbeddingSiteBackward": (1,),
+    "LayerNormSiteBackward": (1, 2),
+    "ExpandSiteBackward": (0,),
+}
 
 
-def walk(root: Any) -> Iterator[tuple[Any, Any]]:
-    """Every edge ``(node, child)`` of the autograd graph below ``root``, each node once."""
+def walk(root: Any) -> Iterator[tuple[Any, int, Any]]:
+    """Every edge ``(node, input's number, child)`` of the autograd graph below ``root``, each node once."""
     seen: set[Any] = {root}
     stack: list[Any] = [root]
     while stack:
         node = stack.pop()
-        for child, _ in node.next_functions:
+        for slot, (child, _) in enumerate(node.next_functions):
             if child is None:
                 continue
-            yield node, child
+            yield node, slot, child
             if child not in seen:
                 seen.add(child)
                 stack.append(child)
@@ -35,7 +41,7 @@ def is_reentrant(node: Any) -> bool:
 
 def has_reentrant(loss: Tensor) -> bool:
     """Whether a reentrant checkpoint is in the graph of ``loss``."""
-    return loss.grad_fn is not None and any(is_reentrant(node) for node, _ in walk(loss.grad_fn))
+    return loss.grad_fn is not None and any(is_reentrant(node) for node, _, _ in walk(loss.grad_fn))
 
 
 def audit_graph(losses: Tensor, names: dict[int, str]) -> bool:
@@ -59,15 +65,15 @@ def audit_graph(losses: Tensor, names: dict[int, str]) -> bool:
             "run under torch.no_grad(), or is every parameter frozen?"
         )
     reentrant = False
-    for node, child in walk(root):
+    for node, slot, child in walk(root):
         reentrant = reentrant or is_reentrant(node)
         variable = getattr(child, "variable", None)
         if isinstance(variable, nn.Parameter):
-            _check_leaf(variable, node.name(), names)
+            _check_leaf(variable, node.name(), slot, names)
     return reentrant
 
 
-def _check_leaf(parameter: nn.Parameter, parent: str, names: dict[int, str]) -> None:
+def _check_leaf(parameter: nn.Parameter, parent: str, slot: int, names: dict[int, str]) -> None:
     known = names.get(id(parameter))
     if known is None:
         raise UnsupportedModuleError(
@@ -75,7 +81,7 @@ def _check_leaf(parameter: nn.Parameter, parent: str, names: dict[int, str]) -> 
             "that is not one of the wrapped model's: it would be trained on an unclipped gradient. Put it into "
             "the model before dpft.wrap, or set requires_grad_(False)."
         )
-    if parent not in _SITES:
+    if slot not in _SITES.get(parent, ()):
         raise UnsupportedModuleError(
             f"parameter {known!r} is used by {parent} directly, not through its module's forward, so its "
             "gradient is not seen per example. Wrap with strategy='per_example', or freeze it."

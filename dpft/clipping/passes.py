@@ -33,6 +33,13 @@ def weighted_vector(grad: Tensor, factors: Tensor) -> Tensor:
     return (grad.to(dtype) * factors.to(dtype).view(shape)).masked_fill_((factors == 0).view(shape), 0).sum(0)
 
 
+def checksum(g: Tensor) -> Tensor:
+    """``[2, B]`` float64: per example the sum of ``g [B, ...]`` and of its absolute values."""
+    flat = g.reshape(g.shape[0], g.shape[1:].numel())
+    dtype = torch.promote_types(g.dtype, torch.float32)
+    return torch.stack([flat.sum(1, dtype=dtype), torch.linalg.vector_norm(flat, 1, dim=1, dtype=dtype)]).double()
+
+
 @dataclass
 class Trace:
     """What one forward used: filled by the sites, taken by the boundary that the forward's losses go through.
@@ -63,16 +70,19 @@ class NormPass:
         self.trace, self.shared = trace, shared
         self.sq = torch.zeros(batch_size, dtype=torch.float64, device=device)
         self.slack = 0.0
+        self.seen = torch.zeros((2, batch_size), dtype=torch.float64, device=device)
         self._vectors: dict[str, Tensor] = {}
         self._summed: dict[str, Tensor] = {}
         self._heads: dict[str, Tensor] = {}
         self._kinds: dict[str, list[type]] = {}
 
     def vector(self, key: str, grad: Tensor, weight: Tensor) -> None:
+        self.seen += checksum(grad)
         grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
         self._vectors[key] = self._vectors[key] + grad if key in self._vectors else grad
 
     def matrix(self, use: MatrixUse, x: Tensor, g: Tensor, weight: Tensor) -> None:
+        self.seen += checksum(g)
         self._kinds.setdefault(use.key, []).append(type(use))
         if g.dtype.itemsize < 4:
             self.slack = LOW_PRECISION_SLACK
@@ -87,7 +97,7 @@ class NormPass:
         if isinstance(use, LinearUse) and not use.transposed:
             # In a language model the head's backward comes first; what the embedding will need of it is [B, T, D].
             self._heads[use.key] = head_rows_at_tokens(ids, x, g)
-        elif isinstance(use, EmbeddingUse) and use.key in self._heads:
+        elif isinstance(use, EmbeddingUse) and use.key in self._heads and x.data_ptr() == ids.data_ptr():
             rows = self._heads.pop(use.key)
             if use.padding_idx is not None:
                 rows.masked_fill_((x == use.padding_idx).unsqueeze(-1), 0)
@@ -230,11 +240,14 @@ class WeightedPass:
 
     def __init__(self, factors: Tensor) -> None:
         self.batch_size, self.factors = len(factors), factors
+        self.seen = torch.zeros((2, len(factors)), dtype=torch.float64, device=factors.device)
 
     def matrix(self, use: MatrixUse, x: Tensor, g: Tensor, weight: Tensor) -> Tensor:
+        self.seen += checksum(g)
         return use.weighted_grad(x, g, self.factors, None, grad_dtype(weight))
 
     def vector(self, key: str, grad: Tensor, weight: Tensor) -> Tensor:
+        self.seen += checksum(grad)
         return weighted_vector(grad, self.factors).to(grad_dtype(weight)).view(weight.shape)
 
 

@@ -51,7 +51,9 @@ class ClipState:
         weights: ``[B]`` example weights that a forward without labels was given.
         scales: ``[2]``, smallest and largest factor that a loss was multiplied by since they were last read.
         probed_at: the number of the last one before which the isolation check came to a result.
-        delivering: per-example strategy: parameters whose clipped gradient autograd is about to accumulate.
+        delivering: parameters whose clipped gradient autograd is about to accumulate.
+        guarded: ``id`` of each parameter that has a hook.
+        input_dim: number of dimensions of the model's input in the running forward.
     """
 
     clipping: Clipping
@@ -70,6 +72,8 @@ class ClipState:
     probed_at: int = 0
     delivering: set[str] = field(default_factory=set)
     hooks: list[Any] = field(default_factory=list)
+    guarded: dict[str, int] = field(default_factory=dict)
+    input_dim: int = 1
     choices: dict[tuple[int, int], Choice] = field(default_factory=dict)
     last: ClipStats | None = None
     backwards: int = 0
@@ -85,9 +89,13 @@ class ClipState:
         if ids is not None:
             self.trace.ids[key] = ids
 
-    def begin(self, batch_size: int, seq_len: int) -> None:
-        """A forward of the whole model starts."""
-        self.batch_size, self.seq_len = batch_size, seq_len
+    def begin(self, shape: torch.Size) -> None:
+        """A forward of the whole model starts, on an input of this shape."""
+        self.batch_size, self.seq_len, self.input_dim = shape[0], shape[1] if len(shape) > 1 else 1, len(shape)
+
+    def end(self) -> None:
+        """It has ended; a layer that is called by itself is not a part of it."""
+        self.batch_size = None
 
     def note_scale(self, scale: Tensor) -> None:
         """Remember a loss's factor, without a device synchronisation."""

@@ -52,13 +52,17 @@ class Job:
         Args:
             scale: ``[]``, the gradient of the boundary's output: a factor of the result, not of the norms.
         """
-        if self.strategy == "per_example":
-            self.state.delivering = set()
-            grads = run_per_example(self, scale)
+        self.state.delivering = set()
+        grads = self._run(scale)
+        if grads is not None:
             self.state.delivering = {
                 name for name, grad in zip(self.state.parameters, grads, strict=True) if grad is not None
             }
-            return grads
+        return grads
+
+    def _run(self, scale: Tensor) -> list[Tensor | None] | None:
+        if self.strategy == "per_example":
+            return run_per_example(self, scale)
         assert isinstance(self.losses, Tensor)
         names = {id(p): name for name, p in self.state.parameters.items()}
         self.reentrant = audit_graph(self.losses, names)
@@ -169,7 +173,26 @@ def run_two_pass(job: Job, scale: Tensor) -> None:
     else:
         raise ClippingError(f"the uses of {sorted(unresolved)} changed between two traversals of one graph")
     factors = job.factors(norms.sq, norms.slack) * scale.to(norms.sq)
-    job.traverse(WeightedPass(factors), losses, seeds, retain_graph=False)
+    weighted = WeightedPass(factors)
+    job.traverse(weighted, losses, seeds, retain_graph=False)
+    _check_same_gradients(norms.seen, weighted.seen, factors)
+
+
+def _check_same_gradients(norms: Tensor, weighted: Tensor, factors: Tensor) -> None:
+    """Refuse a step whose two traversals saw different gradients: the norms are then of something else.
+
+    Args:
+        norms: ``[2, B]``, per example the sum over sites of the entries of g, and of their absolute values.
+        weighted: the same of the second traversal.
+        factors: ``[B]``; examples of factor zero do not count.
+    """
+    apart = (norms - weighted).abs().amax(0) > 1e-3 * norms[1]
+    if bool((apart & (factors != 0)).any()):
+        raise ClippingError(
+            "the norm pass and the weighted pass saw different gradients: a recomputed forward is not the one "
+            "that was run (dropout in a checkpoint with preserve_rng_state=False, a random generator of its "
+            "own). What is in .grad is not clipped: drop it. Use preserve_rng_state=True, or strategy='one_pass'."
+        )
 
 
 def run_plain(job: Job, scale: Tensor) -> None:
@@ -256,16 +279,32 @@ class _Anything(WeightedPass):
 
 
 def guard_parameters(state: ClipState) -> None:
-    """Per-example strategy: make a gradient that did not come through the boundary an error, not an update."""
+    """Make a gradient that reaches a parameter in any other way than a clipped sum an error, not an update.
+
+    The last line of defence: it also sees what a reentrant checkpoint hides from the walk of the graph. Called before
+    every forward, since a deep copy of a model has parameters without hooks.
+    """
+    ids = {name: id(p) for name, p in state.parameters.items()}
+    if state.guarded == ids:
+        return
 
     def guard(name: str) -> Callable[[Tensor | None], None]:
         def hook(grad: Tensor | None) -> None:
-            if state.active is not None or grad is None:  # autograd calls hooks of parameters without a gradient too
+            if grad is None:  # autograd calls the hooks of parameters without a gradient too
                 return
-            if name not in state.delivering:
+            if state.active is None and name not in state.delivering:
                 running_pass(state, name)  # raises: nothing is running
-            state.delivering.discard(name)
+            if state.active is None:
+                state.delivering.discard(name)
+            elif not state.active.weighted:
+                raise ClippingError(
+                    f"a gradient that no rule has seen reached {name!r} while norms were taken: the parameter is used "
+                    "by an operation other than its module's forward. Wrap with strategy='per_example', or freeze it."
+                )
 
         return hook
 
+    for handle in state.hooks:
+        handle.remove()
     state.hooks = [p.register_hook(guard(name)) for name, p in state.parameters.items()]
+    state.guarded = ids

@@ -78,31 +78,13 @@ def flattening_parameters(model: nn.Module) -> set[str]:
     return names
 
 
-def refuse_unsaved_rng(model: nn.Module) -> None:
-    """Two passes recompute a checkpoint twice: both must draw the dropout masks of the forward.
-
-    Raises:
-        ClippingError: checkpointing with ``preserve_rng_state=False`` while a dropout is active.
-    """
-    for module in model.modules():
-        checkpoint = module.__dict__.get("_gradient_checkpointing_func")
-        keywords = getattr(checkpoint, "keywords", None) or {}
-        if keywords.get("preserve_rng_state", True):
-            continue
-        if any(isinstance(m, nn.Dropout) and m.p > 0 and m.training for m in module.modules()):
-            raise ClippingError(
-                "gradient checkpointing runs with preserve_rng_state=False and dropout is active: the norm "
-                "pass and the weighted pass would see different gradients. Use preserve_rng_state=True, dropout 0, or "
-                "strategy='one_pass'."
-            )
-
-
 def _match(module: nn.Module) -> Rule | None:
     if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
         return LinearRule(transposed=True)
     own = list(module.named_parameters(recurse=False))
     leaf = next(module.children(), None) is None
-    if leaf and own and _NORM.search(type(module).__name__) and all(p.dim() == 1 for _, p in own):
+    known = type(module).__module__.startswith("transformers.")  # others may use their weight otherwise
+    if known and leaf and own and _NORM.search(type(module).__name__) and all(p.dim() == 1 for _, p in own):
         return ElementwiseRule()
     return None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from dpft.clipping.boundary import clip_boundary
 from dpft.clipping.state import ClipState
+from dpft.clipping.strategies import guard_parameters
 from dpft.errors import ClippingError
-from dpft.models.causal_lm import refuse_unsaved_rng
 
 # Not inputs of the batch, whatever their length happens to be.
 _NOT_BATCHED = frozenset({"cache_position", "num_items_in_batch"})
@@ -37,22 +37,57 @@ def clipped_forward(
     if not torch.is_grad_enabled():
         return _with_loss(plain(*args, **kwargs), lambda losses: _mean(losses, weights), kwargs)
     state.check_parameters(model)
+    if state.clipping != "none":
+        guard_parameters(state)
     shape = _batch_shape(args, kwargs)
     if shape is None:
         return plain(*args, **kwargs)
-    state.begin(shape[0], shape[1] if len(shape) > 1 else 1)
-    if kwargs.get("labels") is None:
-        state.weights = weights
-        return plain(*args, **kwargs)
-    device = next(iter(state.parameters.values())).device
-    choice = state.choose(device, shape[0], state.seq_len).strategy
-    if choice == "two_pass":
-        refuse_unsaved_rng(model)
-    if choice == "per_example":
-        return _forward_each(state, plain, args, kwargs, weights, shape[0])
-    return _with_loss(
-        plain(*args, **kwargs), lambda losses: clip_boundary(state, losses, weights, choice), kwargs
-    )
+    state.begin(shape)
+    try:
+        if kwargs.get("labels") is None:
+            _hold_weights(state, weights)
+            return plain(*args, **kwargs)
+        device = next(iter(state.parameters.values())).device
+        choice = state.choose(device, shape[0], state.seq_len).strategy
+        if choice == "per_example":
+            return _forward_each(state, plain, args, kwargs, weights, shape[0])
+        if choice == "two_pass":
+            refuse_unsaved_rng(state, model)
+        return _with_loss(
+            plain(*args, **kwargs), lambda losses: clip_boundary(state, losses, weights, choice), kwargs
+        )
+    finally:
+        state.end()
+
+
+def _hold_weights(state: ClipState, weights: Tensor | None) -> None:
+    """Keep the weights of a forward without labels for the ``clipped_loss`` that is to come."""
+    held = state.weights
+    if weights is None:
+        return
+    if held is not None and not (held.shape == weights.shape and torch.equal(held, weights.to(held.device))):
+        raise ClippingError(
+            "two forwards before one clipped_loss were given different example_weight; a row is padding in both or in "
+            "none. Pass the same weights to both."
+        )
+    state.weights = weights
+
+
+def refuse_unsaved_rng(state: ClipState, model: nn.Module) -> None:
+    """Two passes recompute a checkpoint twice: both must draw the dropout masks of the forward.
+
+    Raises:
+        ClippingError: transformers' checkpointing with ``preserve_rng_state=False``, where two passes may run.
+    """
+    if state.strategy == "one_pass":
+        return
+    for module in model.modules():
+        keywords = getattr(module.__dict__.get("_gradient_checkpointing_func"), "keywords", None) or {}
+        if not keywords.get("preserve_rng_state", True):
+            raise ClippingError(
+                "gradient checkpointing runs with preserve_rng_state=False: with dropout the norm pass and the "
+                "weighted pass would see different gradients. Use preserve_rng_state=True, or strategy='one_pass'."
+            )
 
 
 def _mean(losses: Tensor, weights: Tensor | None) -> Tensor:
@@ -103,16 +138,12 @@ def _forward_each(
 ) -> Any:
     """One forward per example, so that no architecture can mix them; the outputs are joined, detached."""
 
-    def row(value: Any, i: int, name: str = "") -> Any:
-        batched = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch
-        return value[i : i + 1] if batched and name not in _NOT_BATCHED else value
-
     kwargs = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
     losses: list[Tensor] = []
     logits: list[Tensor] = []
     out: Any = None
     for i in range(batch):
-        out = plain(*(row(a, i) for a in args), **{name: row(value, i, name) for name, value in kwargs.items()})
+        out = plain(*(_row(a, i, batch) for a in args), **{k: _row(v, i, batch, k) for k, v in kwargs.items()})
         loss = out[0] if isinstance(out, tuple) else out.loss
         losses.append(loss.reshape(()))
         found = out[1] if isinstance(out, tuple) else getattr(out, "logits", None)
@@ -123,3 +154,30 @@ def _forward_each(
         return (loss, joined)
     assert out is not None
     return type(out)(loss=loss, logits=joined)
+
+
+def _row(value: Any, i: int, batch: int, name: str = "") -> Any:
+    """Example i's part of an argument; what stands for all examples as it is.
+
+    Raises:
+        ClippingError: an argument of which it is not known which part is whose.
+    """
+    if isinstance(value, Tensor) and value.dim() > 0 and name not in _NOT_BATCHED:
+        if value.shape[0] == batch:
+            return value[i : i + 1]
+        if value.shape[0] != 1:
+            raise ClippingError(
+                f"argument {name!r} has shape {list(value.shape)} in a batch of {batch}: it is not known which "
+                "part is whose example's. Put the batch first, or use physical batches of one example."
+            )
+    elif isinstance(value, Mapping):
+        return type(value)({k: _row(v, i, batch, str(k)) for k, v in value.items()})  # type: ignore[call-arg]  # a mapping type is made from a dict
+    elif isinstance(value, list | tuple):
+        rows = [_row(v, i, batch, name) for v in value]
+        return rows if isinstance(value, list) else tuple(rows)
+    elif batch > 1 and not isinstance(value, Tensor | bool | int | float | str | type(None)):
+        raise ClippingError(
+            f"argument {name!r} is a {type(value).__name__}, which may hold several examples' data: it cannot be cut "
+            "into rows. Use physical batches of one example."
+        )
+    return value

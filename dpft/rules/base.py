@@ -66,6 +66,7 @@ class Host(Protocol):
     active: Pass | None
     tap: Tensor
     batch_size: int | None
+    input_dim: int
     flattening: set[str]
 
     def record_use(self, key: str, ids: Tensor | None = None) -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dpft.errors import UnsupportedModuleError
+from dpft.errors import ClippingError, UnsupportedModuleError
 from dpft.rules.base import (
     EmbeddingUse,
     Host,
@@ -28,9 +28,8 @@ class EmbeddingSite(SiteFunction):
     def forward(ctx: Any, ids: Tensor, w: Tensor, tap: Tensor, host: Host, use: EmbeddingUse, batch: int) -> Tensor:
         y = F.embedding(ids, w, use.padding_idx)
         if is_broadcast(ids, batch):
-            # Position ids [1, T] or [T]: what the model adds by broadcasting. A view: it takes no memory.
-            y = y.expand(batch, *y.shape[1:]) if ids.dim() > 1 else y.expand(batch, *y.shape)
-            ids = ids.expand(batch, *ids.shape[1:]) if ids.dim() > 1 else ids.expand(batch, *ids.shape)
+            # Position ids [1, T]: what the model adds by broadcasting. A view: it takes no memory.
+            y, ids = y.expand(batch, *y.shape[1:]), ids.expand(batch, *ids.shape[1:])
         ctx.save_for_backward(ids, w)
         ctx.host, ctx.use = host, use
         return y
@@ -47,15 +46,19 @@ class EmbeddingSite(SiteFunction):
 
 
 def is_broadcast(ids: Tensor, batch: int) -> bool:
-    """Whether ids ``[1, ...]`` or ``[T]`` stand for all ``batch`` examples at once."""
-    if batch <= 1 or ids.dim() == 0:
-        return False
-    return (ids.dim() > 1 and ids.shape[0] == 1) or (ids.dim() == 1 and ids.shape[0] % batch != 0)
+    """Whether ids ``[1, ...]`` stand for all ``batch`` examples at once."""
+    return batch > 1 and ids.dim() > 1 and ids.shape[0] == 1
 
 
 def embedding_site(host: Host, keys: dict[str, str], ids: Tensor, w: Tensor, padding_idx: int | None) -> Tensor:
     """Look ``ids`` up through a site node."""
     use = EmbeddingUse(keys["weight"], w.shape[0], w.shape[1], padding_idx)
+    if ids.dim() == 0 or (ids.dim() == 1 and host.batch_size is not None and host.input_dim > 1):
+        raise ClippingError(
+            f"{use.key!r} looks up ids of shape {list(ids.shape)} in a model whose input has {host.input_dim} "
+            "dimensions: one id per example, or positions that all examples share? Pass positions as [1, T], "
+            "and one id per example as [B, 1]."
+        )
     batch = forward_batch_size(host, ids.shape[0])
     # Only ids [B, T] can serve a tied head's cross term; others take the general way of shared weights.
     host.record_use(use.key, ids if ids.dim() == 2 and ids.shape[0] == batch else None)
@@ -88,6 +91,10 @@ class EmbeddingRule:
         call: dict[str, Any] = dict(zip(("input", "weight", "padding_idx"), args, strict=False)) | kwargs
         if call["weight"] is not attribute(module, "weight"):
             return None
-        return embedding_site(host, keys, call["input"], call["weight"], call.get("padding_idx"))
+        self.parameters(module)  # options that are refused may have been set since
+        padding_idx = call.get("padding_idx")
+        if padding_idx is not None and padding_idx < 0:
+            padding_idx += call["weight"].shape[0]
+        return embedding_site(host, keys, call["input"], call["weight"], padding_idx)
 
 

@@ -26,7 +26,8 @@ class LayerNormSite(SiteFunction):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor | None, b: Tensor | None, tap: Tensor, site: Any) -> Tensor:
-        y, mean, rstd = torch.native_layer_norm(x, site.shape, w, b, site.eps)
+        weight, bias = (None if p is None else p.to(x.dtype) for p in (w, b))
+        y, mean, rstd = torch.native_layer_norm(x, site.shape, weight, bias, site.eps)
         ctx.save_for_backward(x, mean, rstd, w, b)
         ctx.site = site
         return y
@@ -40,7 +41,8 @@ class LayerNormSite(SiteFunction):
         dx = None
         if ctx.needs_input_grad[0]:
             mask = [True, False, False]
-            dx = torch.ops.aten.native_layer_norm_backward(g, x, site.shape, mean, rstd, w, b, mask)[0]
+            weight, bias = (None if p is None else p.to(x.dtype) for p in (w, b))
+            dx = torch.ops.aten.native_layer_norm_backward(g, x, site.shape, mean, rstd, weight, bias, mask)[0]
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         dims = len(site.shape)
         dw = db = None

@@ -90,7 +90,7 @@ def find_rule(module: nn.Module) -> Rule | None:
         rule = _RULES.get(cls)
         if rule is None:
             continue
-        if forward_of(type(module)) is forward_of(cls):
+        if forward_of(type(module)) is forward_of(cls) and "forward" not in module.__dict__:
             return rule
         return InterceptRule(rule) if hasattr(rule, "intercept") else None
     for matcher in _MATCHERS:
