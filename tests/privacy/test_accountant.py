@@ -71,7 +71,7 @@ def test_golden_values(q: float, sigma: float, steps: int, golden: float, digit:
 def test_golden_values_of_users() -> None:
     eight = poisson(0.005, 1.0, unit="user", examples_per_user=8)
     assert epsilon(eight, 2_000, 1e-6) == pytest.approx(14.66, abs=0.005)
-    # FACTS has 1.41 from a grid of 1e-3 (1.4070); 2e-5 says 1.4049.
+    # A grid of 1e-3 says 1.4070; one of 2e-5 says 1.4049.
     assert epsilon(poisson(0.005, 1.0), 2_000, 1e-6) == pytest.approx(1.405, abs=0.001)
 
 
@@ -101,7 +101,7 @@ def test_shuffle_counts_epochs_without_amplification() -> None:
     for steps, epochs in ((1, 1), (16, 1), (17, 2), (48, 3), (49, 4)):
         exact = gaussian_epsilon(math.sqrt(epochs) / 2, 1e-5)
         assert exact <= epsilon(mechanism, steps, 1e-5) < exact + 1e-3
-    # FACTS: claiming Poisson here says 0.30 where the proven lower bound is 5.24.
+    # Claiming Poisson here says 0.30 where the proven lower bound is 5.24.
     assert epsilon(shuffled(1_000, 1, 0.8), 1_000, 1e-5) > 5.24 > epsilon(poisson(1e-3, 0.8), 1_000, 1e-5)
 
 
