@@ -293,7 +293,6 @@ def _replace_forward(module: nn.Module, body: Callable[..., Any]) -> None:
     before = module.__dict__.get("forward")
     if before is not None:
         module.__dict__["_dpft_replaced"] = before
-    original = type(module).forward if before is None else before
 
     @functools.wraps(type(module).forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -301,7 +300,6 @@ def _replace_forward(module: nn.Module, body: Callable[..., Any]) -> None:
         plain = replaced if replaced is not None else types.MethodType(type(self).forward, self)
         return body(self, plain, *args, **kwargs)
 
-    assert callable(original)
     module.__dict__["forward"] = types.MethodType(forward, module)
 
 

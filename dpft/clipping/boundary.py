@@ -55,6 +55,12 @@ class ClipBoundary(torch.autograd.Function):
         return None, None, None, *grads
 
 
+def mean_loss(losses: Tensor, weights: Tensor | None) -> Tensor:
+    """``[]`` float32, the mean of ``losses [B]`` over rows of positive weight (None: all); 0 where there is none."""
+    present = torch.ones_like(losses, dtype=torch.bool) if weights is None else weights > 0
+    return torch.where(present, losses.float(), 0.0).sum() / present.sum().clamp(min=1)
+
+
 def clip_boundary(
     state: ClipState,
     losses: Tensor | Sequence[Tensor],
@@ -92,8 +98,7 @@ def clip_boundary(
             "example: 1, or 0 for a padding row"
         )
     weights = weights.detach().to(detached.device)
-    present = weights > 0
-    value = torch.where(present, detached.float(), 0.0).sum() / present.sum().clamp(min=1)
+    value = mean_loss(detached, weights)
     job = Job(state, losses, weights, strategy, state.take_trace())
     delivered = list(state.parameters.values()) if strategy in ("one_pass", "per_example") else []
     loss: Tensor = ClipBoundary.apply(state.tap, [job], value, *delivered)

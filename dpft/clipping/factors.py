@@ -29,6 +29,11 @@ from torch import Tensor
 ClipFunction = Literal["abadi", "automatic"]
 
 
+def row_weights(weights: Tensor) -> Tensor:
+    """``[B]`` float64 multipliers of the rows: example weights in [0, 1], NaN as 0."""
+    return torch.nan_to_num(weights.double(), nan=0.0).clamp(0.0, 1.0)
+
+
 @dataclass(frozen=True)
 class ClipRule:
     """A clip function with its constants.
@@ -78,5 +83,5 @@ class ClipRule:
             factors = self.max_grad_norm / (norms + self.gamma)
         factors = torch.where(torch.isfinite(norms), factors, 0.0)
         if weights is not None:
-            factors = factors * torch.nan_to_num(weights.to(factors), nan=0.0).clamp(0.0, 1.0)
+            factors = factors * row_weights(weights)
         return factors

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dpft.clipping.audit import audit_graph, has_reentrant
+from dpft.clipping.factors import row_weights
 from dpft.clipping.passes import KeepPass, NormPass, ProbePass, Trace, WeightedPass, grad_dtype
 from dpft.clipping.state import ClipState, ClipStats
 from dpft.errors import ClippingError
@@ -132,7 +133,7 @@ class Job:
         """``[B]`` float64 clip factors, which also become the model's stats."""
         weights = self.weights.to(sq_norms.device)
         if self.state.clipping == "none":
-            factors = torch.nan_to_num(weights.to(sq_norms), nan=0.0).clamp(0, 1)
+            factors = row_weights(weights)
         else:
             factors = self.state.rule.factors(sq_norms, weights, slack)
         self.state.last = ClipStats(
@@ -224,7 +225,7 @@ def run_per_example(job: Job, scale: Tensor) -> list[Tensor | None]:
                 sq += sq_norm(grad.unsqueeze(0))
         factor = job.state.rule.factors(sq, job.weights[i : i + 1].to(sq.device))
         if job.state.clipping == "none":
-            factor = torch.nan_to_num(job.weights[i : i + 1].to(sq), nan=0.0).clamp(0, 1)
+            factor = row_weights(job.weights[i : i + 1])
         squares.append(sq)
         all_factors.append(factor)
         drop, multiplier = factor == 0, (factor * scale.to(factor)).squeeze()

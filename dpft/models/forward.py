@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpft.clipping.boundary import clip_boundary
+from dpft.clipping.boundary import clip_boundary, mean_loss
 from dpft.clipping.state import ClipState
 from dpft.clipping.strategies import guard_parameters
 from dpft.errors import ClippingError
@@ -35,7 +35,7 @@ def clipped_forward(
     """
     weights = kwargs.pop("example_weight", None)
     if not torch.is_grad_enabled():
-        return _with_loss(plain(*args, **kwargs), lambda losses: _mean(losses, weights), kwargs)
+        return _with_loss(plain(*args, **kwargs), lambda losses: mean_loss(losses, weights), kwargs)
     state.check_parameters(model)
     if state.clipping != "none":
         guard_parameters(state)
@@ -88,11 +88,6 @@ def refuse_unsaved_rng(state: ClipState, model: nn.Module) -> None:
                 "gradient checkpointing runs with preserve_rng_state=False: with dropout the norm pass and the "
                 "weighted pass would see different gradients. Use preserve_rng_state=True, or strategy='one_pass'."
             )
-
-
-def _mean(losses: Tensor, weights: Tensor | None) -> Tensor:
-    present = torch.ones_like(losses, dtype=torch.bool) if weights is None else weights > 0
-    return torch.where(present, losses.float(), 0.0).sum() / present.sum().clamp(min=1)
 
 
 def _with_loss(out: Any, reduce: Callable[[Tensor], Tensor], kwargs: dict[str, Any]) -> Any:
