@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,24 @@ from dpft.errors import WrapError
 from dpft.noise import GaussianNoise
 
 _GUARD = "_dpft_guard"
+
+
+class Sums(Protocol):
+    """Where several processes train: what holds the clipped sums in the place of ``.grad``."""
+
+    parameters: dict[str, nn.Parameter]
+
+    def release(self, noise: GaussianNoise, std: float, divisor: float) -> None:
+        """``(sum + N(0, std^2)) / divisor`` on all ranks, each element noised once. A collective."""
+        ...
+
+    def gradient(self, name: str) -> Tensor:
+        """What was released for one parameter, as its ``.grad`` wants it."""
+        ...
+
+    def discard(self) -> None:
+        """Drop the sums."""
+        ...
 
 
 class DPOptimizer(torch.optim.Optimizer):
@@ -34,6 +52,7 @@ class DPOptimizer(torch.optim.Optimizer):
         on_release: called before each release changes a parameter; an exception stops it. The ledger goes here.
         check: called before that; raises if the parameters are not the ones that are clipped.
         sum_scale: s where what reaches ``.grad`` is s times the clipped sum (an engine's mean over ranks).
+        sums: of an engine, which take the place of ``.grad``; from ``dpft.prepare``.
 
     Raises:
         ValueError: a value out of range, or no parameter.
@@ -55,6 +74,7 @@ class DPOptimizer(torch.optim.Optimizer):
         on_release: Callable[[], None] | None = None,
         check: Callable[[Iterable[nn.Parameter]], None] | None = None,
         sum_scale: float = 1.0,
+        sums: Sums | None = None,
     ) -> None:
         given: Any = optimizer
         if not isinstance(given, torch.optim.Optimizer) or isinstance(given, DPOptimizer):
@@ -78,15 +98,14 @@ class DPOptimizer(torch.optim.Optimizer):
         self._is_last = is_last
         self._on_release = on_release
         self._check = check
+        self.sums = sums
         self._spent = False  # .grad holds a release, not a sum
         self._stepping = False
         previous = optimizer.__dict__.pop(_GUARD, None)
         if previous is not None:  # of a DPOptimizer that this one takes the place of
             previous.remove()
         optimizer.__dict__[_GUARD] = optimizer.register_step_pre_hook(self._only_through_here)
-        for p in self.parameters():
-            p.grad = None
-        _accumulate_in_float32(self.parameters())
+        self.discard()
 
     def _only_through_here(self, *_: Any) -> None:
         if not self._stepping:
@@ -127,20 +146,15 @@ class DPOptimizer(torch.optim.Optimizer):
                 "step() was called again without zero_grad() after the last release: .grad holds that release "
                 "plus new gradients. Call optimizer.zero_grad() after every optimizer.step()."
             )
-        parameters = self.parameters()
-        if self._check is not None:
-            self._check(parameters)
-        for p in parameters:
-            if p.grad is not None and p.grad.dtype not in (torch.float32, torch.float64):
-                raise WrapError(
-                    f"a gradient of shape {list(p.shape)} is {p.grad.dtype}; expected float32, in which sums "
-                    "and noise are exact. Make the DPOptimizer before the first backward, and do not replace .grad."
-                )
-        if self._on_release is not None:
-            self._on_release()
+        self._before_release()
+        if self.sums is not None:
+            self.sums.release(self.noise, self.noise_multiplier * self.max_grad_norm, self.expected_batch_size)
+            names = {id(p): name for name, p in self.sums.parameters.items()}
         for group in self.param_groups:
             for p in group["params"]:
-                if p.requires_grad:
+                if p.requires_grad and self.sums is not None:
+                    p.grad = self.sums.gradient(names[id(p)]).to(p.dtype)
+                elif p.requires_grad:
                     self._release(p)
                 else:
                     p.grad = None  # frozen since: the inner optimiser would still take its gradient, without noise
@@ -151,6 +165,28 @@ class DPOptimizer(torch.optim.Optimizer):
             self._stepping = False
         self.releases += 1
         self._spent = True
+
+    def _before_release(self) -> None:
+        """All that can stop a release, then its line in the ledger."""
+        parameters = self.parameters()
+        if self._check is not None:
+            self._check(parameters)
+        for p in parameters:
+            if p.grad is None:
+                continue
+            if self.sums is not None:
+                raise WrapError(
+                    f"a parameter of shape {list(p.shape)} has a gradient that is not the clipped sum, which is kept "
+                    "elsewhere: something besides model(**batch).loss was differentiated, or .grad was written to. "
+                    "It was not applied."
+                )
+            if p.grad.dtype not in (torch.float32, torch.float64):
+                raise WrapError(
+                    f"a gradient of shape {list(p.shape)} is {p.grad.dtype}; expected float32, in which sums "
+                    "and noise are exact. Make the DPOptimizer before the first backward, and do not replace .grad."
+                )
+        if self._on_release is not None:
+            self._on_release()
 
     @torch.no_grad()
     def _release(self, p: nn.Parameter) -> None:
@@ -180,7 +216,10 @@ class DPOptimizer(torch.optim.Optimizer):
         for p in parameters:
             p.grad = None
         self._spent = False
-        _accumulate_in_float32(parameters)
+        if self.sums is None:
+            _accumulate_in_float32(parameters)
+        else:
+            self.sums.discard()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As the inner optimiser's; the new parameters must be among those that the model was wrapped with."""
@@ -188,6 +227,8 @@ class DPOptimizer(torch.optim.Optimizer):
         if inner is None:  # called by torch.optim.Optimizer.__init__
             super().add_param_group(param_group)
             return
+        if self.sums is not None:
+            raise WrapError("parameters were added after dpft.prepare; an engine has no clipped sums for them.")
         inner.add_param_group(param_group)
         self._link()
         new = self.param_groups[-1]["params"]

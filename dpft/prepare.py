@@ -10,17 +10,21 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from dpft.clipping.planner import Strategy
-from dpft.clipping.state import Clipping
-from dpft.engines.single import check_single_process
-from dpft.errors import LedgerError, PrivacyConfigError
+from dpft.clipping.planner import FREE_MEMORY_SHARE, Choice, Strategy, choose_for_all, free_memory
+from dpft.clipping.state import Clipping, ClipState
+from dpft.engines.checks import check_accelerator
+from dpft.engines.engine import Kind, launch
+from dpft.engines.ledger import SharedLedger
+from dpft.engines.ranks import Ranks
+from dpft.errors import EngineError, LedgerError, PrivacyConfigError
 from dpft.loader import PrivateDataLoader
 from dpft.noise import GaussianNoise
 from dpft.optimizer import DPOptimizer
 from dpft.privacy.config import PrivacyConfig
 from dpft.privacy.ledger import Ledger
 from dpft.privacy.plan import PrivacyPlan
-from dpft.privacy.sampler import PhysicalBatchSampler, make_sampler
+from dpft.privacy.sampler import PhysicalBatchSampler, draw_seed, make_sampler
+from dpft.rules.base import full_shape
 from dpft.run import LoopGuard, PrivacyRun, check_optimizer
 from dpft.wrap import get_state, unwrap, wrap
 
@@ -82,7 +86,8 @@ def prepare(
         UnsupportedModuleError: see :func:`dpft.wrap`.
         LedgerError: the ledger is locked, damaged, or of another mechanism.
     """
-    check_single_process(accelerator)
+    kind = check_accelerator(accelerator)
+    ranks = Ranks(accelerator.device)
     _check_dataset(dataset)
     _check_whole("max_physical_batch_size", max_physical_batch_size, 1)
     if test_seed is not None:
@@ -92,6 +97,23 @@ def prepare(
             "clipping='none' bounds nothing, so no noise makes it private; pass noise_multiplier=0 to say that this "
             "run is not private, or choose another clipping."
         )
+    if clipping == "none" and kind != "single":
+        raise EngineError("clipping='none' runs in one process; to compare on several, train without dpft.")
+    ranks.agree(
+        {
+            **privacy.to_dict(),
+            "clipping": clipping,
+            "strategy": strategy,
+            "memory": memory,
+            "max_physical_batch_size": max_physical_batch_size,
+            "static_shapes": static_shapes,
+            "continue_ledger": continue_ledger,
+            "test_seed": test_seed,
+            "number of examples": len(dataset),
+            "parameters": _described(model),
+        },
+        "the setting",
+    )
     plan = privacy.resolve(len(dataset))
     wrap(
         model,
@@ -102,31 +124,45 @@ def prepare(
         clip_gamma=privacy.clip_gamma,
         memory=memory,
     )
-    ledger: Ledger | None = None
+    ledger: SharedLedger | None = None
     try:
-        check_optimizer(optimizer.param_groups, get_state(model))
+        ranks.together(lambda: check_optimizer(optimizer.param_groups, get_state(model)))
         path = Path(ledger_path or Path(accelerator.project_dir or ".") / "privacy_ledger.jsonl")
-        ledger = _open_ledger(path, privacy, plan, clipping, test_seed is not None)
+        ledger = SharedLedger(ranks, lambda: _open_ledger(path, privacy, plan, clipping, test_seed is not None))
         run = PrivacyRun(plan, ledger, clipping, test_seed is not None, continue_ledger)
         return _assemble(
             accelerator,
+            kind,
+            ranks,
             model,
             optimizer,
             run,
             noise=GaussianNoise(
-                secret=None if test_seed is None else _test_secret(test_seed, run), secure=plan.secure_rng
+                secret=None if test_seed is None else _test_secret(test_seed, run),
+                stream=ranks.rank,
+                secure=plan.secure_rng,
             ),
             batches=PhysicalBatchSampler(
-                make_sampler(plan, len(dataset), first_step=run.steps, test_seed=test_seed),
+                make_sampler(
+                    plan,
+                    len(dataset),
+                    rank=ranks.rank,
+                    world_size=ranks.world,
+                    shared_seed=ranks.from_first(draw_seed()),
+                    first_step=run.steps,
+                    test_seed=test_seed,
+                ),
                 max_physical_batch_size,
                 num_steps=run.last_step,
                 first_step=lambda: run.steps,
+                agree=ranks.maximum,
             ),
             loader={
                 "dataset": dataset,
                 "collate_fn": collate_fn,
                 "num_workers": num_workers,
-                "static_shapes": static_shapes,
+                # one forward for each example: all ranks must make the same number of them
+                "static_shapes": static_shapes or (kind in ("fsdp2", "zero3") and strategy == "per_example"),
             },
         )
     except BaseException:
@@ -139,6 +175,8 @@ def prepare(
 
 def _assemble(
     accelerator: Any,
+    kind: Kind,
+    ranks: Ranks,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     run: PrivacyRun,
@@ -149,10 +187,7 @@ def _assemble(
 ) -> tuple[nn.Module, Any, PrivateDataLoader]:
     """Engine, optimiser and loader around a wrapped model, watched by one :class:`LoopGuard`."""
     state, plan = get_state(model), run.plan
-    prepared = accelerator.prepare_model(model)
-    bare = accelerator.unwrap_model(prepared)
-    state.parameters = {name: p for name, p in bare.named_parameters() if p.requires_grad}
-    guard = LoopGuard(accelerator, bare, state, run)
+    guard = LoopGuard(accelerator, model, state, run, ranks)
     private_loader = PrivateDataLoader(
         batches=batches,
         device=accelerator.device,
@@ -161,20 +196,55 @@ def _assemble(
         privacy=run,
         **loader,
     )
-    private = DPOptimizer(
-        optimizer,
-        noise_multiplier=plan.noise_multiplier,
-        max_grad_norm=plan.max_grad_norm,
-        expected_batch_size=plan.expected_batch_size,
-        noise=noise,
-        is_last=lambda: private_loader.is_last,
-        on_release=guard.release,
-        check=guard.check,
-    )
+
+    def make(cls: type[DPOptimizer], inner: torch.optim.Optimizer, sums: Any) -> DPOptimizer:
+        return cls(
+            inner,
+            sums=sums,
+            noise_multiplier=plan.noise_multiplier,
+            max_grad_norm=plan.max_grad_norm,
+            expected_batch_size=plan.expected_batch_size,
+            noise=noise,
+            is_last=lambda: private_loader.is_last,
+            on_release=guard.release,
+            check=guard.check,
+        )
+
+    if kind == "single":
+        prepared = accelerator.prepare_model(model)
+        bare = accelerator.unwrap_model(prepared)
+        private = make(DPOptimizer, optimizer, None)
+        stepped = accelerator.prepare_optimizer(private)
+    else:
+        prepared, bare, engine, private, stepped = launch(
+            accelerator, kind, model, optimizer, ranks, batches.max_physical_batch_size, make
+        )
+        state.engine = engine
+        if state.strategy == "auto":
+            state.decided = _agreed_strategy(state, kind, ranks, engine.max_batch_size)
+    guard.model = bare
+    state.parameters = {name: p for name, p in bare.named_parameters() if p.requires_grad}
     guard.optimizer = private
     run.on_load = guard.start
     accelerator.register_for_checkpointing(run)
-    return prepared, accelerator.prepare_optimizer(private), private_loader
+    return prepared, stepped, private_loader
+
+
+def _agreed_strategy(state: ClipState, kind: Kind, ranks: Ranks, max_batch_size: int) -> Choice:
+    free = int(FREE_MEMORY_SHARE * free_memory(ranks.device)) if state.memory is None else state.memory
+    itemsize = max(p.element_size() for p in state.parameters.values())
+    return choose_for_all(
+        state.uses,
+        max_batch_size,
+        itemsize,
+        ranks.minimum(free),
+        shards_gradients=kind in ("fsdp2", "zero2", "zero3"),
+        gathers=kind in ("fsdp2", "zero3"),
+    )
+
+
+def _described(model: nn.Module) -> list[tuple[str, list[int], str, bool]]:
+    return [(name, list(full_shape(p)), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
 
 
 def _test_secret(seed: int, run: PrivacyRun) -> bytes:

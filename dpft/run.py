@@ -8,11 +8,12 @@ from typing import Any
 from torch import nn
 
 from dpft.clipping.state import ClipState
+from dpft.engines.ledger import SharedLedger
+from dpft.engines.ranks import Ranks
 from dpft.errors import BudgetExceededError, ClippingError, LedgerError, WrapError
 from dpft.optimizer import DPOptimizer
 from dpft.privacy import privacy_report
 from dpft.privacy.calibration import max_steps_within
-from dpft.privacy.ledger import Ledger
 from dpft.privacy.meter import EpsilonMeter
 from dpft.privacy.plan import PrivacyPlan
 
@@ -28,7 +29,7 @@ class PrivacyRun:
         last_step: the release after which the budget is spent.
     """
 
-    def __init__(self, plan: PrivacyPlan, ledger: Ledger, clipping: str, seeded: bool, continued: bool) -> None:
+    def __init__(self, plan: PrivacyPlan, ledger: SharedLedger, clipping: str, seeded: bool, continued: bool) -> None:
         self.plan, self.ledger, self.clipping, self.seeded = plan, ledger, clipping, seeded
         self._meter: EpsilonMeter | None = None
         self._unclaimed = ledger.count > 0 and not continued
@@ -100,7 +101,7 @@ class PrivacyRun:
         """The privacy report, for a model card; ``tuning`` and ``notes`` as :func:`dpft.privacy_report`."""
         return privacy_report(
             self.plan,
-            self.ledger,
+            self.ledger.content(),
             clipping=self.clipping,
             noise_seed_known=self.seeded,
             sampling_seed_known=self.seeded,
@@ -134,8 +135,11 @@ class LoopGuard:
     was drawn; nothing of an abandoned batch in the next.
     """
 
-    def __init__(self, accelerator: Any, model: nn.Module, state: ClipState, run: PrivacyRun) -> None:
-        self._accelerator, self._model, self._state, self._run = accelerator, model, state, run
+    def __init__(
+        self, accelerator: Any, model: nn.Module, state: ClipState, run: PrivacyRun, ranks: Ranks
+    ) -> None:
+        self._accelerator, self.model, self._state, self._run = accelerator, model, state, run
+        self._ranks = ranks
         self._backwards = state.backwards
         self.optimizer: DPOptimizer | None = None
         self._step: int | None = None
@@ -195,9 +199,12 @@ class LoopGuard:
         self._drawn = False
 
     def check(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Before a release."""
+        """Before a release: on all ranks, or on none."""
+        self._ranks.together(lambda: self._check(parameters))
+
+    def _check(self, parameters: Iterable[nn.Parameter]) -> None:
         state = self._state
-        state.check_parameters(self._model)
+        state.check_parameters(self.model, at_rest=True)
         if state.broken:
             raise ClippingError(
                 "a backward pass of this logical batch failed midway, and what it left in .grad is not known. Start "

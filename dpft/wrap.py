@@ -18,7 +18,7 @@ from dpft.clipping.strategies import guard_parameters
 from dpft.errors import ClippingError, UnsupportedModuleError, WrapError
 from dpft.models.causal_lm import find_causal_lm, flattening_parameters, per_example_causal_lm_losses
 from dpft.models.forward import clipped_forward, refuse_unsaved_rng
-from dpft.rules.base import EmbeddingUse, LinearUse, MatrixUse, Rule
+from dpft.rules.base import EmbeddingUse, LinearUse, MatrixUse, Rule, full_shape
 from dpft.rules.embedding import EmbeddingRule
 from dpft.rules.linear import LinearRule
 from dpft.rules.registry import InterceptRule, find_rule
@@ -269,12 +269,13 @@ def _matrix_use(rule: Rule, module: nn.Module, keys: dict[str, str]) -> MatrixUs
     """The weight matrix of a site, for the planner."""
     base = rule.rule if isinstance(rule, InterceptRule) else rule
     weight = module.weight
-    if "weight" not in keys or not isinstance(weight, Tensor) or weight.dim() != 2:
+    if "weight" not in keys or not isinstance(weight, Tensor) or len(full_shape(weight)) != 2:
         return None
+    shape = full_shape(weight)
     if isinstance(base, EmbeddingRule):
-        return EmbeddingUse(keys["weight"], weight.shape[0], weight.shape[1])
+        return EmbeddingUse(keys["weight"], shape[0], shape[1])
     if isinstance(base, LinearRule):
-        d, p = weight.shape[::-1] if base.transposed else weight.shape
+        d, p = shape[::-1] if base.transposed else shape
         return LinearUse(keys["weight"], d, p, base.transposed)
     return None
 

@@ -38,7 +38,7 @@ LAYERS: dict[str, set[str]] = {
     "optimizer": _LOW | {"noise", "privacy", "clipping"},
     "loader": _LOW | {"privacy"},
     "engines": _GRADIENT | _MECHANISM,
-    "run": _GRADIENT | _MECHANISM,
+    "run": _GRADIENT | _MECHANISM | {"engines"},
     "prepare": _GRADIENT | _MECHANISM | {"engines", "run"},
     "trainer": _GRADIENT | _MECHANISM | {"engines", "run", "prepare"},
 }

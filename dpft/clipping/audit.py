@@ -44,12 +44,12 @@ def has_reentrant(loss: Tensor) -> bool:
     return loss.grad_fn is not None and any(is_reentrant(node) for node, _, _ in walk(loss.grad_fn))
 
 
-def audit_graph(losses: Tensor, names: dict[int, str]) -> bool:
+def audit_graph(losses: Tensor, names: dict[int, str] | None) -> bool:
     """Walk the autograd graph of ``losses`` and hold every trainable parameter against the rules.
 
     Args:
         losses: ``[B]`` per-example losses.
-        names: ``id`` of each covered parameter -> its full name.
+        names: ``id`` of each covered parameter -> its full name; None where an engine puts others in their place.
 
     Returns:
         Whether there is a reentrant checkpoint in it.
@@ -73,8 +73,8 @@ def audit_graph(losses: Tensor, names: dict[int, str]) -> bool:
     return reentrant
 
 
-def _check_leaf(parameter: nn.Parameter, parent: str, slot: int, names: dict[int, str]) -> None:
-    known = names.get(id(parameter))
+def _check_leaf(parameter: nn.Parameter, parent: str, slot: int, names: dict[int, str] | None) -> None:
+    known = f"of shape {list(parameter.shape)}" if names is None else names.get(id(parameter))
     if known is None:
         raise UnsupportedModuleError(
             f"the losses depend on a trainable parameter of shape {list(parameter.shape)} (through {parent}) "

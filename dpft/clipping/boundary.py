@@ -99,7 +99,9 @@ def clip_boundary(
         )
     weights = weights.detach().to(detached.device)
     value = mean_loss(detached, weights)
-    job = Job(state, losses, weights, strategy, state.take_trace())
-    delivered = list(state.parameters.values()) if strategy in ("one_pass", "per_example") else []
+    leaves = state.engine.leaves() if state.engine is not None and strategy == "per_example" else {}
+    job = Job(state, losses, weights, strategy, state.take_trace(), leaves)
+    native = state.engine is None and strategy in ("one_pass", "per_example")
+    delivered = list(state.parameters.values()) if native else []
     loss: Tensor = ClipBoundary.apply(state.tap, [job], value, *delivered)
     return loss

@@ -6,6 +6,7 @@ A pass is made for one traversal of one graph and thrown away; nothing here outl
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from dpft.kernels.embedding import head_rows_at_tokens
 from dpft.kernels.linear import Method, sq_norm
-from dpft.rules.base import EmbeddingUse, LinearUse, MatrixUse
+from dpft.rules.base import EmbeddingUse, LinearUse, MatrixUse, full_shape
 
 # Rounding of a product to bf16 (8 significand bits) is at most 2^-9 of an entry; twice it bounds the ratio of two
 # differently rounded versions of one gradient.
@@ -24,6 +25,11 @@ LOW_PRECISION_SLACK = 2.0**-8
 def grad_dtype(weight: Tensor) -> torch.dtype:
     """The dtype that ``weight.grad`` is to have: float32 for a bf16 weight under :class:`dpft.DPOptimizer`."""
     return getattr(weight, "grad_dtype", None) or weight.dtype
+
+
+def sum_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of a clipped sum that an engine's ranks add up: at least float32."""
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def weighted_vector(grad: Tensor, factors: Tensor) -> Tensor:
@@ -175,18 +181,18 @@ class KeepPass:
             self.sq += sq_norm(grad)
         return set()
 
-    def release(self, key: str, weight: Tensor, factors: Tensor) -> Tensor | None:
+    def release(self, key: str, weight: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor | None:
         """The weighted gradient of one parameter, giving up what was kept for it; None if the parameter was not used.
 
         Args:
             key: full canonical name.
-            weight: the parameter; the result has its shape and its gradient's dtype.
+            weight: the parameter; the result has its shape.
             factors: ``[B]`` float64.
+            dtype: of the result.
         """
-        dtype = grad_dtype(weight)
         vector = self._vectors.pop(key, None)
         if vector is not None:
-            return weighted_vector(vector, factors).to(dtype).view(weight.shape)
+            return weighted_vector(vector, factors).to(dtype).view(full_shape(weight))
         kept = self._kept.pop(key, None)
         if kept is None:
             return None
@@ -238,17 +244,28 @@ class WeightedPass:
 
     weighted = True
 
-    def __init__(self, factors: Tensor) -> None:
-        self.batch_size, self.factors = len(factors), factors
+    def __init__(self, factors: Tensor, deliver: Callable[[str, Tensor], None] | None = None) -> None:
+        """``deliver``: takes each weighted gradient by name, and autograd gets none; None leaves it to autograd."""
+        self.batch_size, self.factors, self._deliver = len(factors), factors, deliver
         self.seen = torch.zeros((2, len(factors)), dtype=torch.float64, device=factors.device)
 
-    def matrix(self, use: MatrixUse, x: Tensor, g: Tensor, weight: Tensor) -> Tensor:
-        self.seen += checksum(g)
-        return use.weighted_grad(x, g, self.factors, None, grad_dtype(weight))
+    def _hand_over(self, key: str, grad: Tensor) -> Tensor | None:
+        if self._deliver is None:
+            return grad
+        self._deliver(key, grad)
+        return None
 
-    def vector(self, key: str, grad: Tensor, weight: Tensor) -> Tensor:
+    def _dtype(self, weight: Tensor) -> torch.dtype:
+        return grad_dtype(weight) if self._deliver is None else sum_dtype(weight)
+
+    def matrix(self, use: MatrixUse, x: Tensor, g: Tensor, weight: Tensor) -> Tensor | None:
+        self.seen += checksum(g)
+        return self._hand_over(use.key, use.weighted_grad(x, g, self.factors, None, self._dtype(weight)))
+
+    def vector(self, key: str, grad: Tensor, weight: Tensor) -> Tensor | None:
         self.seen += checksum(grad)
-        return weighted_vector(grad, self.factors).to(grad_dtype(weight)).view(weight.shape)
+        weighted = weighted_vector(grad, self.factors).to(self._dtype(weight))
+        return self._hand_over(key, weighted.view(full_shape(weight)))
 
 
 class ProbePass:

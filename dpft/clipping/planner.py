@@ -18,7 +18,16 @@ Strategy = Literal["one_pass", "two_pass", "per_example"]
 # Share of the memory that is free when a shape is first seen which one-pass may take for what it keeps.
 FREE_MEMORY_SHARE = 0.5
 
-__all__ = ["Choice", "Strategy", "choose_method", "choose_strategy", "describe_uses", "free_memory", "kept_bytes"]
+__all__ = [
+    "Choice",
+    "Strategy",
+    "choose_for_all",
+    "choose_method",
+    "choose_strategy",
+    "describe_uses",
+    "free_memory",
+    "kept_bytes",
+]
 
 
 @dataclass(frozen=True)
@@ -98,3 +107,32 @@ def choose_strategy(
     if extra <= allowed:
         return Choice("one_pass", f"one_pass: 1.00 x the FLOPs of a plain step. {numbers}")
     return Choice("two_pass", f"two_pass: 1.67 x the FLOPs of a plain step, nothing kept. {numbers}")
+
+
+def choose_for_all(
+    uses: Iterable[MatrixUse], max_batch_size: int, itemsize: int, allowed: int, shards_gradients: bool, gathers: bool
+) -> Choice:
+    """The strategy of every batch of a run on several ranks, which see batches of different lengths.
+
+    Ranks that took different strategies would wait for each other's collectives for ever, so one is chosen for all, by
+    a bound that holds for any length: what one-pass keeps of a matrix is at most its per-example gradients.
+
+    Args:
+        uses: the model's trainable matrices.
+        max_batch_size: rows of the largest physical batch.
+        itemsize: bytes per element of activations.
+        allowed: bytes that one-pass may keep, the least of all ranks'.
+        shards_gradients: whether plain training under this engine never holds a whole gradient.
+        gathers: whether each traversal of the graph gathers the parameters anew.
+    """
+    gradient = sum({use.key: use.grad_numel() for use in uses}.values()) * itemsize
+    extra = gradient * (max_batch_size - (0 if shards_gradients else 1))
+    numbers = (
+        f"physical batches of at most {max_batch_size}: one-pass keeps at most {extra / 2**20:.1f} MiB more than "
+        f"plain training under this engine holds (a whole gradient is {gradient / 2**20:.1f} MiB); "
+        f"{allowed / 2**20:.1f} MiB allowed on every rank"
+    )
+    if extra <= allowed:
+        return Choice("one_pass", f"one_pass: 1.00 x the FLOPs of a plain step. {numbers}")
+    again = ", the parameters gathered once more" if gathers else ""
+    return Choice("two_pass", f"two_pass: 1.67 x the FLOPs of a plain step, nothing kept{again}. {numbers}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,32 @@ from dpft.errors import ClippingError, WrapError
 from dpft.rules.base import MatrixUse, Pass
 
 Clipping = Literal["flash", "ghost", "fast", "per_sample", "none"]
+
+
+class Engine(Protocol):
+    """What the clipped backward asks of an engine that spreads one model over several processes."""
+
+    sharded: bool
+    """Whether parameters are put away between their uses, so that each traversal of the graph is a collective."""
+
+    max_batch_size: int
+    """Rows of the largest physical batch on any rank: what all ranks' decisions are made on."""
+
+    def add(self, name: str, grad: Tensor) -> None:
+        """Add this rank's part of the clipped sum of a parameter: the full shape, float32 or float64. A collective."""
+        ...
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is true on any rank. A collective."""
+        ...
+
+    def hold(self, weight: Tensor) -> AbstractContextManager[None]:
+        """See :class:`dpft.rules.base.Host`."""
+        ...
+
+    def leaves(self) -> dict[str, Tensor]:
+        """By name, the leaves of autograd that a forward uses in the place of parameters; a collective."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -54,6 +81,8 @@ class ClipState:
         delivering: parameters whose clipped gradient autograd is about to accumulate.
         guarded: ``id`` of each parameter that has a hook.
         input_dim: number of dimensions of the model's input in the running forward.
+        engine: takes the clipped sums, where several processes train; None leaves them in ``.grad``.
+        decided: the strategy of every batch, where all ranks had to agree on one beforehand.
     """
 
     clipping: Clipping
@@ -80,6 +109,12 @@ class ClipState:
     broken: bool = False
     scales: Tensor | None = None
     weights: Tensor | None = None
+    engine: Engine | None = None
+    decided: Choice | None = None
+
+    def hold(self, weight: Tensor) -> AbstractContextManager[None]:
+        """See :class:`dpft.rules.base.Host`."""
+        return nullcontext() if self.engine is None else self.engine.hold(weight)
 
     def record_use(self, key: str, ids: Tensor | None = None) -> None:
         """See :class:`dpft.rules.base.Host`. A recomputed forward is not a second use."""
@@ -128,17 +163,24 @@ class ClipState:
         trace, self.trace = self.trace, Trace()
         return trace
 
-    def check_parameters(self, model: nn.Module) -> None:
+    def check_parameters(self, model: nn.Module, at_rest: bool = False) -> None:
         """Refuse a model whose trainable parameters are not the ones that were covered.
+
+        Args:
+            model: the wrapped model.
+            at_rest: no forward or backward is under way. Within one a sharding engine puts whole parameters in the
+                place of its shards, so that only their names can be compared.
 
         Raises:
             WrapError: names each parameter that was replaced, added, frozen or unfrozen since.
         """
-        now: dict[int, str] = {}
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                now[id(p)] = name
-        then = {id(p): name for name, p in self.parameters.items()}
+        found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if self.engine is not None and self.engine.sharded and not at_rest:
+            now: dict[Any, str] = {name: name for name in found}
+            then: dict[Any, str] = {name: name for name in self.parameters}
+        else:
+            now = {id(p): name for name, p in found.items()}
+            then = {id(p): name for name, p in self.parameters.items()}
         if now.keys() == then.keys():
             return
         added = sorted(name for i, name in now.items() if i not in then)
@@ -152,6 +194,8 @@ class ClipState:
 
     def choose(self, device: torch.device, batch_size: int, seq_len: int) -> Choice:
         """The strategy for a batch of ``batch_size`` examples of ``seq_len`` tokens."""
+        if self.decided is not None:
+            return self.decided
         if self.strategy != "auto":
             return Choice(self.strategy, f"{self.strategy}: asked for")
         shape = (batch_size, seq_len)

@@ -8,19 +8,19 @@ gradient that did not come through here is never mistaken for a clipped one.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpft.clipping.audit import audit_graph, has_reentrant
 from dpft.clipping.factors import row_weights
-from dpft.clipping.passes import KeepPass, NormPass, ProbePass, Trace, WeightedPass, grad_dtype
+from dpft.clipping.passes import KeepPass, NormPass, ProbePass, Trace, WeightedPass, grad_dtype, sum_dtype
 from dpft.clipping.state import ClipState, ClipStats
 from dpft.errors import ClippingError
 from dpft.kernels.linear import Method, sq_norm
-from dpft.rules.base import Pass, running_pass
+from dpft.rules.base import Pass, full_shape, running_pass
 
 _METHODS: dict[str, Method | None] = {"flash": None, "ghost": "gram_full", "fast": "materialise"}
 
@@ -35,6 +35,7 @@ class Job:
         weights: ``[B]``, 0 for padding rows.
         strategy: one of the planner's.
         trace: what the forward used.
+        leaves: by name, what the forward used in the place of parameters that an engine has sharded.
     """
 
     state: ClipState
@@ -42,6 +43,7 @@ class Job:
     weights: Tensor
     strategy: str
     trace: Trace
+    leaves: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.batch_size = len(self.weights)
@@ -65,7 +67,8 @@ class Job:
         if self.strategy == "per_example":
             return run_per_example(self, scale)
         assert isinstance(self.losses, Tensor)
-        names = {id(p): name for name, p in self.state.parameters.items()}
+        sharded = self.state.engine is not None and self.state.engine.sharded
+        names = None if sharded else {id(p): name for name, p in self.state.parameters.items()}
         self.reentrant = audit_graph(self.losses, names)
         self._probe()
         if self.strategy == "one_pass":
@@ -77,7 +80,7 @@ class Job:
         """One backward pass over the graph during which ``running`` receives what the sites see."""
         state = self.state
         inputs: list[Tensor] | None = [state.tap]
-        if running.weighted:
+        if running.weighted and state.engine is None:
             inputs = list(state.parameters.values())
         if self.reentrant:
             inputs = None  # reentrant checkpointing refuses it; sites return None for weights unless weighted
@@ -94,7 +97,8 @@ class Job:
         number of backward passes has doubled since. Such a step keeps the graph as a two-pass step does.
         """
         state = self.state
-        if self.batch_size < 2 or (state.probed_at > 0 and state.backwards < 2 * state.probed_at):
+        largest = self.batch_size if state.engine is None else state.engine.max_batch_size
+        if largest < 2 or (state.probed_at > 0 and state.backwards < 2 * state.probed_at):
             return
         assert isinstance(self.losses, Tensor)
         mixed: set[str] = set()
@@ -104,9 +108,13 @@ class Job:
             self.traverse(probe, self.losses, seeded.to(self.losses.dtype), retain_graph=True)
             mixed |= {key for key, leaked in probe.mixed.items() if bool(leaked)}
             reached = reached or bool(probe.reached)
-        if mixed:
+        anywhere = bool(mixed)
+        if state.engine is not None:  # all ranks go on, or none
+            anywhere, reached = state.engine.any(anywhere), state.engine.any(reached)
+        if anywhere:
             raise ClippingError(
-                f"the loss of one example has a gradient in other examples' rows at {sorted(mixed)}: a layer mixes "
+                f"the loss of one example has a gradient in other examples' rows at "
+                f"{sorted(mixed) or 'a layer, on another rank'}: a layer mixes "
                 "examples (batch statistics, routing, a sequence-first layout, packed examples), so no bound on one "
                 "example's contribution would hold. Make the batch the first dimension of every layer's input and "
                 "remove the mixing, or wrap with strategy='per_example', which runs one example at a time."
@@ -121,12 +129,12 @@ class Job:
         ordered pair of examples is told apart. Later: a random half, once.
         """
         assert isinstance(self.losses, Tensor)
-        device = self.losses.device
+        device, engine = self.losses.device, self.state.engine
         if self.state.probed_at:
             order = torch.from_numpy(np.random.default_rng().permutation(self.batch_size)).to(device)
             return [order < self.batch_size // 2]
         index = torch.arange(self.batch_size, device=device)
-        bits = range((self.batch_size - 1).bit_length())
+        bits = range(((self.batch_size if engine is None else engine.max_batch_size) - 1).bit_length())
         return [((index >> bit) & 1) == value for bit in bits for value in (0, 1)]
 
     def factors(self, sq_norms: Tensor, slack: float) -> Tensor:
@@ -145,8 +153,11 @@ class Job:
         return factors
 
 
-def run_one_pass(job: Job, scale: Tensor) -> list[Tensor | None]:
-    """Norms and, per matrix, what the weighted sum will be formed from, in one traversal."""
+def run_one_pass(job: Job, scale: Tensor) -> list[Tensor | None] | None:
+    """Norms and, per matrix, what the weighted sum will be formed from, in one traversal.
+
+    Under an engine each gradient is released as soon as it is handed over, and at most one is formed at a time.
+    """
     assert isinstance(job.losses, Tensor)
     keep = KeepPass(
         job.batch_size, job.losses.device, "gradients" if job.state.clipping == "per_sample" else "smaller"
@@ -155,7 +166,18 @@ def run_one_pass(job: Job, scale: Tensor) -> list[Tensor | None]:
     job.traverse(keep, losses, torch.ones_like(losses), retain_graph=False)
     keep.finish()
     factors = job.factors(keep.sq, keep.slack) * scale.to(keep.sq)
-    return [keep.release(name, p, factors) for name, p in job.state.parameters.items()]
+    engine = job.state.engine
+    if engine is None:
+        return [keep.release(name, p, factors, grad_dtype(p)) for name, p in job.state.parameters.items()]
+    for name, p in job.state.parameters.items():
+        grad = keep.release(name, p, factors, sum_dtype(p))
+        # A parameter that this rank did not use takes part all the same: the sum is a collective.
+        engine.add(name, _nothing(p, losses.device) if grad is None else grad)
+    return None
+
+
+def _nothing(parameter: Tensor, device: torch.device) -> Tensor:
+    return torch.zeros(full_shape(parameter), dtype=sum_dtype(parameter), device=device)
 
 
 def run_two_pass(job: Job, scale: Tensor) -> None:
@@ -174,7 +196,7 @@ def run_two_pass(job: Job, scale: Tensor) -> None:
     else:
         raise ClippingError(f"the uses of {sorted(unresolved)} changed between two traversals of one graph")
     factors = job.factors(norms.sq, norms.slack) * scale.to(norms.sq)
-    weighted = WeightedPass(factors)
+    weighted = WeightedPass(factors, None if state.engine is None else state.engine.add)
     job.traverse(weighted, losses, seeds, retain_graph=False)
     _check_same_gradients(norms.seen, weighted.seen, factors)
 
@@ -206,18 +228,21 @@ def run_plain(job: Job, scale: Tensor) -> None:
     torch.autograd.backward(losses, seeds)
 
 
-def run_per_example(job: Job, scale: Tensor) -> list[Tensor | None]:
+def run_per_example(job: Job, scale: Tensor) -> list[Tensor | None] | None:
     """Backward of one example at a time. The last one's clipped gradient is returned, the others' go to ``.grad``.
 
     So a parameter's gradient is delivered by autograd once, and one gradient is held besides ``.grad``.
     """
-    parameters = list(job.state.parameters.values())
+    engine = job.state.engine
+    names, parameters = list(job.state.parameters), list(job.state.parameters.values())
+    leaves: list[Tensor] = [job.leaves.get(name, p) for name, p in job.state.parameters.items()]
     squares, all_factors = [], []
     result: list[Tensor | None] = [None] * len(parameters)
     losses, job.losses = list(job.losses), ()
     for i in range(job.batch_size):
         loss, losses[i] = losses[i], torch.empty(0)
-        grads = _example_gradient(job.state, loss, parameters)
+        grads = _example_gradient(job.state, loss, leaves)
+        loss_device = loss.device
         del loss
         sq = torch.zeros(1, dtype=torch.float64, device=job.weights.device)
         for grad in grads:
@@ -230,10 +255,17 @@ def run_per_example(job: Job, scale: Tensor) -> list[Tensor | None]:
         all_factors.append(factor)
         drop, multiplier = factor == 0, (factor * scale.to(factor)).squeeze()
         for k, grad in enumerate(grads):
+            p = parameters[k]
+            if engine is not None:
+                grad = _nothing(p, loss_device) if grad is None else grad
+                part = grad.to(sum_dtype(p))
+                engine.add(names[k], part.mul_(multiplier.to(part)).masked_fill_(drop, 0))
+                grads[k] = None
+                del grad, part
+                continue
             if grad is None:
                 continue
             grads[k] = None
-            p = parameters[k]
             part = grad.to(torch.promote_types(grad_dtype(p), torch.float32))
             part = part.mul_(multiplier.to(part)).masked_fill_(drop, 0).to(grad_dtype(p))
             if i + 1 == job.batch_size:
@@ -249,10 +281,10 @@ def run_per_example(job: Job, scale: Tensor) -> list[Tensor | None]:
         example_weights=job.weights.float(),
         strategy=job.strategy,
     )
-    return result
+    return result if engine is None else None
 
 
-def _example_gradient(state: ClipState, loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
+def _example_gradient(state: ClipState, loss: Tensor, parameters: list[Tensor]) -> list[Tensor | None]:
     """Gradient of one loss, outside ``.grad``."""
     previous, state.active = state.active, _Anything()
     aside: list[Tensor | None] | None = None

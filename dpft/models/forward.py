@@ -37,7 +37,7 @@ def clipped_forward(
     if not torch.is_grad_enabled():
         return _with_loss(plain(*args, **kwargs), lambda losses: mean_loss(losses, weights), kwargs)
     state.check_parameters(model)
-    if state.clipping != "none":
+    if state.clipping != "none" and state.engine is None:
         guard_parameters(state)
     shape = _batch_shape(args, kwargs)
     if shape is None:

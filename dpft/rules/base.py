@@ -8,6 +8,7 @@ norm, keep it, or form the weighted sum. The node knows nothing of strategies; t
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -69,6 +70,10 @@ class Host(Protocol):
     input_dim: int
     flattening: set[str]
 
+    def hold(self, weight: Tensor) -> AbstractContextManager[None]:
+        """Makes a weight's values present for as long as the context lasts; an engine may have put them away."""
+        ...
+
     def record_use(self, key: str, ids: Tensor | None = None) -> None:
         """Note in the running forward that a matrix is used, so that tied and shared ones are known early."""
         ...
@@ -83,6 +88,12 @@ def running_pass(host: Host, site: str) -> Pass:
             "dpft.clipped_loss(model, losses), and on nothing else that depends on the model's outputs."
         )
     return host.active
+
+
+def full_shape(parameter: Tensor) -> torch.Size:
+    """The shape of the whole parameter, also where ZeRO-3 has left an empty tensor in its place."""
+    shape: torch.Size = getattr(parameter, "ds_shape", None) or parameter.shape
+    return torch.Size(shape)
 
 
 def forward_batch_size(host: Host, leading: int) -> int:

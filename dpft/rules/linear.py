@@ -42,7 +42,8 @@ class LinearSite(SiteFunction):
         running = running_pass(site.host, site.use.key)
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = g @ (w.mT if site.use.transposed else w).to(g.dtype)
+            with site.host.hold(w):
+                dx = g @ (w.mT if site.use.transposed else w).to(g.dtype)
         x3, g3 = (per_example(t, site.host, site.use.key) for t in (x, g))
         dw = running.matrix(site.use, x3, g3, w) if site.weight else None
         db = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from dpft.rules.base import (
     SiteFunction,
     attribute,
     forward_batch_size,
+    full_shape,
     is_flattened,
     per_example,
     running_pass,
@@ -41,8 +43,12 @@ class LayerNormSite(SiteFunction):
         dx = None
         if ctx.needs_input_grad[0]:
             mask = [True, False, False]
-            weight, bias = (None if p is None else p.to(x.dtype) for p in (w, b))
-            dx = torch.ops.aten.native_layer_norm_backward(g, x, site.shape, mean, rstd, weight, bias, mask)[0]
+            with contextlib.ExitStack() as present:
+                for p in (w, b):
+                    if p is not None:
+                        present.enter_context(site.host.hold(p))
+                weight, bias = (None if p is None else p.to(x.dtype) for p in (w, b))
+                dx = torch.ops.aten.native_layer_norm_backward(g, x, site.shape, mean, rstd, weight, bias, mask)[0]
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         dims = len(site.shape)
         dw = db = None
@@ -105,7 +111,7 @@ class ElementwiseRule:
     """
 
     def parameters(self, module: nn.Module) -> set[str]:
-        return {name for name, p in module.named_parameters(recurse=False) if p.dim() == 1}
+        return {name for name, p in module.named_parameters(recurse=False) if len(full_shape(p)) == 1}
 
     def forward(
         self, module: nn.Module, host: Host, keys: dict[str, str], plain: Callable[..., Any], *args: Any, **kwargs: Any

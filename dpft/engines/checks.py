@@ -1,20 +1,24 @@
-"""One process: what Accelerate's configuration may be, and what would void the guarantee."""
+"""What Accelerate's configuration may be: everything that would void the guarantee is refused before training."""
 
 from __future__ import annotations
 
 import os
 from typing import Any
 
-from accelerate.utils import DistributedType, DynamoBackend
+from accelerate.utils import DynamoBackend
 
+from dpft.engines.engine import Kind, kind_of
 from dpft.errors import EngineError
 
 
-def check_single_process(accelerator: Any) -> None:
+def check_accelerator(accelerator: Any) -> Kind:
     """Refuse every configuration in which the private gradient would not be exact.
 
     Args:
         accelerator: an ``accelerate.Accelerator``.
+
+    Returns:
+        The engine that it was launched with.
 
     Raises:
         EngineError: names the setting and the value to use.
@@ -24,12 +28,6 @@ def check_single_process(accelerator: Any) -> None:
         raise EngineError(
             f"the launcher started {world} processes and Accelerate sees {accelerator.num_processes}: every process "
             "would train alone on the same data. Launch with a configuration that Accelerate supports on this device."
-        )
-    if accelerator.distributed_type != DistributedType.NO or accelerator.num_processes != 1:
-        raise EngineError(
-            f"distributed_type is {accelerator.distributed_type} with {accelerator.num_processes} processes; "
-            "this version of dpft.prepare supports one process. Launch with --num_processes 1 and without FSDP "
-            "or DeepSpeed."
         )
     if accelerator.mixed_precision == "fp16":
         raise EngineError(
@@ -46,3 +44,4 @@ def check_single_process(accelerator: Any) -> None:
             f"gradient_accumulation_steps is {accelerator.gradient_accumulation_steps}; expected 1: the loader cuts a "
             "logical batch into physical ones by itself (max_physical_batch_size)."
         )
+    return kind_of(accelerator)

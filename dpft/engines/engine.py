@@ -1,0 +1,147 @@
+"""Which engine Accelerate was launched with, and what it needs so that clipped sums reach its optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+
+from dpft.engines import zero_layout
+from dpft.engines.ranks import Ranks
+from dpft.engines.sums import ClippedSums, ReplicatedSums, ShardedSums
+from dpft.engines.zero import ZeroOptimizer, ZeroSums
+from dpft.optimizer import DPOptimizer
+
+Kind = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
+
+
+class TrainingEngine:
+    """What :class:`dpft.clipping.state.Engine` asks for, of one of the engines.
+
+    Attributes:
+        kind: which.
+        sharded: see the protocol.
+        max_batch_size: see the protocol.
+        sums: the clipped sums.
+    """
+
+    def __init__(self, kind: Kind, model: nn.Module, ranks: Ranks, sums: ClippedSums, max_batch_size: int) -> None:
+        self.kind, self.ranks, self.sums, self.max_batch_size = kind, ranks, sums, max_batch_size
+        self.sharded = kind in ("fsdp2", "zero3")
+        self._model = model
+        self._leaves: dict[str, Tensor] | None = None
+
+    def add(self, name: str, grad: Tensor) -> None:
+        self.sums.add(name, grad)
+
+    def any(self, flag: bool) -> bool:
+        return self.ranks.any(flag)
+
+    def hold(self, weight: Tensor) -> AbstractContextManager[None]:
+        return zero_layout.held(weight) if self.kind == "zero3" else nullcontext()
+
+    def leaves(self) -> dict[str, Tensor]:
+        if self.kind != "fsdp2":
+            return {}
+        if self._leaves is None:
+            self._leaves = _unsharded_leaves(self._model)
+        return self._leaves
+
+
+def _unsharded_leaves(model: nn.Module) -> dict[str, Tensor]:
+    """The whole parameters that FSDP2 puts in the place of its shards, one module's at a time.
+
+    They are the same objects in every forward: FSDP2 allocates and frees their storage alone.
+    """
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    leaves: dict[str, Tensor] = {}
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            for name, p in model.named_parameters():
+                given: Any = p
+                if p.requires_grad and not isinstance(given, DTensor):
+                    leaves[name] = p
+            module.reshard()
+    return leaves
+
+
+def kind_of(accelerator: Any) -> Kind:
+    """Which engine the accelerator was launched with; nothing is checked but that dpft knows it."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return "fsdp2"
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        stage = int(accelerator.state.deepspeed_plugin.zero_stage)
+        kinds: dict[int, Kind] = {1: "zero1", 2: "zero2", 3: "zero3"}
+        return kinds[stage]
+    return "ddp" if accelerator.num_processes > 1 else "single"
+
+
+def launch(
+    accelerator: Any,
+    kind: Kind,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ranks: Ranks,
+    max_batch_size: int,
+    make: Callable[..., DPOptimizer],
+) -> tuple[nn.Module, nn.Module, TrainingEngine, DPOptimizer, Any]:
+    """Prepare model and optimiser under an engine of several processes (or of one shard).
+
+    Args:
+        accelerator: Accelerate's.
+        kind: from :func:`kind_of`.
+        model: wrapped.
+        optimizer: the user's, on the model's parameters.
+        ranks: the processes.
+        max_batch_size: rows of the largest physical batch.
+        make: ``make(cls, optimizer, sums)`` -> the private optimiser.
+
+    Returns:
+        The prepared model, the bare one inside it, the engine, the private optimiser, and what the loop steps.
+    """
+    if kind == "fsdp2":
+        private = make(DPOptimizer, optimizer, None)
+        prepared, stepped = accelerator.prepare(model, private)
+        bare = accelerator.unwrap_model(prepared)
+        sums: ClippedSums = ShardedSums(_trainable(bare), ranks)
+        private.sums = sums
+    elif kind == "ddp":
+        # Not DistributedDataParallel: its buckets are in the parameters' dtype, and would only take memory here.
+        prepared = accelerator.prepare_model(model, evaluation_mode=True)
+        bare = accelerator.unwrap_model(prepared)
+        with torch.no_grad():
+            for tensor in [*bare.parameters(), *bare.buffers()]:
+                dist.broadcast(tensor, src=0)
+        sums = ReplicatedSums(_trainable(bare), ranks)
+        private = make(DPOptimizer, optimizer, sums)
+        stepped = accelerator.prepare_optimizer(private)
+    else:
+        plugin = accelerator.state.deepspeed_plugin
+        if plugin.is_auto("train_micro_batch_size_per_gpu"):
+            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = max_batch_size
+        if kind != "zero3":
+            # Buckets that no gradient ever fills: DeepSpeed must not count on having set them up.
+            plugin.deepspeed_config["zero_optimization"].update(contiguous_gradients=False, overlap_comm=False)
+        prepared, _ = accelerator.prepare(model, optimizer)
+        if kind != "zero3":
+            zero_layout.skip_reduction(prepared)
+        bare = accelerator.unwrap_model(prepared)
+        zero: Any = prepared.optimizer
+        parameters = _trainable(bare)
+        layout = zero_layout.read_layout(zero, int(kind[-1]), parameters, ranks)
+        zero_sums = ZeroSums(parameters, ranks, layout)
+        sums = zero_sums
+        private = stepped = make(ZeroOptimizer, zero_layout.innermost(zero), zero_sums)
+    return prepared, bare, TrainingEngine(kind, bare, ranks, sums, max_batch_size), private, stepped
+
+
+def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}

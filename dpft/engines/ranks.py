@@ -1,0 +1,121 @@
+"""What the processes of one training tell each other, besides gradients: counts, verdicts, agreements.
+
+Everything here is a collective: all ranks call it, in the same order. Nothing that depends on the private data is
+exchanged but the number of physical batches, of which the maximum is known to all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dpft.errors import EngineError
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """The processes that share the logical batches; one process is the trivial case.
+
+    Args:
+        device: where collectives run: the training's device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        several = dist.is_available() and dist.is_initialized()
+        self.world = dist.get_world_size() if several else 1
+        self.rank = dist.get_rank() if several else 0
+
+    def _reduce(self, value: int, op: Any) -> int:
+        if self.world == 1:
+            return value
+        tensor = torch.tensor([value], dtype=torch.int64, device=self.device)
+        dist.all_reduce(tensor, op)
+        return int(tensor.item())
+
+    def maximum(self, value: int) -> int:
+        """The largest of all ranks' values."""
+        return self._reduce(value, dist.ReduceOp.MAX) if self.world > 1 else value
+
+    def minimum(self, value: int) -> int:
+        """The smallest of all ranks' values."""
+        return self._reduce(value, dist.ReduceOp.MIN) if self.world > 1 else value
+
+    def total(self, value: int) -> int:
+        """The sum of all ranks' values."""
+        return self._reduce(value, dist.ReduceOp.SUM) if self.world > 1 else value
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true on any rank."""
+        return bool(self.maximum(int(flag)))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of the ranks. Any object that can be pickled; not for secrets."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, value: T) -> T:
+        """Rank 0's value. It travels over the group's own connections and is written nowhere."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def together(self, act: Callable[[], T]) -> T:
+        """Run ``act`` on every rank; an exception on one is an exception on all, and nobody is left waiting.
+
+        Raises:
+            Exception: this rank's own; or, where only others failed, one of theirs.
+        """
+        result: T | None = None
+        error: Exception | None = None
+        try:
+            result = act()
+        except Exception as raised:
+            error = raised
+        if not self.any(error is not None):
+            assert error is None
+            return result  # type: ignore[return-value]  # act has returned, so this is its result, whatever its type
+        errors = self.gather(None if error is None else _portable(error))
+        if error is not None:
+            raise error
+        rank, theirs = next((rank, e) for rank, e in enumerate(errors) if e is not None)
+        theirs.add_note(f"(raised on rank {rank}, and here because all ranks stop together)") if hasattr(
+            theirs, "add_note"
+        ) else None
+        raise theirs
+
+    def agree(self, facts: dict[str, Any], what: str) -> None:
+        """Refuse to go on unless all ranks state the same facts.
+
+        Raises:
+            EngineError: on all ranks; names what differs and each rank's value.
+        """
+        stated = self.gather(facts)
+        for name in sorted({name for each in stated for name in each}):
+            values = [each.get(name, "(nothing)") for each in stated]
+            if any(value != values[0] for value in values):
+                raise EngineError(
+                    f"the ranks disagree on {what} {name!r}: "
+                    + ", ".join(f"rank {rank} has {value!r}" for rank, value in enumerate(values))
+                    + ". Every rank must be given the same; take it from one source, such as a file or an option."
+                )
+
+
+def _portable(error: Exception) -> Exception:
+    """An exception that can be pickled: itself, or its words."""
+    try:
+        import pickle
+
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return EngineError(f"{type(error).__name__}: {error}")
+    return error

@@ -1,0 +1,265 @@
+"""The clipped sums of a logical batch, where several processes train one model.
+
+An engine shards, gathers and steps; the gradients are dpft's. No hook of an engine sees one before it is private: a
+weighted gradient goes straight from the layer to :meth:`ClippedSums.add`, which adds it up over ranks and physical
+batches in float32, whatever the dtypes, averages, clipping or compression that the engine is set to. What comes out of
+:meth:`ClippedSums.release` has been noised, each element once, by the rank that owns it.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dpft.engines.ranks import Ranks
+from dpft.errors import EngineError
+from dpft.noise import GaussianNoise
+from dpft.rules.base import full_shape
+
+# Elements that are reduced, noised and gathered at a time.
+BUCKET = 1 << 25
+# Gradients on their way to other ranks at a time: one is formed while the one before travels.
+IN_FLIGHT = 2
+
+
+class ClippedSums(abc.ABC):
+    """Float32 (or float64) sums over ranks and physical batches, and their noise.
+
+    Args:
+        parameters: the trainable ones by canonical name, as the engine left them.
+        ranks: the processes.
+
+    Attributes:
+        owned: elements that this rank noises.
+        total: elements of all parameters: the sum of ``owned`` over all ranks.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], ranks: Ranks) -> None:
+        self.parameters, self.ranks = parameters, ranks
+        self.shapes = {name: full_shape(p) for name, p in parameters.items()}
+        self.total = sum(shape.numel() for shape in self.shapes.values())
+        self.owned = 0
+        self.bytes_sent = 0
+        self._travelling: deque[tuple[Any, Callable[[], None]]] = deque()
+
+    def _count_owned(self, owned: int) -> None:
+        """Set :attr:`owned`; a collective.
+
+        Raises:
+            EngineError: the ranks' parts do not make up all parameters, each element once.
+        """
+        self.owned = owned
+        covered = self.ranks.total(owned)
+        if covered != self.total:
+            raise EngineError(
+                f"the ranks own {covered} elements of trainable parameters between them and there are {self.total}: "
+                "noise would be missing or doubled. The engine's way of sharding has changed; this version of it is "
+                "not supported."
+            )
+
+    @abc.abstractmethod
+    def add(self, name: str, grad: Tensor) -> None:
+        """Add this rank's part: the whole shape, float32 or float64, given up to this object. A collective."""
+
+    @abc.abstractmethod
+    def release(self, noise: GaussianNoise, std: float, divisor: float) -> None:
+        """``(sum + N(0, std^2)) / divisor``, each element noised once. A collective.
+
+        Raises:
+            EngineError: another number of elements was noised than this rank owns.
+        """
+
+    @abc.abstractmethod
+    def gradient(self, name: str) -> Tensor:
+        """What :meth:`release` left, as the parameter's ``.grad`` wants it; given up by this object."""
+
+    @abc.abstractmethod
+    def discard(self) -> None:
+        """Drop the sums of a logical batch."""
+
+    def _later(self, work: Any, then: Callable[[], None]) -> None:
+        """Let a collective run while the next gradient is formed; ``then`` uses its result."""
+        self._travelling.append((work, then))
+        while len(self._travelling) > IN_FLIGHT:
+            self._arrive()
+
+    def _arrive(self) -> None:
+        work, then = self._travelling.popleft()
+        if work is not None:
+            work.wait()
+        then()
+
+    def _all_arrive(self) -> None:
+        while self._travelling:
+            self._arrive()
+
+    def _check_noised(self, count: int) -> None:
+        if count != self.owned:
+            raise EngineError(
+                f"{count} elements were noised and this rank owns {self.owned}; nothing was released and no parameter "
+                "has changed. This is a defect of dpft, or an engine that changed its sharding: report it."
+            )
+
+    def _check_name(self, name: str, grad: Tensor) -> None:
+        if self.shapes.get(name) != grad.shape:
+            raise EngineError(
+                f"a clipped gradient of shape {list(grad.shape)} came for {name!r}; expected "
+                f"{list(self.shapes.get(name, []))}."
+            )
+
+
+class ReplicatedSums(ClippedSums):
+    """Every rank holds all parameters (data parallelism without an engine's wrapper).
+
+    Sums stay on their rank until the release, which reduces and scatters them, noises a part on each rank, and gathers
+    the parts: the bytes of one all-reduce, every element drawn once, replicas equal by construction.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], ranks: Ranks) -> None:
+        super().__init__(parameters, ranks)
+        self._sums: dict[str, Tensor] = {}
+        self._buckets: list[list[str]] = [[]]
+        filled = 0
+        for name, shape in self.shapes.items():
+            if filled and filled + shape.numel() > BUCKET:
+                self._buckets.append([])
+                filled = 0
+            self._buckets[-1].append(name)
+            filled += shape.numel()
+        self._count_owned(sum(self._mine(names)[2] for names in self._buckets))
+
+    def _mine(self, names: list[str]) -> tuple[int, int, int]:
+        """Elements of a bucket: in all, of one rank's part with its padding, and that this rank owns."""
+        numel = sum(self.shapes[name].numel() for name in names)
+        part = -(-numel // self.ranks.world)
+        return numel, part, max(0, min(part, numel - self.ranks.rank * part))
+
+    def add(self, name: str, grad: Tensor) -> None:
+        self._check_name(name, grad)
+        if name in self._sums:
+            self._sums[name].add_(grad)
+        else:
+            self._sums[name] = grad
+
+    def release(self, noise: GaussianNoise, std: float, divisor: float) -> None:
+        world, noised = self.ranks.world, 0
+        for names in self._buckets:
+            _, part, mine = self._mine(names)
+            dtype = torch.float64 if any(s.dtype == torch.float64 for s in self._sums.values()) else torch.float32
+            device = self.parameters[names[0]].device
+            flat = torch.zeros(part * world, dtype=dtype, device=device)
+            start = 0
+            for name in names:
+                held = self._sums.pop(name, None)
+                if held is not None:
+                    flat[start : start + held.numel()] = held.view(-1)
+                start += self.shapes[name].numel()
+            own = torch.empty(part, dtype=dtype, device=device)
+            dist.reduce_scatter_tensor(own, flat)
+            noise.add_(own[:mine], std)
+            noised += mine
+            own.div_(divisor)
+            dist.all_gather_into_tensor(flat, own)
+            self.bytes_sent += 2 * (world - 1) * part * flat.element_size()
+            start = 0
+            for name in names:
+                shape = self.shapes[name]
+                self._sums[name] = flat[start : start + shape.numel()].view(shape)
+                start += shape.numel()
+        self._check_noised(noised)
+
+    def gradient(self, name: str) -> Tensor:
+        return self._sums.pop(name)
+
+    def discard(self) -> None:
+        self._sums.clear()
+
+
+class ShardedSums(ClippedSums):
+    """Parameters are DTensors (FSDP2): each gradient is reduced and scattered as it is handed over.
+
+    On a mesh with a replicated dimension (HSDP) the first replica draws the noise and the others receive it.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], ranks: Ranks) -> None:
+        from torch.distributed.tensor import DTensor, Replicate, Shard
+
+        super().__init__(parameters, ranks)
+        self._sums: dict[str, Tensor] = {}
+        self._replicas: dict[str, list[Any]] = {}  # the groups along which a parameter is replicated
+        owned = 0
+        for name, p in parameters.items():
+            given: Any = p
+            if not isinstance(given, DTensor):
+                raise EngineError(
+                    f"{name!r} is trainable and FSDP2 has not sharded it (ignored_modules?): its gradient would not "
+                    "be summed over ranks. Remove it from ignored_modules, or freeze it."
+                )
+            strange = [placement for placement in given.placements if not isinstance(placement, Replicate | Shard)]
+            if strange or any(isinstance(pl, Shard) and type(pl) is not Shard for pl in given.placements):
+                raise EngineError(f"{name!r} has placements {given.placements}; expected Shard and Replicate only.")
+            coordinate = given.device_mesh.get_coordinate()
+            assert coordinate is not None
+            replicated = [i for i, placement in enumerate(given.placements) if isinstance(placement, Replicate)]
+            self._replicas[name] = [given.device_mesh.get_group(i) for i in replicated]
+            if all(coordinate[i] == 0 for i in replicated):
+                owned += given.to_local().numel()
+        self._count_owned(owned)
+
+    def add(self, name: str, grad: Tensor) -> None:
+        from torch.distributed.tensor import DTensor, Partial
+
+        self._check_name(name, grad)
+        p: Any = self.parameters[name]
+        whole = DTensor.from_local(grad, p.device_mesh, [Partial("sum")] * p.device_mesh.ndim, run_check=False)
+        shard = whole.redistribute(p.device_mesh, p.placements, async_op=True)
+        world = p.device_mesh.size()
+        self.bytes_sent += grad.numel() * grad.element_size() * (world - 1) // world
+
+        def arrived() -> None:
+            local = shard.to_local()
+            wait = getattr(local, "wait", None)
+            local = (wait() if callable(wait) else local).to(p.to_local().device)
+            if name in self._sums:
+                self._sums[name].add_(local)
+            else:
+                self._sums[name] = local.clone() if local.data_ptr() == grad.data_ptr() else local
+
+        self._later(None, arrived)
+
+    def release(self, noise: GaussianNoise, std: float, divisor: float) -> None:
+        self._all_arrive()
+        noised = 0
+        for name, p in self.parameters.items():
+            given: Any = p
+            local = self._sums.get(name)
+            if local is None:
+                dtype = torch.promote_types(p.dtype, torch.float32)
+                local = self._sums[name] = torch.zeros_like(given.to_local(), dtype=dtype)
+            groups = self._replicas[name]
+            if all(dist.get_rank(group) == 0 for group in groups):
+                noise.add_(local, std)
+                noised += local.numel()
+            for group in groups:
+                dist.broadcast(local, group=group, group_src=0)
+            local.div_(divisor)
+        self._check_noised(noised)
+
+    def gradient(self, name: str) -> Tensor:
+        from torch.distributed.tensor import DTensor
+
+        p: Any = self.parameters[name]
+        local = self._sums.pop(name).to(p.dtype)
+        return DTensor.from_local(
+            local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+        )
+
+    def discard(self) -> None:
+        self._all_arrive()
+        self._sums.clear()

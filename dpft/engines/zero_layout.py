@@ -1,0 +1,193 @@
+"""Where DeepSpeed's ZeRO keeps which elements: the one place that reads what DeepSpeed does not document.
+
+ZeRO steps on flat float32 partitions. DeepSpeed documents no way to ask which elements of which parameter lie where in
+one, nor to set gradients exactly (``safe_set_full_grad`` rounds to bf16 under ZeRO-1 and 2, and fails under ZeRO-3
+where a size is not a multiple of the ranks). So this module reads, of deepspeed 0.19:
+
+- ZeRO-1, 2: ``parameter._hp_mapping`` and ``optimizer.single_partition_of_fp32_groups``;
+- ZeRO-2 with its optimiser on the CPU: ``engine.enable_backward_allreduce`` and ``optimizer.cpu_offload``;
+- ZeRO-3: ``optimizer.grad_position``, ``optimizer.fp32_partitioned_groups_flat``, ``parameter.ds_*``,
+  ``parameter.all_gather`` and ``parameter.partition``.
+
+Nothing is taken on trust: :func:`read_layout` compares the values of every part with the parameter's own, and that
+the ranks' parts are all elements, each once. A DeepSpeed that keeps them otherwise is refused before training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dpft.engines.ranks import Ranks
+from dpft.errors import EngineError
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements of one parameter that one rank steps.
+
+    Attributes:
+        rank: of the owner.
+        start: first element, in the parameter flattened.
+        numel: how many.
+        flat: number of the owner's flat partition, in the order of :attr:`Layout.flats`.
+        offset: where they begin in it.
+    """
+
+    rank: int
+    start: int
+    numel: int
+    flat: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """ZeRO's sharding.
+
+    Attributes:
+        stage: 1, 2 or 3.
+        flats: this rank's flat float32 partitions: what the innermost optimiser steps on.
+        fragments: by parameter, of all ranks, by their start.
+    """
+
+    stage: int
+    flats: list[Tensor]
+    fragments: dict[str, list[Fragment]]
+
+
+def innermost(zero: Any) -> torch.optim.Optimizer:
+    """The torch optimiser that ZeRO's own ``step`` calls.
+
+    Raises:
+        EngineError: there is none, or there are two.
+    """
+    inner = getattr(zero, "optimizer", None)
+    if not isinstance(inner, torch.optim.Optimizer) or getattr(zero, "backup_optimizer", None) is not None:
+        raise EngineError(
+            f"DeepSpeed's {type(zero).__name__} steps {type(inner).__name__}"
+            + (" and a backup_optimizer" if getattr(zero, "backup_optimizer", None) is not None else "")
+            + "; expected one torch.optim.Optimizer under ZeRO-1, 2 or 3. Set zero_optimization.stage, and "
+            "offload_optimizer.ratio to 1.0."
+        )
+    return inner
+
+
+def skip_reduction(engine: Any) -> None:
+    """ZeRO-1, 2 with the optimiser on the CPU: no reduction after backward, which expects a bucket that was filled.
+
+    Without offloading the reduction of no gradient is what gives ZeRO the zeros that it steps with.
+    """
+    if getattr(engine.optimizer, "cpu_offload", False):
+        if not hasattr(engine, "enable_backward_allreduce"):
+            raise EngineError("this DeepSpeed has no enable_backward_allreduce; dpft knows deepspeed 0.19.")
+        engine.enable_backward_allreduce = False
+
+
+def read_layout(zero: Any, stage: int, parameters: dict[str, nn.Parameter], ranks: Ranks) -> Layout:
+    """The layout, verified; a collective.
+
+    Args:
+        zero: ``engine.optimizer``.
+        stage: of ZeRO.
+        parameters: the trainable ones, by name.
+        ranks: the processes.
+
+    Raises:
+        EngineError: on all ranks; the layout is not what this module knows.
+    """
+
+    def mine() -> tuple[list[Tensor], dict[str, Fragment]]:
+        try:
+            flats = list(zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups)
+            found = {
+                name: fragment
+                for name, p in parameters.items()
+                if (fragment := _partitioned(zero, p, ranks) if stage == 3 else _mapped(p, ranks)) is not None
+            }
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise EngineError(
+                f"cannot read how this DeepSpeed shards ({type(error).__name__}: {error}); dpft knows deepspeed 0.19. "
+                "Install that version, or use FSDP2."
+            ) from error
+        for name, fragment in found.items():
+            _verify(name, parameters[name], fragment, flats)
+        return flats, found
+
+    flats, found = ranks.together(mine)
+    everyone = ranks.gather(found)
+    fragments: dict[str, list[Fragment]] = {}
+    for name, p in parameters.items():
+        parts = sorted((each[name] for each in everyone if name in each), key=lambda f: f.start)
+        numel = getattr(p, "ds_numel", None) or p.numel()
+        ends = [0]
+        for part in parts:
+            ends.append(part.start + part.numel)
+        if ends[:-1] != [part.start for part in parts] or ends[-1] != numel:
+            raise EngineError(
+                f"the ranks' parts of {name!r} ({[(f.rank, f.start, f.numel) for f in parts]}) are not its {numel} "
+                "elements, each once; this DeepSpeed shards in a way that dpft does not know."
+            )
+        fragments[name] = parts
+    return Layout(stage, flats, fragments)
+
+
+def _mapped(parameter: Any, ranks: Ranks) -> Fragment | None:
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return None
+    low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+    return Fragment(ranks.rank, int(low.start), int(low.numel), int(mapping.param_group_index), int(high.start))
+
+
+def _partitioned(zero: Any, parameter: Any, ranks: Ranks) -> Fragment | None:
+    group, offset, part = zero.grad_position[zero.get_param_id(parameter)]
+    if dist.get_world_size(parameter.ds_process_group) != ranks.world:
+        raise EngineError("parameters are sharded over a part of the ranks (hpZ, MiCS); expected all. Turn it off.")
+    start = dist.get_rank(parameter.ds_process_group) * part
+    numel = max(0, min(part, parameter.ds_numel - start))
+    return Fragment(ranks.rank, start, numel, int(group), int(offset)) if numel else None
+
+
+def _verify(name: str, parameter: Any, fragment: Fragment, flats: list[Tensor]) -> None:
+    """The flat partition holds at that place, in float32, what the parameter holds there."""
+    flat = flats[fragment.flat]
+    if flat.dtype != torch.float32 or flat.dim() != 1:
+        raise EngineError(
+            f"DeepSpeed steps on master weights of {flat.dtype} {list(flat.shape)}; expected flat float32. Remove "
+            "bf16_master_weights_and_grads and bf16_optimizer_states from the DeepSpeed configuration."
+        )
+    if hasattr(parameter, "ds_tensor"):
+        here = parameter.ds_tensor.detach().view(-1)[: fragment.numel]
+    else:
+        here = parameter.detach().view(-1)[fragment.start : fragment.start + fragment.numel]
+    there = flat.detach()[fragment.offset : fragment.offset + fragment.numel]
+    if here.shape != there.shape or not torch.equal(here.cpu(), there.to(here.dtype).cpu()):
+        raise EngineError(
+            f"DeepSpeed's master copy of {name!r} is not where dpft looks for it: gradients would go to other "
+            "parameters. This version of DeepSpeed is not supported; dpft knows deepspeed 0.19."
+        )
+
+
+@contextmanager
+def held(weight: Any) -> Iterator[None]:
+    """ZeRO-3: the whole weight for as long as the context lasts.
+
+    The engine gathers a module's weights before its backward, once for each forward; a second traversal of the same
+    graph, and a recomputation that has ended, finds them put away.
+    """
+    status = getattr(weight, "ds_status", None)
+    if status is None or status.name == "AVAILABLE":
+        yield
+        return
+    weight.all_gather()
+    try:
+        yield
+    finally:
+        weight.partition()

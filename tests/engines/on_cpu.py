@@ -1,0 +1,42 @@
+"""Lets the ready Accelerate configurations run on a CPU, which Accelerate by itself gets wrong without an error.
+
+For tests alone: the process group is gloo, the device the CPU, and DeepSpeed builds no extension. A DeepSpeed config
+would otherwise give every rank the whole data, FSDP neither shard nor synchronise, MULTI_GPU look for a GPU. The
+environment that it needs besides is set by :mod:`tests.engines.launching`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+
+
+def use_cpu() -> None:
+    """Call it before the Accelerator is made."""
+    torch.set_num_threads(1)
+
+    def backend(self: Any, *_: Any, **__: Any) -> tuple[Any, DistributedType]:
+        if "LOCAL_RANK" not in os.environ:
+            return None, DistributedType.NO
+        return "gloo", DistributedType.MULTI_GPU
+
+    PartialState._prepare_backend = backend  # type: ignore[method-assign]  # the one way to gloo under every launcher
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}  # only inference uses what it would build
+
+
+def make_accelerator(**options: Any) -> Accelerator:
+    """An Accelerator on the CPU; with DeepSpeed, the given optimiser is not replaced by one that is compiled first."""
+    use_cpu()
+    accelerator = Accelerator(**options)
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
+    return accelerator
