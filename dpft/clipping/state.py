@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -24,6 +25,9 @@ class Engine(Protocol):
     sharded: bool
     """Whether parameters are put away between their uses, so that each traversal of the graph is a collective."""
 
+    reentrant: bool
+    """Whether it bears a backward that runs every parameter's hooks, which reentrant checkpointing cannot avoid."""
+
     max_batch_size: int
     """Rows of the largest physical batch on any rank: what all ranks' decisions are made on."""
 
@@ -37,6 +41,10 @@ class Engine(Protocol):
 
     def hold(self, weight: Tensor) -> AbstractContextManager[None]:
         """See :class:`dpft.rules.base.Host`."""
+        ...
+
+    def rewind(self) -> Callable[[], None]:
+        """Called before the first traversal of a graph; what it returns, before each further one."""
         ...
 
     def leaves(self) -> dict[str, Tensor]:

@@ -48,6 +48,7 @@ class Job:
     def __post_init__(self) -> None:
         self.batch_size = len(self.weights)
         self.reentrant = False
+        self._rewind: Callable[[], None] | None = None
 
     def run(self, scale: Tensor) -> list[Tensor | None] | None:
         """The weighted gradients of the state's parameters, in their order; None where they are in ``.grad`` already.
@@ -70,6 +71,11 @@ class Job:
         sharded = self.state.engine is not None and self.state.engine.sharded
         names = None if sharded else {id(p): name for name, p in self.state.parameters.items()}
         self.reentrant = audit_graph(self.losses, names)
+        if self.reentrant and self.state.engine is not None and not self.state.engine.reentrant:
+            raise ClippingError(
+                "gradient checkpointing is reentrant, and DeepSpeed's hooks take its backward for the one that brings "
+                "gradients. Use gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
+            )
         self._probe()
         if self.strategy == "one_pass":
             return run_one_pass(self, scale)
@@ -84,6 +90,10 @@ class Job:
             inputs = list(state.parameters.values())
         if self.reentrant:
             inputs = None  # reentrant checkpointing refuses it; sites return None for weights unless weighted
+        if self._rewind is not None:
+            self._rewind()
+        elif state.engine is not None:
+            self._rewind = state.engine.rewind()
         previous, state.active = state.active, running
         try:
             torch.autograd.backward(losses, seeds, retain_graph=retain_graph, inputs=inputs)

@@ -26,6 +26,7 @@ class TrainingEngine:
     Attributes:
         kind: which.
         sharded: see the protocol.
+        reentrant: see the protocol.
         max_batch_size: see the protocol.
         sums: the clipped sums.
     """
@@ -33,6 +34,7 @@ class TrainingEngine:
     def __init__(self, kind: Kind, model: nn.Module, ranks: Ranks, sums: ClippedSums, max_batch_size: int) -> None:
         self.kind, self.ranks, self.sums, self.max_batch_size = kind, ranks, sums, max_batch_size
         self.sharded = kind in ("fsdp2", "zero3")
+        self.reentrant = kind in ("ddp", "fsdp2")
         self._model = model
         self._leaves: dict[str, Tensor] | None = None
 
@@ -45,12 +47,19 @@ class TrainingEngine:
     def hold(self, weight: Tensor) -> AbstractContextManager[None]:
         return zero_layout.held(weight) if self.kind == "zero3" else nullcontext()
 
+    def rewind(self) -> Callable[[], None]:
+        return zero_layout.Rewind(self._model) if self.kind == "zero3" else _nothing_to_rewind
+
     def leaves(self) -> dict[str, Tensor]:
         if self.kind != "fsdp2":
             return {}
         if self._leaves is None:
             self._leaves = _unsharded_leaves(self._model)
         return self._leaves
+
+
+def _nothing_to_rewind() -> None:
+    pass
 
 
 def _unsharded_leaves(model: nn.Module) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ where a size is not a multiple of the ranks). So this module reads, of deepspeed
 - ZeRO-1, 2: ``parameter._hp_mapping`` and ``optimizer.single_partition_of_fp32_groups``;
 - ZeRO-2 with its optimiser on the CPU: ``engine.enable_backward_allreduce`` and ``optimizer.cpu_offload``;
 - ZeRO-3: ``optimizer.grad_position``, ``optimizer.fp32_partitioned_groups_flat``, ``parameter.ds_*``,
-  ``parameter.all_gather`` and ``parameter.partition``.
+  ``parameter.all_gather`` and ``parameter.partition``, and of modules the counters in :data:`_COUNTERS`.
 
 Nothing is taken on trust: :func:`read_layout` compares the values of every part with the parameter's own, and that
 the ranks' parts are all elements, each once. A DeepSpeed that keeps them otherwise is refused before training.
@@ -175,13 +175,35 @@ def _verify(name: str, parameter: Any, fragment: Fragment, flats: list[Tensor]) 
         )
 
 
+# How many backwards a module's weights are still to be gathered for, and how many gradients of its inputs are still to
+# come before they are put away. ZeRO-3 counts them up in the forward, for one backward.
+_COUNTERS = ("applied_pre_backward_ref_cnt", "ds_grads_remaining")
+
+
+class Rewind:
+    """ZeRO-3: lets one graph be traversed more than once, each time gathering the weights that the modules need.
+
+    Args:
+        model: the bare model, after a forward and before a traversal of its graph.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._counters = [
+            (module, name, module.__dict__[name])
+            for module in model.modules()
+            for name in _COUNTERS
+            if name in module.__dict__
+        ]
+
+    def __call__(self) -> None:
+        """Before another traversal: the counters as they were before the first."""
+        for module, name, value in self._counters:
+            module.__dict__[name] = value
+
+
 @contextmanager
 def held(weight: Any) -> Iterator[None]:
-    """ZeRO-3: the whole weight for as long as the context lasts.
-
-    The engine gathers a module's weights before its backward, once for each forward; a second traversal of the same
-    graph, and a recomputation that has ended, finds them put away.
-    """
+    """ZeRO-3: the whole weight for as long as the context lasts, also where the engine has put it away."""
     status = getattr(weight, "ds_status", None)
     if status is None or status.name == "AVAILABLE":
         yield

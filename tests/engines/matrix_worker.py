@@ -1,0 +1,310 @@
+"""What one engine does, case by case, against the float64 oracle. Launched by ``test_matrix.py``; writes JSON.
+
+    accelerate launch --config_file ... matrix_worker.py OUTPUT_FOLDER
+
+Weights are numbers that bf16 holds exactly, so that one oracle serves float32 and bf16.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import ParallelismConfig
+from torch import Tensor, nn
+
+import dpft
+from tests import zoo
+from tests.engines.on_cpu import make_accelerator
+from tests.oracle import PerExample, oracle, plain_error, relative_error, trainable
+
+CLIP = 0.5
+RATE = 1024.0  # the first step of SGD is then the gradient, to the last bits: the parameters vanish beside it
+TOKENS = 7
+ADAM = {"lr": 1e-2, "eps": 1e-3}
+STEPS = {"examples": 12, "batch": 5, "steps": 5, "seed": 11}
+
+
+class Examples:
+    """N examples of the zoo's token batch, one dictionary each."""
+
+    def __init__(self, number: int, seed: int = 3) -> None:
+        self.batch = zoo.token_batch(number, TOKENS, seed=seed)
+
+    def __len__(self) -> int:
+        return len(self.batch["input_ids"])
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {name: value[i] for name, value in self.batch.items()}
+
+
+def rounded(model: nn.Module) -> nn.Module:
+    """The model with weights that bf16 holds exactly."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(p.bfloat16().to(p.dtype))
+    return model
+
+
+def plain_llama() -> nn.Module:
+    return rounded(zoo.seeded(zoo.llama)("sdpa"))
+
+
+def tied_llama() -> nn.Module:
+    return rounded(zoo.seeded(lambda attention: zoo.llama(attention, tie_word_embeddings=True))("sdpa"))
+
+
+def frozen_embedding() -> nn.Module:
+    model = plain_llama()
+    model.get_submodule("model.embed_tokens").requires_grad_(False)
+    return model
+
+
+def with_lora() -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    return rounded(get_peft_model(plain_llama(), config))
+
+
+def gpt2() -> nn.Module:
+    return rounded(zoo.seeded(zoo.gpt2)("sdpa"))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "llama": plain_llama,
+    "tied": tied_llama,
+    "frozen embedding": frozen_embedding,
+    "lora": with_lora,
+    "gpt2": gpt2,
+}
+
+
+class Bench:
+    """Runs cases in one process of one launch; Accelerate's state is made anew for each."""
+
+    def __init__(self, output: Path, hybrid: bool = False) -> None:
+        self.output, self.hybrid = output, hybrid
+        self.results: dict[str, Any] = {}
+        self._exact: dict[tuple[str, int], PerExample] = {}
+        self._plain: dict[tuple[str, int], float] = {}
+        self._count = 0
+        self.deepspeed = False
+
+    def accelerator(self, precision: str) -> Accelerator:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        gc.collect()
+        options: dict[str, Any] = {"mixed_precision": "bf16" if precision == "bf16" else "no"}
+        if self.hybrid:
+            options["parallelism_config"] = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
+        accelerator = make_accelerator(**options)
+        plugin = accelerator.state.deepspeed_plugin
+        self.deepspeed = plugin is not None
+        if plugin is not None:
+            plugin.deepspeed_config["zero_allow_untested_optimizer"] = True
+            plugin.deepspeed_config["steps_per_print"] = 10**9
+            # small enough for the tiny model to be sharded into several pieces
+            plugin.deepspeed_config["zero_optimization"].update(
+                stage3_param_persistence_threshold=0, sub_group_size=3000
+            )
+        return accelerator
+
+    def private(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        examples: Examples,
+        precision: str = "float32",
+        **options: Any,
+    ) -> tuple[Accelerator, nn.Module, Any, dpft.PrivateDataLoader]:
+        settings = {
+            "noise_multiplier": 0.0,
+            "max_grad_norm": CLIP,
+            "expected_batch_size": len(examples),
+            "sample_rate": 1.0,
+            "num_steps": 1,
+            "target_delta": 1e-5,
+        }
+        settings.update(options.pop("privacy", {}))
+        accelerator = self.accelerator(precision)
+        self._count += 1
+        prepared = dpft.prepare(
+            accelerator,
+            model,
+            optimizer,
+            examples,
+            dpft.PrivacyConfig(**settings),
+            ledger_path=self.output / f"ledger_{self._count}.jsonl",
+            **options,
+        )
+        return accelerator, *prepared
+
+    def train(self, accelerator: Accelerator, model: nn.Module, optimizer: Any, loader: Any) -> list[int]:
+        """Runs the loop; the number of physical batches of each logical one."""
+        counts = [0]
+        for batch in loader:
+            accelerator.backward(model(**batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            counts[-1] += 1
+            if loader.is_last:
+                counts.append(0)
+        loader.privacy.close()
+        return counts[:-1]
+
+    def exact(self, name: str, number: int) -> PerExample:
+        if (name, number) not in self._exact:
+            self._exact[name, number] = oracle(MODELS[name](), Examples(number).batch)
+        return self._exact[name, number]
+
+    def plain(self, name: str, number: int) -> float:
+        """Plain PyTorch's relative error of the same sum in bf16."""
+        if (name, number) not in self._plain:
+            exact = self.exact(name, number)
+            model = MODELS[name]().to(torch.bfloat16)
+            factors = exact.factors(CLIP)
+            self._plain[name, number] = plain_error(model, Examples(number).batch, exact, factors=factors)
+        return self._plain[name, number]
+
+    def sum(self, title: str, name: str, precision: str, strategy: str, number: int, physical: int, ckpt: Any) -> None:
+        """One logical batch of all examples: the clipped sum that reached the optimiser, against the oracle."""
+        model, examples = MODELS[name](), Examples(number)
+        if precision == "bf16 weights":
+            model = model.to(torch.bfloat16)
+        before = {n: p.detach().clone().float() for n, p in trainable(model).items()}
+        if ckpt:
+            model.gradient_checkpointing_enable(  # type: ignore[operator]  # every model here is Hugging Face's
+                gradient_checkpointing_kwargs={"use_reentrant": ckpt == "reentrant"}
+            )
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
+        made = self.private(
+            model, optimizer, examples, precision, max_physical_batch_size=physical, strategy=strategy
+        )
+        counts = self.train(*made)
+        after = full_parameters(made[0], made[1])
+        release = {n: (before[n] - after[n]) / RATE * number for n in before}
+        self.note(
+            title,
+            error=relative_error(release, self.exact(name, number).clipped_sum(CLIP)),
+            limit=1e-5 if precision == "float32" else 2 * self.plain(name, number),
+            physical=counts,
+        )
+
+    def steps(self, title: str, precision: str, strategy: str) -> None:
+        """Five steps of Adam without noise, on batches that are the same on any number of ranks."""
+        model = plain_llama()
+        optimizer = torch.optim.Adam(model.parameters(), **ADAM)
+        privacy = {
+            "sampler": "fixed_size",
+            "accountant": "rdp",
+            "sample_rate": None,
+            "expected_batch_size": STEPS["batch"],
+            "num_steps": STEPS["steps"],
+        }
+        examples = Examples(STEPS["examples"])
+        made = self.private(
+            model, optimizer, examples, precision, strategy=strategy, privacy=privacy, test_seed=STEPS["seed"]
+        )
+        counts = self.train(*made)
+        after = full_parameters(made[0], made[1])
+        torch.save(after, self.output / f"{title}_{made[0].process_index}.pt")
+        self.note(title, physical=counts)
+
+    def noise(self, title: str, precision: str) -> None:
+        """Logical batches without an example release noise alone: N(0, (sigma C / b)^2) in every element, once."""
+        model, sigma, expected = plain_llama(), 3.0, 4
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+        privacy = {"noise_multiplier": sigma, "sample_rate": 1e-9, "expected_batch_size": expected, "num_steps": 3}
+        accelerator, prepared, stepped, loader = self.private(
+            model, optimizer, Examples(6), precision, privacy=privacy, max_physical_batch_size=2
+        )
+        releases, rows = [], 0
+        for batch in loader:
+            rows += int(batch["example_weight"].sum())
+            accelerator.backward(prepared(**batch).loss)
+            stepped.step()
+            stepped.zero_grad()
+            after = full_parameters(accelerator, prepared)
+            change = torch.cat([((before[n] - after[n]) / RATE).flatten().double() for n in before])
+            releases.append(change)
+            before = after
+        loader.privacy.close()
+        z = torch.stack(releases) * expected / (sigma * CLIP)
+        torch.save(z, self.output / f"noise_{precision}_{accelerator.process_index}.pt")
+        self.note(title, examples=rows, sizes=[p.numel() for p in before.values()])
+
+    def note(self, title: str, **facts: Any) -> None:
+        self.results[title] = facts
+
+    def write(self, rank: int) -> None:
+        (self.output / f"results_{rank}.json").write_text(json.dumps(self.results))
+
+
+def full_parameters(accelerator: Accelerator, model: nn.Module) -> dict[str, Tensor]:
+    """The trainable parameters in float32, whole, under canonical names; on every rank."""
+    bare = accelerator.unwrap_model(model)
+    full: dict[str, Tensor] = {}
+    for name, p in trainable(bare).items():
+        given: Any = p
+        if accelerator.state.deepspeed_plugin is not None:
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            full[name] = safe_get_full_fp32_param(given).detach().clone().view(getattr(p, "ds_shape", p.shape))
+        elif hasattr(given, "full_tensor"):
+            full[name] = given.full_tensor().detach().clone().float()
+        else:
+            full[name] = p.detach().clone().float()
+    return full
+
+
+def run_hybrid(bench: Bench) -> None:
+    for strategy in ("one_pass", "two_pass"):
+        bench.sum(f"sum, {strategy}", "llama", "float32", strategy, 9, 2, False)
+    bench.sum("two ranks without an example", "tied", "float32", "one_pass", 2, 2, False)
+    bench.noise("noise, float32", "float32")
+
+
+def run_all(bench: Bench) -> None:
+    for precision in ("float32", "bf16"):
+        for ckpt in (False, "non-reentrant"):
+            for strategy in ("one_pass", "two_pass"):
+                title = f"sum, {precision}, {strategy}, checkpointing {ckpt}"
+                bench.sum(title, "llama", precision, strategy, 5, 2, ckpt)
+    for precision, strategy in (("float32", "one_pass"), ("float32", "two_pass"), ("bf16", "one_pass")):
+        bench.steps(f"steps, {precision}, {strategy}", precision, strategy)
+    for precision in ("float32", "bf16"):
+        bench.noise(f"noise, {precision}", precision)
+    for strategy in ("one_pass", "two_pass"):
+        for name in ("tied", "frozen embedding", "lora", "gpt2"):
+            bench.sum(f"{name}, {strategy}", name, "float32", strategy, 5, 2, False)
+        bench.sum(f"a rank without an example, {strategy}", "llama", "float32", strategy, 1, 2, False)
+        bench.sum(f"five physical batches, {strategy}", "llama", "float32", strategy, 9, 1, False)
+    bench.sum("per_example", "llama", "float32", "per_example", 5, 2, False)
+    if not bench.deepspeed:  # which refuses it: see test_refusals.py
+        bench.sum("reentrant checkpointing", "llama", "float32", "two_pass", 5, 2, "reentrant")
+        for strategy in ("one_pass", "two_pass"):
+            bench.sum(f"bf16 weights, {strategy}", "llama", "bf16 weights", strategy, 5, 2, False)
+
+
+def main(output: Path, which: str) -> None:
+    bench = Bench(output, which == "hybrid")
+    run_hybrid(bench) if which == "hybrid" else run_all(bench)
+    bench.write(dist.get_rank() if dist.is_initialized() else 0)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "all")

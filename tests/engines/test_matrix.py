@@ -1,0 +1,136 @@
+"""Every engine, launched as users launch it, gives the same private gradient and noise of the same law.
+
+One launch an engine runs every case (``matrix_worker.py``); what it wrote is judged here. The criterion for sums is
+the oracle's: 1e-5 relative in float32, twice plain PyTorch's own error in bf16.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dpft.privacy.sampler import FixedSizeSampler
+from tests.engines.launching import ENGINES, launch, succeed
+from tests.engines.matrix_worker import ADAM, CLIP, STEPS, Examples, plain_llama
+from tests.oracle import oracle, plain_error, rows, trainable
+
+WORKER = Path(__file__).with_name("matrix_worker.py")
+SIGMAS = 6.0  # of a statistic's own deviation: one run in 10^8 goes red by chance
+
+
+@cache
+def reference() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters before and after the worker's five steps, by the oracle and Adam in float64."""
+    model = plain_llama().double()
+    before = {n: p.detach().clone() for n, p in trainable(model).items()}
+    optimizer = torch.optim.Adam(model.parameters(), **ADAM)
+    examples = Examples(STEPS["examples"])
+    sampler = FixedSizeSampler(STEPS["examples"], STEPS["batch"], test_seed=STEPS["seed"])
+    for step in range(STEPS["steps"]):
+        drawn = rows(examples.batch, sampler.draw(step).tolist())
+        total = oracle(model, drawn).clipped_sum(CLIP)
+        for name, p in trainable(model).items():
+            p.grad = total[name] / STEPS["batch"]
+        optimizer.step()
+    return before, {n: p.detach().clone() for n, p in trainable(model).items()}
+
+
+@cache
+def bf16_error() -> float:
+    """Plain PyTorch's relative error of a sum in bf16, on the examples of the steps."""
+    batch = Examples(STEPS["batch"]).batch
+    exact = oracle(plain_llama(), batch)
+    return plain_error(plain_llama().to(torch.bfloat16), batch, exact, factors=exact.factors(CLIP))
+
+
+def flat(parameters: dict[str, Tensor]) -> Tensor:
+    return torch.cat([p.double().flatten() for p in parameters.values()])
+
+
+def check_sums(results: dict[str, Any]) -> None:
+    measured = {title: facts for title, facts in results.items() if "error" in facts}
+    assert len(measured) >= 8 + 2 * 6 + 1
+    wrong = {title: facts for title, facts in measured.items() if not facts["error"] <= facts["limit"]}
+    assert not wrong
+
+
+def check_physical(every: list[dict[str, Any]]) -> None:
+    """All ranks ran the same number of physical batches; together they took part with every example once."""
+    for title, facts in every[0].items():
+        assert all(other[title].get("physical") == facts.get("physical") for other in every), title
+    assert every[0]["a rank without an example, one_pass"]["physical"] == [1]
+    assert every[0]["five physical batches, two_pass"]["physical"] == [9 // len(every) + 9 % len(every)]
+
+
+def check_steps(folder: Path, processes: int, results: dict[str, Any]) -> None:
+    before, after = reference()
+    moved = flat(after) - flat(before)
+    for title in (t for t in results if t.startswith("steps")):
+        everyone = [torch.load(folder / f"{title}_{rank}.pt") for rank in range(processes)]
+        for other in everyone:
+            assert all(torch.equal(other[name], everyone[0][name]) for name in after), "the ranks' parameters differ"
+        off = (flat(everyone[0]) - flat(after)).norm()
+        if "float32" in title:
+            assert off <= 1e-6 * flat(after).norm() and off <= 1e-5 * moved.norm(), title
+        else:
+            assert off <= 2 * bf16_error() * moved.norm(), (title, float(off / moved.norm()))
+    counts = results["steps, float32, one_pass"]["physical"]
+    assert len(counts) == STEPS["steps"] and (processes == 1 or len(set(counts)) > 1)
+
+
+def check_noise(folder: Path, processes: int, results: dict[str, Any]) -> None:
+    for title in (t for t in results if t.startswith("noise")):
+        assert results[title]["examples"] == 0
+        sizes = results[title]["sizes"]
+        draws = [torch.load(folder / f"noise_{title.split(', ')[1]}_{rank}.pt") for rank in range(processes)]
+        for other in draws:
+            assert torch.equal(other, draws[0]), "replicas were given different noise"
+        z = draws[0]
+        steps, count = z.shape
+        assert count == sum(sizes) and bool((z != 0).all()), "some elements were not noised"
+        assert abs(float(z.mean())) < SIGMAS / math.sqrt(z.numel())
+        assert abs(float(z.var()) - 1) < SIGMAS * math.sqrt(2 / z.numel())
+        assert abs(float((z**4).mean()) - 3) < SIGMAS * math.sqrt(96 / z.numel())
+        for part in z.split(sizes, dim=1):
+            assert abs(float(part.square().mean()) - 1) < SIGMAS * math.sqrt(2 / part.numel()), "of one parameter"
+        for first in range(steps):
+            for second in range(first):
+                assert abs(float((z[first] * z[second]).mean())) < SIGMAS / math.sqrt(count), "steps are correlated"
+        # Shards are halves: of the whole, or of every parameter.
+        halves = [z[:, : count // 2], z[:, count - count // 2 :]]
+        by_parameter = [part.split(part.shape[1] // 2, dim=1)[:2] for part in z.split(sizes, dim=1)]
+        for a, b in [halves, [torch.cat(list(half), 1) for half in zip(*by_parameter, strict=True)]]:
+            assert abs(float((a * b).mean())) < SIGMAS / math.sqrt(a.numel()), "ranks drew the same noise"
+
+
+def test_hybrid_sharding(tmp_path: Path) -> None:
+    """HSDP, two replicas of two shards: sums over all four ranks; noise distinct in shards, the same in replicas."""
+    output = tmp_path / "output"
+    output.mkdir()
+    succeed(launch("fsdp2", WORKER, str(output), "hybrid", scratch=tmp_path, processes=4))
+    every = [json.loads((output / f"results_{rank}.json").read_text()) for rank in range(4)]
+    for results in every:
+        wrong = [t for t, facts in results.items() if "error" in facts and not facts["error"] <= facts["limit"]]
+        assert not wrong
+    check_noise(output, 4, every[0])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engine(engine: str, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    output.mkdir()
+    succeed(launch(engine, WORKER, str(output), scratch=tmp_path))
+    processes = 1 if engine == "single" else 2
+    every = [json.loads((output / f"results_{rank}.json").read_text()) for rank in range(processes)]
+    check_physical(every)
+    for results in every:
+        check_sums(results)
+    check_steps(output, processes, every[0])
+    check_noise(output, processes, every[0])
