@@ -111,6 +111,7 @@ def prepare(
             "test_seed": test_seed,
             "number of examples": len(dataset),
             "parameters": _described(model),
+            "weights": _weights(model) if kind == "fsdp2" else None,
         },
         "the setting",
     )
@@ -245,6 +246,16 @@ def _agreed_strategy(state: ClipState, kind: Kind, ranks: Ranks, max_batch_size:
 
 def _described(model: nn.Module) -> list[tuple[str, list[int], str, bool]]:
     return [(name, list(full_shape(p)), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
+
+
+def _weights(model: nn.Module) -> dict[str, float]:
+    """Sums of the trainable parameters that have values here.
+
+    FSDP2 takes each shard from its own rank; adapters that started from different random numbers would be patched
+    together. The other engines broadcast rank 0's.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.device.type != "meta"]
+    return {name: float(p.detach().sum(dtype=torch.float64)) for name, p in named}
 
 
 def _test_secret(seed: int, run: PrivacyRun) -> bytes:

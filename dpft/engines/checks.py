@@ -1,18 +1,48 @@
-"""What Accelerate's configuration may be: everything that would void the guarantee is refused before training."""
+"""What Accelerate's configuration, the model and the optimiser may be, under which private gradients are exact.
+
+Everything that would void the guarantee is refused before the first parameter moves. In the order of a training:
+:func:`check_accelerator` and :func:`check_model` before anything is touched, :func:`check_prepared` once the engine is
+made, :func:`watch` before each step.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import inspect
 import os
+import pickle
+import platform
+from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
-from accelerate.utils import DynamoBackend
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate.utils import DDPCommunicationHookType, DistributedType, DynamoBackend, is_compiled_module
+from torch import nn
 
+from dpft.engines import deepspeed_checks
 from dpft.engines.engine import Kind, kind_of
 from dpft.errors import EngineError
+
+_TYPES = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.FSDP,
+    DistributedType.DEEPSPEED,
+)
+_WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+# Optimisers that DeepSpeed's own one for the CPU computes the same steps as.
+_OFFLOADED = ("Adam", "AdamW", "DeepSpeedCPUAdam", "DeepSpeedCPULion", "DeepSpeedCPUAdagrad")
 
 
 def check_accelerator(accelerator: Any) -> Kind:
     """Refuse every configuration in which the private gradient would not be exact.
+
+    DeepSpeed's ``gradient_clipping`` is 1.0 where nobody set it (Accelerate also drops a 0.0); here it is set to 0.
 
     Args:
         accelerator: an ``accelerate.Accelerator``.
@@ -23,15 +53,16 @@ def check_accelerator(accelerator: Any) -> Kind:
     Raises:
         EngineError: names the setting and the value to use.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != world:
-        raise EngineError(
-            f"the launcher started {world} processes and Accelerate sees {accelerator.num_processes}: every process "
-            "would train alone on the same data. Launch with a configuration that Accelerate supports on this device."
-        )
+    _check_launch(accelerator)
     if accelerator.mixed_precision == "fp16":
         raise EngineError(
             "mixed_precision is 'fp16', whose loss scaling skips steps depending on the data. Use 'bf16' or 'no'."
+        )
+    if accelerator.mixed_precision not in ("no", "bf16") or getattr(accelerator, "has_fp8_handler", False):
+        raise EngineError(
+            f"mixed_precision is {accelerator.mixed_precision!r}"
+            + (" with an fp8 recipe" if getattr(accelerator, "has_fp8_handler", False) else "")
+            + ": gradients of fp8 layers are not the ones that dpft clips. Use 'bf16' or 'no', and no fp8 recipe."
         )
     dynamo = getattr(accelerator.state, "dynamo_plugin", None)
     if dynamo is not None and dynamo.backend != DynamoBackend.NO:
@@ -44,4 +75,276 @@ def check_accelerator(accelerator: Any) -> Kind:
             f"gradient_accumulation_steps is {accelerator.gradient_accumulation_steps}; expected 1: the loader cuts a "
             "logical batch into physical ones by itself (max_physical_batch_size)."
         )
+    _check_loading(accelerator)
+    _check_parallelism(accelerator)
+    hook = getattr(getattr(accelerator, "ddp_handler", None), "comm_hook", DDPCommunicationHookType.NO)
+    if hook != DDPCommunicationHookType.NO:
+        raise EngineError(
+            f"DistributedDataParallelKwargs.comm_hook is {hook}; expected DDPCommunicationHookType.NO: clipped sums "
+            "are added up over ranks in float32, without compression."
+        )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        _check_fsdp(accelerator.state.fsdp_plugin)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        if getattr(accelerator, "deepspeed_engine_wrapped", None) is not None:
+            raise EngineError(
+                "this Accelerator has prepared a model under DeepSpeed already, and its backward stays with that one. "
+                "Call dpft.prepare once in a process."
+            )
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        deepspeed_checks.check_config(config)
+        config["gradient_clipping"] = 0.0
+        return _KINDS[int(config["zero_optimization"]["stage"])]
     return kind_of(accelerator)
+
+
+_KINDS: dict[int, Kind] = {1: "zero1", 2: "zero2", 3: "zero3"}
+
+
+def _check_launch(accelerator: Any) -> None:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if dist.is_available() and dist.is_initialized():
+        world = max(world, dist.get_world_size())
+    if accelerator.num_processes != world:
+        raise EngineError(
+            f"the launcher started {world} processes and Accelerate sees {accelerator.num_processes}: every process "
+            "would train alone on the same data. Launch with a configuration that Accelerate supports on this device."
+        )
+    given = accelerator.distributed_type
+    if given not in _TYPES:
+        raise EngineError(
+            f"distributed_type is {given.value!r}; expected one of {[known.value for known in _TYPES]}. Choose one of "
+            "the configurations in recipes/accelerate."
+        )
+    for variable, wanted in (
+        ("ACCELERATE_USE_FSDP", DistributedType.FSDP),
+        ("ACCELERATE_USE_DEEPSPEED", DistributedType.DEEPSPEED),
+    ):
+        if world > 1 and given != wanted and os.environ.get(variable, "false").lower() == "true":
+            raise EngineError(
+                f"the configuration asks for {wanted.value} and Accelerate made {given.value} of it on this device "
+                "(use_cpu?): nothing would be sharded. Launch with a configuration that it supports here."
+            )
+
+
+def _check_loading(accelerator: Any) -> None:
+    for name, default in (("split_batches", (False,)), ("dispatch_batches", (None, False)), ("even_batches", (True,))):
+        value = getattr(accelerator.dataloader_config, name)
+        if value not in default:
+            raise EngineError(
+                f"DataLoaderConfiguration.{name} is {value!r}; expected {default[0]!r}: the loader of dpft.prepare "
+                "gives each rank its own part of a Poisson sample, and Accelerate has no part in it."
+            )
+
+
+def _check_parallelism(accelerator: Any) -> None:
+    config = getattr(accelerator.state, "parallelism_config", None)
+    for name, what in (("tp_size", "tensor"), ("cp_size", "context"), ("sp_size", "sequence")):
+        size = getattr(config, name, 1) or 1
+        if size != 1:
+            raise EngineError(
+                f"ParallelismConfig.{name} is {size}; expected 1: under {what} parallelism no rank sees a whole "
+                "example's gradient, and norms do not add up over its parts."
+            )
+    if getattr(accelerator.state, "megatron_lm_plugin", None) is not None:
+        raise EngineError("Megatron-LM is not supported. Use FSDP version 2 or DeepSpeed ZeRO.")
+
+
+def _check_fsdp(plugin: Any) -> None:
+    if plugin.fsdp_version != 2:
+        raise EngineError(f"fsdp_version is {plugin.fsdp_version}; expected 2. Set fsdp_config.fsdp_version to 2.")
+    if plugin.ignored_modules:
+        raise EngineError(
+            f"fsdp_ignored_modules is {plugin.ignored_modules!r}; expected none: a parameter that FSDP2 does not "
+            "shard has no place among the clipped sums. Freeze what is not to be trained instead."
+        )
+    if plugin.activation_checkpointing:
+        raise EngineError(
+            "fsdp_activation_checkpointing is true; use false: Accelerate's does not keep the random state, so a "
+            "recomputed forward has another dropout. Call model.gradient_checkpointing_enable() instead."
+        )
+    policy = plugin.mixed_precision_policy
+    for name in ("param_dtype", "output_dtype"):  # reduce_dtype is of a reduction that dpft does not use
+        if getattr(policy, name, None) not in (None, torch.float32, torch.bfloat16):
+            raise EngineError(
+                f"the mixed precision policy's {name} is {getattr(policy, name)}; use torch.bfloat16 or torch.float32."
+            )
+
+
+def check_model(accelerator: Any, kind: Kind, model: nn.Module, optimizer: Any) -> None:
+    """Refuse a model or an optimiser that was given to an engine before, or that steps in another way.
+
+    Args:
+        accelerator: as :func:`check_accelerator` left it.
+        kind: what that returned.
+        model: neither wrapped nor prepared.
+        optimizer: the user's.
+
+    Raises:
+        EngineError: names what to change.
+    """
+    _check_bare(model)
+    wrapped = "_dpft_state" in model.__dict__  # those hooks are dpft's own, and dpft.wrap says what is wrong
+    for name, p in model.named_parameters():
+        given: Any = p
+        if p.dtype == torch.float16:
+            raise EngineError(f"{name!r} is torch.float16, whose gradients overflow. Load the model in bfloat16.")
+        if hasattr(given, "placements"):
+            raise EngineError(
+                f"{name!r} is sharded already ({given.placements}): by tensor parallelism (tp_plan), or by "
+                "fully_shard. Load the model without tp_plan, and leave sharding to dpft.prepare."
+            )
+        hooks = getattr(p, "_backward_hooks", None) or getattr(p, "_post_accumulate_grad_hooks", None)
+        if p.requires_grad and hooks and not wrapped:
+            raise EngineError(
+                f"{name!r} has a gradient hook (of an optimiser that steps inside the backward, such as LOMO or a "
+                "layer-wise one, or of your own): it would see or change the clipped sum before noise is added. "
+                "Remove it."
+            )
+    kinds = [cls.__name__ for cls in type(optimizer).__mro__]
+    if "AcceleratedOptimizer" in kinds:
+        raise EngineError(
+            "the optimiser is prepared already; pass dpft.prepare the one that you made on model.parameters()."
+        )
+    if "DummyOptim" in kinds or "LayerWiseDummyOptimizer" in kinds:
+        raise EngineError(f"{kinds[0]} does not step; pass dpft.prepare a torch optimiser on model.parameters().")
+    if {"Lomo", "AdaLomo", "SparseAdam"} & set(kinds):
+        raise EngineError(f"{kinds[0]} does not step on dense gradients after a backward. Use torch.optim.AdamW.")
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise EngineError(
+            f"{kinds[0]}.step needs a closure, which evaluates the gradient more than once; each would be a release. "
+            "Use torch.optim.AdamW."
+        )
+    if kind.startswith("zero"):
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        if deepspeed_checks.replaces_optimizer(config) and kinds[0] not in _OFFLOADED:
+            raise EngineError(
+                f"with offload_optimizer Accelerate puts DeepSpeedCPUAdam in the place of {kinds[0]}. Use "
+                "torch.optim.AdamW, or set zero_force_ds_cpu_optimizer to false in the DeepSpeed configuration."
+            )
+
+
+def _check_bare(model: nn.Module) -> None:
+    kinds = [cls.__name__ for cls in type(model).__mro__]
+    if any(is_compiled_module(m) or m._compiled_call_impl is not None for m in model.modules()):
+        raise EngineError("the model is compiled; torch.compile of a private model is not supported by this version.")
+    if any(name in kinds for name in (*_WRAPPERS, "FSDPModule")):
+        raise EngineError(
+            f"the model is a {kinds[0]}, prepared already; pass dpft.prepare the bare model, and prepare nothing else."
+        )
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        raise EngineError("the model was loaded with tp_plan: tensor parallelism is not supported. Load it without.")
+    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    if len(places) > 1:
+        raise EngineError(
+            f"the model was loaded with device_map over {sorted(places)}. Load it without device_map; to spread a "
+            "large model use FSDP2 or ZeRO-3."
+        )
+
+
+def check_prepared(accelerator: Any, kind: Kind, prepared: nn.Module) -> None:
+    """Refuse an engine that does not do what its configuration was checked for.
+
+    Args:
+        accelerator: Accelerate's.
+        kind: from :func:`check_accelerator`.
+        prepared: what Accelerate made of the model.
+
+    Raises:
+        EngineError: names what was found and what was expected.
+    """
+    if kind.startswith("zero"):
+        deepspeed_checks.check_engine(prepared, int(kind[-1]), accelerator.num_processes)
+    elif kind == "fsdp2":
+        from torch.distributed.fsdp import FSDPModule
+
+        if not isinstance(prepared, FSDPModule):
+            raise EngineError(
+                f"Accelerate made a {type(prepared).__name__} of the model that FSDP2 does not shard. Launch with "
+                "recipes/accelerate/fsdp2.yaml."
+            )
+
+
+def watch(kind: Kind, prepared: Any, guarded: torch.optim.Optimizer) -> Callable[[], None]:
+    """What is called before each step, to see that noise still stands between the sums and the parameters.
+
+    Args:
+        kind: of the engine.
+        prepared: the model that Accelerate made; a DeepSpeed engine has its optimiser.
+        guarded: the innermost optimiser, with the step hook that adds noise or refuses.
+
+    Returns:
+        A function that raises EngineError if the optimiser was replaced since, or its hook is gone.
+    """
+    hooks = getattr(guarded, "_optimizer_step_pre_hooks", {})
+    before = set(hooks)
+    zero = getattr(prepared, "optimizer", None) if kind.startswith("zero") else None
+
+    def check() -> None:
+        if zero is not None and (prepared.optimizer is not zero or zero.optimizer is not guarded):
+            now = prepared.optimizer if prepared.optimizer is not zero else zero.optimizer
+            raise EngineError(
+                f"DeepSpeed's optimiser was replaced by a {type(now).__name__} after dpft.prepare; its steps would "
+                "have no noise. Make the optimiser before dpft.prepare, and call that once."
+            )
+        if zero is not None and float(prepared.gradient_clipping()) != 0.0:
+            found = prepared.gradient_clipping()
+            raise EngineError(f"DeepSpeed's gradient_clipping was set to {found} after dpft.prepare; use 0.")
+        if not before <= set(guarded._optimizer_step_pre_hooks):
+            raise EngineError(
+                "the step hook that adds noise was removed from the optimiser after dpft.prepare. Nothing was "
+                "released; do not clear the optimiser's hooks."
+            )
+
+    return check
+
+
+def versions() -> dict[str, str]:
+    """What all ranks must run alike: another generator of random numbers would give an example to two ranks."""
+    names = ("accelerate", "deepspeed", "dpft", "numpy", "torch", "transformers")
+    found = {}
+    for name in names:
+        try:
+            found[f"version of {name}"] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[f"version of {name}"] = "not installed"
+    found["version of python"] = ".".join(platform.python_version_tuple()[:2])
+    return found
+
+
+def dataset_mark(dataset: Any, key: bytes, count: int = 16) -> str:
+    """A keyed digest of some examples in their order, to be compared between ranks.
+
+    Ranks draw numbers of examples, each its own. Where they number the examples differently (an unseeded shuffle or
+    split on each rank), one example could be in two ranks' batches and count twice.
+
+    Args:
+        dataset: with ``len`` and indexing.
+        key: the same on all ranks and new in each run, so that the digest says nothing about the examples.
+        count: examples to read, spread over the whole.
+
+    Returns:
+        Eight characters; ``"random"`` where an example read twice is not the same, so that nothing can be compared.
+    """
+    places = sorted({int(i) for i in np.linspace(0, len(dataset) - 1, count)})
+    marks = []
+    for _ in range(2):
+        digest = hmac.new(key, digestmod=hashlib.sha256)
+        for i in places:
+            digest.update(_bytes(dataset[i]))
+        marks.append(digest.hexdigest()[:8])
+    return marks[0] if marks[0] == marks[1] else "random"
+
+
+def _bytes(item: Any) -> bytes:
+    if isinstance(item, torch.Tensor):
+        return str((item.dtype, item.shape, item.tolist())).encode()
+    if isinstance(item, dict):
+        return b"".join(_bytes(name) + _bytes(item[name]) for name in sorted(item, key=str))
+    if isinstance(item, list | tuple):
+        return b"".join(_bytes(part) for part in item)
+    try:
+        return pickle.dumps(item)
+    except Exception:
+        return type(item).__name__.encode()

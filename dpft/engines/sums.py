@@ -9,6 +9,7 @@ batches in float32, whatever the dtypes, averages, clipping or compression that 
 from __future__ import annotations
 
 import abc
+import functools
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -45,7 +46,6 @@ class ClippedSums(abc.ABC):
         self.shapes = {name: full_shape(p) for name, p in parameters.items()}
         self.total = sum(shape.numel() for shape in self.shapes.values())
         self.owned = 0
-        self.bytes_sent = 0
         self._travelling: deque[tuple[Any, Callable[[], None]]] = deque()
 
     def _count_owned(self, owned: int) -> None:
@@ -148,31 +148,42 @@ class ReplicatedSums(ClippedSums):
             self._sums[name] = grad
 
     def release(self, noise: GaussianNoise, std: float, divisor: float) -> None:
-        world, noised = self.ranks.world, 0
-        for names in self._buckets:
-            _, part, mine = self._mine(names)
-            dtype = torch.float64 if any(s.dtype == torch.float64 for s in self._sums.values()) else torch.float32
-            device = self.parameters[names[0]].device
-            flat = torch.zeros(part * world, dtype=dtype, device=device)
-            start = 0
-            for name in names:
-                held = self._sums.pop(name, None)
-                if held is not None:
-                    flat[start : start + held.numel()] = held.view(-1)
-                start += self.shapes[name].numel()
-            own = torch.empty(part, dtype=dtype, device=device)
-            dist.reduce_scatter_tensor(own, flat)
+        noised = 0
+
+        def finish(names: list[str], flat: Tensor, own: Tensor) -> None:
+            nonlocal noised
+            mine = self._mine(names)[2]
             noise.add_(own[:mine], std)
             noised += mine
             own.div_(divisor)
             dist.all_gather_into_tensor(flat, own)
-            self.bytes_sent += 2 * (world - 1) * part * flat.element_size()
             start = 0
             for name in names:
                 shape = self.shapes[name]
                 self._sums[name] = flat[start : start + shape.numel()].view(shape)
                 start += shape.numel()
+
+        # One bucket is noised while the next one is reduced.
+        for names in self._buckets:
+            flat = self._flatten(names)
+            own = flat.new_empty(flat.numel() // self.ranks.world)
+            work = dist.reduce_scatter_tensor(own, flat, async_op=True)
+            self._later(work, functools.partial(finish, names, flat, own))
+        self._all_arrive()
         self._check_noised(noised)
+
+    def _flatten(self, names: list[str]) -> Tensor:
+        """The sums of a bucket end to end, padded to equal parts, and given up."""
+        wide = torch.float64 if any(self.parameters[name].dtype == torch.float64 for name in names) else torch.float32
+        part = self._mine(names)[1]
+        flat = torch.zeros(part * self.ranks.world, dtype=wide, device=self.parameters[names[0]].device)
+        start = 0
+        for name in names:
+            held = self._sums.pop(name, None)
+            if held is not None:
+                flat[start : start + held.numel()] = held.view(-1)
+            start += self.shapes[name].numel()
+        return flat
 
     def gradient(self, name: str) -> Tensor:
         return self._sums.pop(name)
@@ -219,8 +230,6 @@ class ShardedSums(ClippedSums):
         p: Any = self.parameters[name]
         whole = DTensor.from_local(grad, p.device_mesh, [Partial("sum")] * p.device_mesh.ndim, run_check=False)
         shard = whole.redistribute(p.device_mesh, p.placements, async_op=True)
-        world = p.device_mesh.size()
-        self.bytes_sent += grad.numel() * grad.element_size() * (world - 1) // world
 
         def arrived() -> None:
             local = shard.to_local()

@@ -48,7 +48,6 @@ class ZeroSums(ClippedSums):
                 flat = torch.nn.functional.pad(flat, (0, part * world - flat.numel()))
             own = torch.empty(part, dtype=flat.dtype, device=flat.device)
             work = dist.reduce_scatter_tensor(own, flat, async_op=True)
-            self.bytes_sent += (world - 1) * part * flat.element_size()
             self._later(work, lambda: self._accumulate(name, own))
             return
         for f in parts:
@@ -57,7 +56,6 @@ class ZeroSums(ClippedSums):
             if f.rank == rank:
                 self._later(work, lambda piece=piece: self._accumulate(name, piece))  # type: ignore[misc]  # bound now
             else:
-                self.bytes_sent += piece.numel() * piece.element_size()
                 self._later(work, lambda piece=piece: None)  # type: ignore[misc]  # kept alive until it is sent
 
     def _accumulate(self, name: str, piece: Tensor) -> None:

@@ -4,10 +4,11 @@ ZeRO steps on flat float32 partitions. DeepSpeed documents no way to ask which e
 one, nor to set gradients exactly (``safe_set_full_grad`` rounds to bf16 under ZeRO-1 and 2, and fails under ZeRO-3
 where a size is not a multiple of the ranks). So this module reads, of deepspeed 0.19:
 
-- ZeRO-1, 2: ``parameter._hp_mapping`` and ``optimizer.single_partition_of_fp32_groups``;
+- ZeRO-1, 2: ``parameter._hp_mapping``, ``optimizer.bit16_groups`` and ``optimizer.single_partition_of_fp32_groups``;
 - ZeRO-2 with its optimiser on the CPU: ``engine.enable_backward_allreduce`` and ``optimizer.cpu_offload``;
-- ZeRO-3: ``optimizer.grad_position``, ``optimizer.fp32_partitioned_groups_flat``, ``parameter.ds_*``,
-  ``parameter.all_gather`` and ``parameter.partition``, and of modules the counters in :data:`_COUNTERS`.
+- ZeRO-3: ``optimizer.grad_position``, ``optimizer.fp16_groups``, ``optimizer.fp32_partitioned_groups_flat``,
+  ``parameter.ds_*``, ``parameter.all_gather`` and ``parameter.partition``; the modules' counters
+  in :data:`_COUNTERS`.
 
 Nothing is taken on trust: :func:`read_layout` compares the values of every part with the parameter's own, and that
 the ranks' parts are all elements, each once. A DeepSpeed that keeps them otherwise is refused before training.
@@ -26,6 +27,9 @@ from torch import Tensor, nn
 
 from dpft.engines.ranks import Ranks
 from dpft.errors import EngineError
+
+# The model's parameters as ZeRO groups them.
+_GROUPS = {1: "bit16_groups", 2: "bit16_groups", 3: "fp16_groups"}
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,14 @@ def read_layout(zero: Any, stage: int, parameters: dict[str, nn.Parameter], rank
     """
 
     def mine() -> tuple[list[Tensor], dict[str, Fragment]]:
+        stepped = {id(p) for group in getattr(zero, _GROUPS[stage], []) for p in group}
+        unknown = sorted(name for name, p in parameters.items() if id(p) not in stepped)
+        if unknown:
+            raise EngineError(
+                f"{unknown[:3]} of {len(unknown)} trainable parameters are not in DeepSpeed's groups: the optimiser "
+                "was not given them, or this DeepSpeed groups otherwise. Make the optimiser on all parameters that "
+                "require gradients, freeze the others, and use deepspeed 0.19."
+            )
         try:
             flats = list(zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups)
             found = {

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dpft.clipping import planner
 from dpft.kernels.linear import linear_sq_norm, method_flops
+from dpft.rules.base import EmbeddingUse, LinearUse
 
 size = st.integers(1, 4096)
 
@@ -40,3 +41,25 @@ def test_flops_are_what_the_planner_thinks(method: str, tokens: int, p: int, d: 
     assert counter.get_total_flops() == pytest.approx(2 * method_flops(named, tokens, p, d), rel=0.02)
     if method == "auto":
         assert counter.get_total_flops() <= 2 * 1.02 * 2 * tokens * p * d
+
+
+@hypothesis.given(tokens=st.integers(1, 4096), batch=st.integers(1, 16), p=st.integers(1, 512), d=st.integers(1, 512))
+@hypothesis.settings(max_examples=200)
+def test_the_choice_for_all_ranks_covers_every_length(tokens: int, batch: int, p: int, d: int) -> None:
+    """Where it picks one-pass, what one-pass keeps fits, however long the batch that a rank meets."""
+    uses = [LinearUse("a", d, p), EmbeddingUse("b", 100, d)]
+    gradient = (p * d + 100 * d) * 4
+    for allowed in (0, gradient // 2, gradient, 3 * gradient, 20 * gradient):
+        for shards in (False, True):
+            choice = planner.choose_for_all(uses, batch, 4, allowed, shards_gradients=shards, gathers=shards)
+            kept = planner.kept_bytes(uses, batch, tokens, 4) - (0 if shards else gradient)
+            assert choice.strategy == "two_pass" or kept <= allowed
+            assert ("gathered once more" in choice.reason) == (shards and choice.strategy == "two_pass")
+
+
+def test_the_choice_for_all_ranks_counts_the_whole_gradient_where_the_engine_shards_it() -> None:
+    uses = [LinearUse("a", 64, 64)]
+    assert planner.choose_for_all(uses, 1, 4, 0, shards_gradients=False, gathers=False).strategy == "one_pass"
+    for allowed, strategy in ((64 * 64 * 4 - 1, "two_pass"), (64 * 64 * 4, "one_pass")):
+        choice = planner.choose_for_all(uses, 1, 4, allowed, shards_gradients=True, gathers=True)
+        assert choice.strategy == strategy

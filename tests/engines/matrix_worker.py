@@ -22,6 +22,8 @@ from accelerate.utils import ParallelismConfig
 from torch import Tensor, nn
 
 import dpft
+from dpft.engines import sums
+from dpft.engines.ranks import Ranks
 from tests import zoo
 from tests.engines.on_cpu import make_accelerator
 from tests.oracle import PerExample, oracle, plain_error, relative_error, trainable
@@ -94,6 +96,7 @@ class Bench:
 
     def __init__(self, output: Path, hybrid: bool = False) -> None:
         self.output, self.hybrid = output, hybrid
+        sums.BUCKET = 3000  # so that a tiny model fills several
         self.results: dict[str, Any] = {}
         self._exact: dict[tuple[str, int], PerExample] = {}
         self._plain: dict[tuple[str, int], float] = {}
@@ -115,7 +118,7 @@ class Bench:
             plugin.deepspeed_config["steps_per_print"] = 10**9
             # small enough for the tiny model to be sharded into several pieces
             plugin.deepspeed_config["zero_optimization"].update(
-                stage3_param_persistence_threshold=0, sub_group_size=3000
+                stage3_param_persistence_threshold=0, sub_group_size=6000
             )
         return accelerator
 
@@ -176,7 +179,17 @@ class Bench:
             self._plain[name, number] = plain_error(model, Examples(number).batch, exact, factors=factors)
         return self._plain[name, number]
 
-    def sum(self, title: str, name: str, precision: str, strategy: str, number: int, physical: int, ckpt: Any) -> None:
+    def sum(
+        self,
+        title: str,
+        name: str,
+        precision: str,
+        strategy: str,
+        number: int,
+        physical: int,
+        ckpt: Any,
+        num_workers: int = 0,
+    ) -> None:
         """One logical batch of all examples: the clipped sum that reached the optimiser, against the oracle."""
         model, examples = MODELS[name](), Examples(number)
         if precision == "bf16 weights":
@@ -188,7 +201,13 @@ class Bench:
             )
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
         made = self.private(
-            model, optimizer, examples, precision, max_physical_batch_size=physical, strategy=strategy
+            model,
+            optimizer,
+            examples,
+            precision,
+            max_physical_batch_size=physical,
+            strategy=strategy,
+            num_workers=num_workers,
         )
         counts = self.train(*made)
         after = full_parameters(made[0], made[1])
@@ -268,6 +287,24 @@ def full_parameters(accelerator: Accelerator, model: nn.Module) -> dict[str, Ten
     return full
 
 
+def check_together(bench: Bench) -> None:
+    """An error on one rank is that error on all, and nobody waits."""
+    ranks = Ranks(torch.device("cpu"))
+
+    def act() -> None:
+        if ranks.rank == ranks.world - 1:
+            raise dpft.LedgerError("the disk is full")
+
+    try:
+        ranks.together(act)
+    except dpft.LedgerError as error:
+        bench.note("together", raised=str(error))
+    try:
+        ranks.agree({"C": 1.0 + ranks.rank, "sigma": 2.0}, "the setting")
+    except dpft.EngineError as error:
+        bench.note("agree", raised=str(error))
+
+
 def run_hybrid(bench: Bench) -> None:
     for strategy in ("one_pass", "two_pass"):
         bench.sum(f"sum, {strategy}", "llama", "float32", strategy, 9, 2, False)
@@ -290,7 +327,9 @@ def run_all(bench: Bench) -> None:
             bench.sum(f"{name}, {strategy}", name, "float32", strategy, 5, 2, False)
         bench.sum(f"a rank without an example, {strategy}", "llama", "float32", strategy, 1, 2, False)
         bench.sum(f"five physical batches, {strategy}", "llama", "float32", strategy, 9, 1, False)
+    bench.sum("loaded by a worker process", "llama", "float32", "one_pass", 9, 2, False, num_workers=1)
     bench.sum("per_example", "llama", "float32", "per_example", 5, 2, False)
+    check_together(bench)
     if not bench.deepspeed:  # which refuses it: see test_refusals.py
         bench.sum("reentrant checkpointing", "llama", "float32", "two_pass", 5, 2, "reentrant")
         for strategy in ("one_pass", "two_pass"):

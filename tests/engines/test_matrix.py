@@ -69,6 +69,13 @@ def check_physical(every: list[dict[str, Any]]) -> None:
     assert every[0]["five physical batches, two_pass"]["physical"] == [9 // len(every) + 9 % len(every)]
 
 
+def check_verdicts(every: list[dict[str, Any]]) -> None:
+    assert all(results["together"]["raised"] == "the disk is full" for results in every)
+    if len(every) > 1:
+        for results in every:
+            assert "'C': rank 0 has 1.0, rank 1 has 2.0" in results["agree"]["raised"]
+
+
 def check_steps(folder: Path, processes: int, results: dict[str, Any]) -> None:
     before, after = reference()
     moved = flat(after) - flat(before)
@@ -130,6 +137,7 @@ def test_engine(engine: str, tmp_path: Path) -> None:
     processes = 1 if engine == "single" else 2
     every = [json.loads((output / f"results_{rank}.json").read_text()) for rank in range(processes)]
     check_physical(every)
+    check_verdicts(every)
     for results in every:
         check_sums(results)
     check_steps(output, processes, every[0])
