@@ -12,7 +12,7 @@ from torch import nn
 
 from dpft.clipping.planner import FREE_MEMORY_SHARE, Choice, Strategy, choose_for_all, free_memory
 from dpft.clipping.state import Clipping, ClipState
-from dpft.engines.checks import check_accelerator
+from dpft.engines.checks import check_accelerator, check_model, check_prepared, dataset_mark, versions, watch
 from dpft.engines.engine import Kind, launch
 from dpft.engines.ledger import SharedLedger
 from dpft.engines.ranks import Ranks
@@ -86,19 +86,26 @@ def prepare(
         UnsupportedModuleError: see :func:`dpft.wrap`.
         LedgerError: the ledger is locked, damaged, or of another mechanism.
     """
-    kind = check_accelerator(accelerator)
     ranks = Ranks(accelerator.device)
-    _check_dataset(dataset)
-    _check_whole("max_physical_batch_size", max_physical_batch_size, 1)
-    if test_seed is not None:
-        _check_whole("test_seed", test_seed, 0)
-    if clipping == "none" and privacy.noise_multiplier != 0:
-        raise PrivacyConfigError(
-            "clipping='none' bounds nothing, so no noise makes it private; pass noise_multiplier=0 to say that this "
-            "run is not private, or choose another clipping."
-        )
-    if clipping == "none" and kind != "single":
-        raise EngineError("clipping='none' runs in one process; to compare on several, train without dpft.")
+
+    def check() -> Kind:
+        kind = check_accelerator(accelerator)
+        check_model(accelerator, kind, model, optimizer)
+        _check_dataset(dataset)
+        _check_whole("max_physical_batch_size", max_physical_batch_size, 1)
+        if test_seed is not None:
+            _check_whole("test_seed", test_seed, 0)
+        if clipping == "none" and privacy.noise_multiplier != 0:
+            raise PrivacyConfigError(
+                "clipping='none' bounds nothing, so no noise makes it private; pass noise_multiplier=0 to say that "
+                "this run is not private, or choose another clipping."
+            )
+        if clipping == "none" and kind != "single":
+            raise EngineError("clipping='none' runs in one process; to compare on several, train without dpft.")
+        return kind
+
+    kind = ranks.together(check)
+    key = ranks.from_first(os.urandom(16))
     ranks.agree(
         {
             **privacy.to_dict(),
@@ -110,8 +117,10 @@ def prepare(
             "continue_ledger": continue_ledger,
             "test_seed": test_seed,
             "number of examples": len(dataset),
+            "order of the examples": ranks.together(lambda: dataset_mark(dataset, key)) if ranks.world > 1 else "",
             "parameters": _described(model),
-            "weights": _weights(model) if kind == "fsdp2" else None,
+            "weights": _weights(accelerator, model) if kind == "fsdp2" else None,
+            **versions(),
         },
         "the setting",
     )
@@ -220,6 +229,8 @@ def _assemble(
         prepared, bare, engine, private, stepped = launch(
             accelerator, kind, model, optimizer, ranks, batches.max_physical_batch_size, make
         )
+        ranks.together(lambda: check_prepared(accelerator, kind, prepared))
+        engine.still = watch(kind, prepared, private.inner)
         state.engine = engine
         if state.strategy == "auto":
             state.decided = _agreed_strategy(state, kind, ranks, engine.max_batch_size)
@@ -248,12 +259,14 @@ def _described(model: nn.Module) -> list[tuple[str, list[int], str, bool]]:
     return [(name, list(full_shape(p)), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
 
 
-def _weights(model: nn.Module) -> dict[str, float]:
+def _weights(accelerator: Any, model: nn.Module) -> dict[str, float]:
     """Sums of the trainable parameters that have values here.
 
     FSDP2 takes each shard from its own rank; adapters that started from different random numbers would be patched
-    together. The other engines broadcast rank 0's.
+    together. The other engines broadcast rank 0's, and so does FSDP2's ``cpu_ram_efficient_loading``.
     """
+    if accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+        return {}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.device.type != "meta"]
     return {name: float(p.detach().sum(dtype=torch.float64)) for name, p in named}
 

@@ -117,7 +117,7 @@ _ONLY_ZERO: dict[str, tuple[tuple[Any, ...], str]] = {
     "round_robin_gradients": ((False,), "it is not tested with dpft"),
     "save_muon_momentum_buffer_in_memory": ((False,), "Muon is not supported"),
     "cpu_offload": ((False, None), "it is deprecated: set zero_optimization.offload_optimizer.device to 'cpu'"),
-    "cpu_offload_param": ((False, None), "it is deprecated: set zero_optimization.offload_param.device to 'cpu'"),
+    "cpu_offload_param": ((False, None), "parameters outside of the device's memory are not tested with dpft"),
     "cpu_offload_use_pin_memory": ((False, None), "it is deprecated: set pin_memory of offload_optimizer"),
     "leaf_module": (({}, None), "modules gathered as a whole are not tested with dpft"),
 }
@@ -125,6 +125,10 @@ _ONLY_OFFLOAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "device": (("cpu", "none", "auto", None), "offloading to NVMe is not tested with dpft"),
     "ratio": ((1.0,), "a second optimiser (backup_optimizer) would step on the rest, without noise"),
     "super_offload": ((False,), "SuperOffload steps in other processes, where no noise is added"),
+}
+
+_ONLY_OFFLOAD_PARAM: dict[str, tuple[tuple[Any, ...], str]] = {
+    "device": (("none", "auto", None), "parameters outside of the device's memory are not tested with dpft"),
 }
 
 # Sections that must be switched off, and why.
@@ -184,8 +188,8 @@ def check_config(config: dict[str, Any]) -> None:
     _only("", rest, _ONLY, _FREE)
     offloads = ("offload_optimizer", "offload_param")
     _only("zero_optimization.", {k: v for k, v in zero.items() if k not in offloads}, _ONLY_ZERO, _FREE_ZERO)
-    for name in offloads:
-        _only(f"zero_optimization.{name}.", _section(zero.get(name)), _ONLY_OFFLOAD, _FREE_OFFLOAD)
+    for name, only in zip(offloads, (_ONLY_OFFLOAD, _ONLY_OFFLOAD | _ONLY_OFFLOAD_PARAM), strict=True):
+        _only(f"zero_optimization.{name}.", _section(zero.get(name)), only, _FREE_OFFLOAD)
 
 
 def check_engine(engine: Any, stage: int, world: int) -> None:

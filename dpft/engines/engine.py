@@ -29,6 +29,7 @@ class TrainingEngine:
         reentrant: see the protocol.
         max_batch_size: see the protocol.
         sums: the clipped sums.
+        still: called before gradients are taken; raises if what steps is not what :func:`launch` made.
     """
 
     def __init__(self, kind: Kind, model: nn.Module, ranks: Ranks, sums: ClippedSums, max_batch_size: int) -> None:
@@ -37,8 +38,10 @@ class TrainingEngine:
         self.reentrant = kind in ("ddp", "fsdp2")
         self._model = model
         self._leaves: dict[str, Tensor] | None = None
+        self.still: Callable[[], None] = lambda: None
 
     def add(self, name: str, grad: Tensor) -> None:
+        self.still()  # DeepSpeed steps inside accelerator.backward: this is the last place before
         self.sums.add(name, grad)
 
     def any(self, flag: bool) -> bool:
@@ -142,6 +145,7 @@ def launch(
         prepared, _ = accelerator.prepare(model, optimizer)
         if kind != "zero3":
             zero_layout.skip_reduction(prepared)
+        zero_layout.limit_waiting(getattr(accelerator.init_handler, "timeout", None))
         bare = accelerator.unwrap_model(prepared)
         zero: Any = prepared.optimizer
         parameters = _trainable(bare)

@@ -105,9 +105,21 @@ class Ranks:
             if any(value != values[0] for value in values):
                 raise EngineError(
                     f"the ranks disagree on {what} {name!r}: "
-                    + ", ".join(f"rank {rank} has {value!r}" for rank, value in enumerate(values))
+                    + ", ".join(f"rank {rank} has {value!r}" for rank, value in enumerate(_apart(values)))
                     + ". Every rank must be given the same; take it from one source, such as a file or an option."
                 )
+
+
+def _apart(values: list[Any]) -> list[Any]:
+    """The values, or, of long lists and dictionaries, the first entry in which they differ."""
+    if all(isinstance(value, dict) for value in values):
+        values = [list(value.items()) for value in values]
+    if not all(isinstance(value, list) for value in values):
+        return values
+    for entries in zip(*values, strict=False):
+        if any(entry != entries[0] for entry in entries):
+            return list(entries)
+    return [f"{len(value)} entries" for value in values]
 
 
 def _portable(error: Exception) -> Exception:

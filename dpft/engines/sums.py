@@ -100,10 +100,12 @@ class ClippedSums(abc.ABC):
             self._arrive()
 
     def _check_noised(self, count: int) -> None:
-        if count != self.owned:
+        if self.ranks.any(count != self.owned):  # on all ranks together: one that went on would wait for the others
             raise EngineError(
-                f"{count} elements were noised and this rank owns {self.owned}; nothing was released and no parameter "
-                "has changed. This is a defect of dpft, or an engine that changed its sharding: report it."
+                f"{count} elements were noised and this rank owns {self.owned}"
+                + (", and on another rank the numbers differ" if count == self.owned else "")
+                + "; nothing was released and no parameter has changed. This is a defect of dpft, or an engine that "
+                "changed its sharding: report it."
             )
 
     def _check_name(self, name: str, grad: Tensor) -> None:

@@ -1,0 +1,85 @@
+"""Two ranks, launched as users do: what is refused on one is refused on both, and no parameter has moved.
+
+The wrong things are done in `refusals_worker.py`, many in each launch.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engines import launching
+
+WORKER = Path(__file__).with_name("refusals_worker.py")
+
+# What the message names, for each setting that rank 1 has otherwise.
+DISAGREE = {
+    "noise": "noise_multiplier",
+    "epsilon": "target_epsilon",
+    "clip norm": "max_grad_norm",
+    "batch size": "expected_batch_size",
+    "steps": "num_steps",
+    "delta": "target_delta",
+    "clip function": "clip_function",
+    "clipping": "clipping",
+    "strategy": "strategy",
+    "physical": "max_physical_batch_size",
+    "length": "number of examples",
+    "order": "order of the examples",
+    "seed": "test_seed",
+    "trainable": "parameters",
+    "version": "version of torch",
+    "invalid": "max_physical_batch_size is 0",
+    "data loader": "DataLoader",
+    "fp16": "float16",
+    "batch norm": "BatchNorm",
+    "no clipping": "clipping='none'",
+    "foreign": r"[7, 3]",
+}
+CHANGES = {
+    "unfreeze before_forward": "embed_tokens",
+    "unfreeze before_step": "embed_tokens",
+    "replace before_forward": "lm_head.weight",
+    "replace before_step": "lm_head.weight",
+    "add before_forward": "more",
+    "add before_step": "more",
+    "drop_hooks before_step": "step hook",
+    "skip_one before_step": "elements were noised",
+    "more_groups before_step": "after dpft.prepare",
+    "random state not saved": "preserve_rng_state",
+    "random states differ": "saw different gradients",
+}
+DEEPSPEED = {
+    "swap before_step": "replaced by a SGD",
+    "drop_hooks_unseen before_step": "stepped on none",
+    "a second training": "already",
+}
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_what_two_ranks_refuse(tmp_path: Path, engine: str) -> None:
+    """Each case with an error of dpft on both ranks, that names what is wrong; DDP also sees ranks disagree."""
+    options = ["disagree"] if engine == "ddp" else []
+    launching.succeed(launching.launch(engine, WORKER, str(tmp_path / "out"), *options, scratch=tmp_path))
+    expected = {**CHANGES, **(DEEPSPEED if engine.startswith("zero") else {})}
+    if engine == "ddp":
+        expected |= {**DISAGREE, "unfrozen on one rank": "embed_tokens"}
+    if engine == "fsdp2":
+        del expected["replace before_step"]  # FSDP2 puts its own parameter back, so nothing is wrong then
+    for rank in range(2):
+        seen: dict[str, Any] = json.loads((tmp_path / f"out.{rank}").read_text())
+        fine = seen.pop("nothing wrong")
+        assert fine["error"] is None and fine["moved"] and fine["steps"] == 1, "the loop itself must work"
+        assert seen.keys() == expected.keys()
+        for name, note in seen.items():
+            by_engine = engine == "zero3" and name.split()[0] in ("replace", "add")
+            if by_engine:  # DeepSpeed itself cannot run a module with a parameter that it has not sharded
+                assert "ds_status" in note["says"] or note["refused"], (rank, name, note)
+            else:
+                assert note["refused"] and expected[name] in note["says"], (rank, name, note)
+            assert not note.get("moved"), (rank, name, note)
+            # The ledger may count more than was released, never less.
+            assert note.get("steps", 0) == int(name.startswith("skip_one")), (rank, name, note)
