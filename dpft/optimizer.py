@@ -139,6 +139,9 @@ class DPOptimizer(torch.optim.Optimizer):
         """
         if closure is not None:
             raise ValueError("DPOptimizer.step takes no closure: a release uses one gradient, computed once")
+        if self.sums is not None and self._is_rehearsal():
+            self._rehearse()
+            return
         if self._is_last is not None and not self._is_last():
             return
         if self._spent:
@@ -165,6 +168,31 @@ class DPOptimizer(torch.optim.Optimizer):
             self._stepping = False
         self.releases += 1
         self._spent = True
+
+    def _is_rehearsal(self) -> bool:
+        """Whether this step is torch's own way of making an optimiser's state exist before it loads a checkpoint.
+
+        ``torch.distributed.checkpoint.state_dict`` steps an optimiser that has no state on gradients of zeros at a
+        learning rate of zero, and loads only what is there then: without it moments would be lost without a word.
+        In training, ``.grad`` is None whenever ``step`` is called, because the sums are kept elsewhere.
+        """
+        parameters = self.parameters()
+        return (
+            not self.state
+            and not self._spent
+            and all("lr" in group and float(group["lr"]) == 0 for group in self.param_groups)
+            and all(p.grad is not None and not bool(_local(p.grad).any()) for p in parameters)
+        )
+
+    @torch.no_grad()
+    def _rehearse(self) -> None:
+        self._stepping = True
+        try:
+            self.inner.step()
+        finally:
+            self._stepping = False
+            for p in self.parameters():
+                p.grad = None
 
     def _before_release(self) -> None:
         """All that can stop a release, then its line in the ledger."""
@@ -251,6 +279,11 @@ class DPOptimizer(torch.optim.Optimizer):
             f"DPOptimizer(noise_multiplier={self.noise_multiplier}, max_grad_norm={self.max_grad_norm}, "
             f"expected_batch_size={self.expected_batch_size}{private}, inner={self.inner!r})"
         )
+
+
+def _local(tensor: Any) -> Tensor:
+    """This rank's part of a sharded tensor; another one as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _accumulate_in_float32(parameters: Iterable[nn.Parameter]) -> None:

@@ -202,6 +202,7 @@ class ZeroOptimizer(DPOptimizer):
 
     def discard(self) -> None:
         """As :meth:`DPOptimizer.discard`; what DeepSpeed holds as gradients is zeros again."""
+        self._link()  # DeepSpeed loads a checkpoint into the inner optimiser itself, which then has other groups
         for p in self.parameters():
             p.grad = None
         for flat in self._zero_sums.layout.flats:

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from finetune.data import IGNORED_LABEL
 
 TOKENS_AT_ONCE = 4096  # of an evaluation without gradients
+TEMPERATURE, TOP_K = 0.7, 40  # of samples
 
 
 def choose_examples(dataset: Any, at_most: int, seed: int) -> list[dict[str, Any]]:
@@ -82,32 +84,44 @@ def validation_loss(
 
 
 @torch.no_grad()
-def sample_text(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, tokens: int, seed: int) -> str:
+def sample_text(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    tokens: int,
+    seed: int,
+    accelerator: Accelerator | None = None,
+) -> str:
     """Let the model continue a prompt, with a seed of its own that touches no other random number.
 
+    Not ``model.generate``, which goes around the outermost module, where a sharding engine gathers. Nothing is cached:
+    it is meant for a line or two.
+
     Args:
-        model: a causal language model with ``generate``.
+        model: a causal language model, or what an engine made of one.
         tokenizer: its tokenizer.
         prompt: public text.
         tokens: number of tokens to write.
         seed: seed of the sampling.
+        accelerator: of a run; all ranks call this then, and take rank 0's tokens. A collective.
 
     Returns:
         The prompt and what follows it.
     """
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        written = model.generate(
-            **inputs,
-            max_new_tokens=tokens,
-            do_sample=True,
-            temperature=0.7,
-            top_k=40,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        )
+    device = accelerator.device if accelerator else next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)["input_ids"].to(device)
+    for _ in range(tokens):
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].float().cpu()
+        likeliest = torch.topk(logits / TEMPERATURE, min(TOP_K, len(logits)))
+        drawn = torch.multinomial(likeliest.values.softmax(0), 1, generator=generator)
+        chosen = [int(likeliest.indices[drawn])]
+        if accelerator is not None:
+            broadcast_object_list(chosen)
+        if chosen[0] == tokenizer.eos_token_id:
+            break
+        ids = torch.cat([ids, ids.new_tensor([chosen])], dim=1)
     model.train(was_training)
-    return tokenizer.decode(written[0], skip_special_tokens=True)
+    return tokenizer.decode(ids[0], skip_special_tokens=True)

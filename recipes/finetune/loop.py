@@ -63,7 +63,7 @@ class WeightWatch:
     def _look(self) -> dict[str, torch.Tensor]:
         seen = {}
         for name, parameter in self.model.named_parameters():
-            local = parameter.detach()
+            local = getattr(parameter, "ds_tensor", parameter).detach()  # ZeRO-3's shard, where there is one
             local = (local.to_local() if hasattr(local, "to_local") else local).reshape(-1)
             if parameter.requires_grad and local.numel():  # a sharded engine may hold nothing of it here
                 seen[name] = local[:: max(1, local.numel() // self.elements)].cpu().clone()

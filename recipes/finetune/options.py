@@ -40,7 +40,12 @@ class Options:
         also=("model_name_or_path",),
         metavar="NAME",
     )
-    bf16: bool = option(False, "model", "load and train the parameters in bfloat16 (norms, sums, noise stay float32)")
+    bf16: bool = option(
+        False,
+        "model",
+        "compute in bfloat16. One process and DDP keep the parameters in bfloat16, ZeRO a float32 copy that it steps "
+        "on, FSDP2 float32 shards, which it also exports. Norms, sums and noise are float32 in any case",
+    )
     gradient_checkpointing: bool = option(False, "model", "recompute activations in the backward pass: less memory")
     lora_r: int = option(0, "model", "rank of LoRA adapters; 0 trains all parameters (needs peft)", metavar="R")
     lora_alpha: float = option(32.0, "model", "LoRA's scale: the adapter's output is multiplied by alpha / r")
@@ -132,6 +137,14 @@ class Options:
         None, "execution", "threads of torch on a CPU; the cores that this process may use, if not given", metavar="N"
     )
 
+    rank_timeout: int = option(
+        1800,
+        "execution",
+        "several processes: seconds after which one that waits for another gives up, and the run ends; longer than "
+        "the slowest thing that rank 0 does alone (loading texts, converting a checkpoint, saving the model)",
+        metavar="SECONDS",
+    )
+
     learning_rate: float = option(5e-3, "optimisation", "peak of the learning rate (AdamW)", metavar="LR")
     adam_beta1: float = option(0.8, "optimisation", "AdamW's beta 1; few steps want a short memory", metavar="BETA")
     adam_beta2: float = option(0.95, "optimisation", "AdamW's beta 2", metavar="BETA")
@@ -171,6 +184,12 @@ class Options:
     with_tracking: bool = option(
         False, "output", "also log to the trackers that accelerate finds (TensorBoard, wandb ...)"
     )
+    reload_check: bool = option(
+        True,
+        "output",
+        "at the end rank 0 reads the saved model back on its device and compares the validation loss; not for a model "
+        "that fits on no single device",
+    )
     compare_nonprivate: bool = option(
         False, "output", "afterwards train a second copy for as many steps without privacy, to show what privacy costs"
     )
@@ -196,6 +215,7 @@ class Options:
         if self.num_steps is None and self.num_epochs is None:
             self.num_steps = DEFAULT_STEPS
         least = dict.fromkeys(("seq_len", "max_physical_batch_size", "max_eval_examples", "cpu_threads"), 1)
+        least |= {"rank_timeout": 1}
         least |= dict.fromkeys(("lora_r", "warmup_steps", "checkpoint_every", "eval_every", "sample_tokens"), 0)
         for name, bound in least.items():
             value = getattr(self, name)

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from finetune.data import load_texts, make_collate, text_column, tokenise
+from finetune.engine import engine_name, from_first
 from finetune.evaluation import choose_examples
 from finetune.options import Options
 from finetune.private import LEDGER
@@ -29,16 +29,7 @@ def choose_output(options: Options, accelerator: Accelerator) -> Path:
     Raises:
         FileExistsError: the folder holds a run already, and neither resuming nor overwriting was asked for.
     """
-    choice: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
-            choice = [_choose_output(options)]
-        except OSError as error:  # every rank has to hear of it, or the others wait for ever
-            choice = [error]
-    broadcast_object_list(choice)
-    if isinstance(choice[0], OSError):
-        raise choice[0]
-    return Path(choice[0])
+    return from_first(accelerator, lambda: _choose_output(options))
 
 
 def _choose_output(options: Options) -> Path:
@@ -116,16 +107,18 @@ def load_materials(options: Options, accelerator: Accelerator) -> Materials:
     return Materials(tokenizer, train, chosen, make_collate(pad if pad is not None else 0))
 
 
-def load_model(options: Options) -> nn.Module:
+def load_model(options: Options, dtype: torch.dtype) -> nn.Module:
     """Load the model, with adapters and checkpointing as asked for.
+
+    Args:
+        options: of the run.
+        dtype: of all parameters, frozen ones too.
 
     Raises:
         ValueError: the examples are longer than the model's positions.
         ImportError: LoRA was asked for, and peft is missing.
     """
-    model = AutoModelForCausalLM.from_pretrained(
-        options.model, dtype=torch.bfloat16 if options.bf16 else torch.float32
-    )
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions and options.seq_len > positions:
         raise ValueError(
@@ -153,14 +146,28 @@ def _with_lora(model: nn.Module, options: Options) -> nn.Module:
     return get_peft_model(model, config)
 
 
-def steady_memory(model: nn.Module) -> str:
-    """What parameters, accumulators and AdamW hold for the whole run, in words; activations come on top."""
-    every = sum(p.numel() * p.element_size() for p in model.parameters())
+def steady_memory(model: nn.Module, accelerator: Accelerator) -> str:
+    """What a process holds for the whole run, in words: parameters, clipped sums, AdamW; activations come on top."""
+    engine, ranks = engine_name(accelerator), accelerator.num_processes
+    zero = engine.startswith("zero")
+    every = sum(_numel(p) * p.element_size() for p in model.parameters())
     trainable = [p for p in model.parameters() if p.requires_grad]
-    adam = sum(2 * p.numel() * p.element_size() for p in trainable)
-    sums = sum(4 * p.numel() for p in trainable)  # the clipped sum of a logical batch is float32 in any case
-    total = every + adam + sums
+    # two moments of the weights' dtype; under ZeRO of float32, with a float32 copy of the weights
+    adam = sum((12 if zero else 2 * p.element_size()) * _numel(p) for p in trainable)
+    sums = sum(4 * _numel(p) for p in trainable)  # the clipped sum of a logical batch is float32 in any case
+    if engine in ("fsdp2", "zero3"):
+        every /= ranks
+    if engine in ("fsdp2", "zero2", "zero3"):
+        sums /= ranks
+    if engine == "fsdp2" or zero:
+        adam /= ranks
+    each = " on each process" if ranks > 1 else ""
     return (
-        f"{total / 2**20:,.1f} MiB held: parameters {every / 2**20:,.1f}, clipped sums {sums / 2**20:,.1f}, AdamW "
-        f"{adam / 2**20:,.1f}; activations of a physical batch come on top"
+        f"{(every + adam + sums) / 2**20:,.1f} MiB held{each}: parameters {every / 2**20:,.1f}, clipped sums "
+        f"{sums / 2**20:,.1f}, AdamW {adam / 2**20:,.1f}; activations of a physical batch come on top"
     )
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    """Elements of the whole parameter; ZeRO-3 leaves an empty one in its place."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

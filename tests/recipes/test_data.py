@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset, DatasetDict
 from finetune.data import load_texts, make_collate, text_column, tokenise
 from finetune.options import BASE_MODEL
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import dpft
 
 TEXTS = [f"Record {number}: " + "some words " * (number % 7) for number in range(60)]
 
@@ -110,3 +113,23 @@ def test_collate_with_a_fixed_length_and_an_empty_example() -> None:
     with pytest.raises(ValueError, match="5 tokens"):
         collate([{"input_ids": [1, 2, 3, 4, 5]}])
     assert make_collate(0, multiple_of=8)([{"input_ids": [1] * 9}])["input_ids"].shape == (1, 16)
+
+
+def test_examples_stay_on_the_disk(tokenizer: Any, tmp_path: Path) -> None:
+    """Larger than memory: what was saved is mapped, and so are the tokens that are made of it."""
+    Dataset.from_dict({"text": TEXTS}).save_to_disk(str(tmp_path / "saved"))
+    train, validation = load_texts(str(tmp_path / "saved"))
+    tokens = tokenise(train, tokenizer, 16, "text")
+    assert train.cache_files and tokens.cache_files, "it was read into memory"
+    assert len(tokens) == len(train) and len(train) + len(validation) == len(TEXTS)
+
+
+def test_a_stream_is_refused_with_the_reason() -> None:
+    """Poisson sampling draws each example by itself, which needs random access."""
+    model = AutoModelForCausalLM.from_pretrained(BASE_MODEL)
+    privacy = dpft.PrivacyConfig(
+        noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=4, num_steps=1, target_delta=1e-3
+    )
+    stream = Dataset.from_dict({"text": TEXTS}).to_iterable_dataset()
+    with pytest.raises(dpft.PrivacyConfigError, match=r"random access.*map-style"):
+        dpft.prepare(Accelerator(cpu=True), model, torch.optim.SGD(model.parameters(), lr=0.1), stream, privacy)

@@ -84,6 +84,7 @@ def test_a_wrong_file_is_refused_with_what_to_do(
         ["--config", "absent.yaml"],
         ["--target-epsilon", "1", "--noise-multiplier", "1"],
         ["--num-steps", "1", "--num-epochs", "1"],
+        ["--rank-timeout", "0"],
         ["--seq-len", "1"],
         ["--max-physical-batch-size", "0"],
         ["--validation-share", "1"],

@@ -1,0 +1,150 @@
+"""Checkpoints of a run: whole or not there, and loadable by another number of processes than wrote them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from finetune.engine import WHOLE, engine_name, from_first
+from finetune.setup import CHECKPOINTS
+
+KEPT = 2
+ABOUT = "written_by.json"
+# The folder that Accelerate gives DeepSpeed within a checkpoint, and DeepSpeed's name for what all ranks can load.
+DEEPSPEED = "pytorch_model"
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; those before it are whole."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that can be loaded.
+
+    Attributes:
+        step: logical steps that were released when it was written.
+        path: the folder to load.
+        converted: the folder is a copy made for this number of processes, to be removed once it is loaded.
+    """
+
+    step: int
+    path: Path
+    converted: bool = False
+
+
+def save(accelerator: Accelerator, output: Path, step: int) -> None:
+    """Save the state after a step: under another name until it is whole, since any process may die meanwhile.
+
+    Raises:
+        SaveError: on the ranks that failed; the others wait, so that the process has to end.
+    """
+    folder = output / CHECKPOINTS / f"step_{step}"
+    partial = folder.with_name(f"partial_step_{step}")
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    try:
+        accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()  # every rank has written its part
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # torch.distributed.checkpoint has errors that are no Exception
+        # The engines' own words seldom name the reason, and the last ones are the nearest to it.
+        raise SaveError(
+            f"the checkpoint of step {step} could not be saved (... {' '.join(str(error).split())[-200:]}). Is the "
+            f"disk full, or a quota used up? Make room first; {partial.name} is what was written of it."
+        ) from error
+    if accelerator.is_main_process:
+        about = {"engine": engine_name(accelerator), "processes": accelerator.num_processes}
+        (partial / ABOUT).write_text(json.dumps(about), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        for old in sorted(_whole(output), key=_step)[:-KEPT]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def find(accelerator: Accelerator, output: Path) -> Checkpoint:
+    """The checkpoint to resume from, in a form that this engine and this number of processes can load.
+
+    To be called before the model is prepared: DeepSpeed has to be told then. A collective.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: another engine wrote it.
+        RuntimeError: DeepSpeed could not convert it.
+    """
+    found = from_first(accelerator, lambda: _find(accelerator, output))
+    if found.converted:
+        plugin: Any = accelerator.state.deepspeed_plugin
+        plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
+    return found
+
+
+def load(accelerator: Accelerator, checkpoint: Checkpoint) -> None:
+    """Load the state into what was prepared. A collective."""
+    accelerator.load_state(str(checkpoint.path))
+    accelerator.wait_for_everyone()
+    if checkpoint.converted and accelerator.is_main_process:
+        shutil.rmtree(checkpoint.path)
+
+
+def _find(accelerator: Accelerator, output: Path) -> Checkpoint:
+    path = max(_whole(output), key=_step, default=None)
+    if path is None:
+        raise FileNotFoundError(
+            f"--resume-from-checkpoint: no checkpoint in {str(output / CHECKPOINTS)!r}; expected one, as "
+            "--checkpoint-every or Ctrl-C writes it. Start anew: another --output-dir, or --overwrite-output-dir."
+        )
+    try:
+        about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        about = {"engine": WHOLE, "processes": 1}  # before checkpoints said so, there was one process
+    here, there = engine_name(accelerator), about["engine"]
+    if here != there:
+        words = {WHOLE: "one process or data parallelism (ddp.yaml)"}
+        raise ValueError(
+            f"--resume-from-checkpoint: {str(path)!r} was written under {words.get(there, there)}, and this launch "
+            f"is {words.get(here, here)}. Launch with the configuration that wrote it; the number of processes may "
+            "change."
+        )
+    if here.startswith("zero") and about["processes"] != accelerator.num_processes:
+        return Checkpoint(_step(path), _convert(path), converted=True)
+    return Checkpoint(_step(path), path)
+
+
+def _convert(path: Path) -> Path:
+    """Make a DeepSpeed checkpoint universal: its own is bound to the number of processes that wrote it.
+
+    Every element of weights and moments is kept, as DeepSpeed's tool ``deepspeed.checkpoint.ds_to_universal`` does it.
+    """
+    whole = path.with_name(f"universal_{path.name}")
+    shutil.rmtree(whole, ignore_errors=True)
+    shutil.copytree(path, whole, ignore=shutil.ignore_patterns(DEEPSPEED))
+    words = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    words += ["--input_folder", str(path / DEEPSPEED), "--output_folder", str(whole / DEEPSPEED)]
+    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if done.returncode:
+        shutil.rmtree(whole, ignore_errors=True)
+        raise RuntimeError(
+            f"DeepSpeed could not convert {str(path)!r} for another number of processes: {done.stdout[-800:]} Launch "
+            "as many processes as wrote it."
+        )
+    return whole
+
+
+def _whole(output: Path) -> list[Path]:
+    """Those that were written to their end; others have another name."""
+    return [p for p in (output / CHECKPOINTS).glob("step_*") if p.name.removeprefix("step_").isdigit()]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))

@@ -1,0 +1,151 @@
+"""What differs between one process and many, so that the rest of the recipe need not know the engine."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, parse_flag_from_env
+from transformers.integrations import unset_hf_deepspeed_config
+
+from finetune.options import Options
+
+T = TypeVar("T")
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+WHOLE = "whole"  # one process, or data parallelism: every process holds all of the model
+
+
+def make_accelerator(options: Options) -> Accelerator:
+    """The Accelerator of a run.
+
+    Under FSDP2 and DeepSpeed ``--bf16`` is theirs to do: they compute in bfloat16 and keep what they step on in
+    float32. Elsewhere it is the dtype of the weights, and Accelerate's mixed precision (autocast) stays off.
+    """
+    flags = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # set by the launcher
+    mixes = any(parse_flag_from_env(flag) for flag in flags)
+    return Accelerator(
+        mixed_precision="bf16" if options.bf16 and mixes else None,  # None: as the launcher says
+        log_with="all" if options.with_tracking and not options.dry_run else None,
+        project_dir=".",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=options.rank_timeout))],
+    )
+
+
+def engine_name(accelerator: Accelerator) -> str:
+    """Who shards: ``whole`` (nobody), ``fsdp2``, ``zero1``, ``zero2`` or ``zero3``."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return "fsdp2"
+    plugin = accelerator.state.deepspeed_plugin
+    return WHOLE if plugin is None else f"zero{plugin.zero_stage}"
+
+
+def shards_parameters(accelerator: Accelerator) -> bool:
+    """Whether a forward of the model is a collective, which all ranks must make as often."""
+    return engine_name(accelerator) in ("fsdp2", "zero3")
+
+
+def weight_dtype(options: Options, accelerator: Accelerator) -> torch.dtype:
+    """The dtype to load the model in."""
+    name = engine_name(accelerator)
+    if name == WHOLE:
+        return torch.bfloat16 if options.bf16 else torch.float32
+    if name == "fsdp2":
+        return torch.float32  # its shards; mixed precision casts them as it gathers them
+    return torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+
+
+def compute_dtype(options: Options, accelerator: Accelerator) -> torch.dtype:
+    """The dtype that forwards are made in."""
+    return torch.bfloat16 if options.bf16 or accelerator.mixed_precision == "bf16" else torch.float32
+
+
+@contextmanager
+def unsharded(accelerator: Accelerator) -> Iterator[None]:
+    """Inside, ``from_pretrained`` loads a whole model, on the rank that asks: under ZeRO-3 it shards one over all.
+
+    Not by ``DeepSpeedPlugin.zero3_init_context_manager``: with accelerate 1.15 transformers goes on sharding in it.
+    """
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        plugin.set_deepspeed_weakref()
+
+
+def from_first(accelerator: Accelerator, act: Callable[[], T]) -> T:
+    """Rank 0 acts, and every rank has the result, or the error. A collective; ``act`` may hold none.
+
+    Raises:
+        Exception: what ``act`` raised, on all ranks.
+    """
+    box: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            box[0] = act()
+        except Exception as error:  # every rank has to hear of it, or the others wait for ever
+            if accelerator.num_processes == 1:
+                raise
+            plain = isinstance(error, OSError | ValueError)  # can be pickled
+            box[1] = error if plain else RuntimeError(f"{type(error).__name__}: {error}")
+    broadcast_object_list(box)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+@contextmanager
+def ending_all(accelerator: Accelerator, output: Path) -> Iterator[None]:
+    """Say what ended a training, and how to go on; then end this process, for which the launcher ends the others.
+
+    A rank that fails must not call a collective any more: the others may be in another one. Its end is the message.
+    Theirs comes with the connections that close, with the launcher's signal, or when ``--rank-timeout`` has passed.
+
+    Raises:
+        SystemExit: of status 1, in the place of every error.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # torch.distributed.checkpoint has errors that are no Exception
+        traceback.print_exc()
+        here, ranks = accelerator.process_index, accelerator.num_processes
+        who = f"rank {here} of {ranks}: " if ranks > 1 else ""
+        words = [f"llama_dp.py: error: {who}{type(error).__name__}: {' '.join(str(error).split())[:600]}"]
+        if _is_full(error):
+            words.append("the disk is full, or a quota is used up: make room first.")
+        elif ranks > 1 and _of_another(str(error)):
+            words.append("another rank failed, or hung for longer than --rank-timeout: see what it wrote above.")
+        words.append(
+            "the run ends on all ranks. What the ledger counts is spent; the last checkpoint is whole. Go on with the "
+            f"same options and --resume-from-checkpoint --output-dir {output}"
+        )
+        print("\n    ".join(words), file=sys.stderr, flush=True)
+        raise SystemExit(1) from error
+
+
+def _is_full(error: BaseException | None) -> bool:
+    full = os.strerror(errno.ENOSPC)
+    while error is not None:
+        if getattr(error, "errno", None) in FULL or full in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _of_another(words: str) -> bool:
+    return any(part in words.lower() for part in ("timed out", "timeout", "by peer", "connection reset", "remote"))

@@ -1,0 +1,67 @@
+"""The trained model as transformers loads it, from every engine, and the check that it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM
+
+from finetune.engine import compute_dtype, from_first, unsharded
+from finetune.evaluation import validation_loss
+from finetune.options import Options
+from finetune.private import Prepared, unwrap
+from finetune.setup import Materials, load_model
+
+RELOAD_TOLERANCE = 1e-3  # nats; reading back the same numbers differs at most by the order of the sums
+
+
+def export(accelerator: Accelerator, prepared: Prepared, materials: Materials, options: Options, output: Path) -> None:
+    """Write the model and its tokenizer; of LoRA the adapter, and the whole model, which needs no peft. A collective.
+
+    Shards are gathered into the memory of rank 0's CPU, and merged there.
+
+    Raises:
+        Exception: on all ranks, what rank 0 met.
+    """
+    state = accelerator.get_state_dict(prepared.model)
+    bare = unwrap(accelerator, prepared.model)
+
+    def write() -> None:
+        model: Any = bare
+        weights = state
+        if options.lora_r:
+            with unsharded(accelerator):
+                model = load_model(options, next(iter(state.values())).dtype)
+            model.load_state_dict(state)
+            model.save_pretrained(output / "adapter")
+            model = model.merge_and_unload()
+            weights = model.state_dict()
+        model.config.use_cache = True
+        model.save_pretrained(output, state_dict=weights)
+        materials.tokenizer.save_pretrained(output)
+
+    from_first(accelerator, write)
+
+
+def reload_and_check(
+    accelerator: Accelerator, options: Options, materials: Materials, output: Path, after: float
+) -> None:
+    """Read the model back on one device and compare its validation loss. For one rank: it holds no collective.
+
+    Raises:
+        RuntimeError: the model that was read back has another loss.
+    """
+    dtype = compute_dtype(options, accelerator)
+    with unsharded(accelerator):
+        again: Any = AutoModelForCausalLM.from_pretrained(output, dtype=dtype).to(accelerator.device)
+    reloaded = validation_loss(again, materials.validation, materials.collate)
+    # bfloat16 weights that an adapter was merged into were rounded once more
+    tolerance = RELOAD_TOLERANCE if dtype == torch.float32 else 2e-2
+    if not abs(reloaded - after) <= tolerance:
+        raise RuntimeError(
+            f"the model saved in {str(output)!r} has a validation loss of {reloaded:.4f}, expected {after:.4f} as "
+            "before saving. Do not use it; the last checkpoint is intact."
+        )
