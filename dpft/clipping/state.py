@@ -35,6 +35,10 @@ class Engine(Protocol):
         """Add this rank's part of the clipped sum of a parameter: the full shape, float32 or float64. A collective."""
         ...
 
+    def settle(self) -> None:
+        """Called when a backward has handed over all its gradients: none of them is to be held for the next one."""
+        ...
+
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is true on any rank. A collective."""
         ...

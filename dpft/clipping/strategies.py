@@ -58,6 +58,8 @@ class Job:
         """
         self.state.delivering = set()
         grads = self._run(scale)
+        if self.state.engine is not None:
+            self.state.engine.settle()
         if grads is not None:
             self.state.delivering = {
                 name for name, grad in zip(self.state.parameters, grads, strict=True) if grad is not None

@@ -44,6 +44,9 @@ class TrainingEngine:
         self.still()  # DeepSpeed steps inside accelerator.backward: this is the last place before
         self.sums.add(name, grad)
 
+    def settle(self) -> None:
+        self.sums.settle()
+
     def any(self, flag: bool) -> bool:
         return self.ranks.any(flag)
 
@@ -139,9 +142,10 @@ def launch(
         plugin = accelerator.state.deepspeed_plugin
         if plugin.is_auto("train_micro_batch_size_per_gpu"):
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = max_batch_size
+        # No gradient ever fills DeepSpeed's buckets: they need no memory, and it must not count on having set them up.
+        plugin.deepspeed_config["zero_optimization"]["contiguous_gradients"] = False
         if kind != "zero3":
-            # Buckets that no gradient ever fills: DeepSpeed must not count on having set them up.
-            plugin.deepspeed_config["zero_optimization"].update(contiguous_gradients=False, overlap_comm=False)
+            plugin.deepspeed_config["zero_optimization"]["overlap_comm"] = False
         prepared, _ = accelerator.prepare(model, optimizer)
         if kind != "zero3":
             zero_layout.skip_reduction(prepared)

@@ -95,7 +95,8 @@ class ClippedSums(abc.ABC):
             work.wait()
         then()
 
-    def _all_arrive(self) -> None:
+    def settle(self) -> None:
+        """Wait for what travels: a gradient that has arrived is kept by nobody."""
         while self._travelling:
             self._arrive()
 
@@ -171,7 +172,7 @@ class ReplicatedSums(ClippedSums):
             own = flat.new_empty(flat.numel() // self.ranks.world)
             work = dist.reduce_scatter_tensor(own, flat, async_op=True)
             self._later(work, functools.partial(finish, names, flat, own))
-        self._all_arrive()
+        self.settle()
         self._check_noised(noised)
 
     def _flatten(self, names: list[str]) -> Tensor:
@@ -245,7 +246,7 @@ class ShardedSums(ClippedSums):
         self._later(None, arrived)
 
     def release(self, noise: GaussianNoise, std: float, divisor: float) -> None:
-        self._all_arrive()
+        self.settle()
         noised = 0
         for name, p in self.parameters.items():
             given: Any = p
@@ -272,5 +273,5 @@ class ShardedSums(ClippedSums):
         )
 
     def discard(self) -> None:
-        self._all_arrive()
+        self.settle()
         self._sums.clear()

@@ -81,7 +81,7 @@ class ZeroSums(ClippedSums):
             if held is None:
                 held = torch.zeros(shape, dtype=torch.float32, device=self.ranks.device)
             self._send(name, held)
-        self._all_arrive()
+        self.settle()
         noised = 0
         for name in self.parameters:
             own = self._own(name)
@@ -95,14 +95,15 @@ class ZeroSums(ClippedSums):
         raise NotImplementedError("ZeRO steps on flat partitions: see flat_gradient")
 
     def flat_gradient(self, number: int) -> Tensor:
-        """The release, in the layout of one flat partition; its padding is zero."""
-        return self._flat(number)
+        """The release, in the layout of one flat partition; its padding is zero. Given up by this object."""
+        flat = self._flat(number)
+        del self._flats[number]
+        return flat
 
     def discard(self) -> None:
-        self._all_arrive()
+        self.settle()
         self._whole.clear()
-        for flat in self._flats.values():
-            flat.zero_()
+        self._flats.clear()
 
 
 class ZeroOptimizer(DPOptimizer):
@@ -146,9 +147,9 @@ class ZeroOptimizer(DPOptimizer):
 
     def _fill(self, flat: Tensor, number: int) -> None:
         assert self._pending is not None
-        release = self._zero_sums.flat_gradient(number)
-        if flat.grad is None:
+        if flat.grad is None:  # its turn comes later
             return
+        release = self._zero_sums.flat_gradient(number)
         if flat.grad.shape != release.shape or flat.grad.dtype != torch.float32:
             raise EngineError(
                 f"DeepSpeed gives partition {number} a gradient of {flat.grad.dtype} {list(flat.grad.shape)}; "

@@ -21,6 +21,7 @@ from tests.engines.launching import ENGINES, launch, succeed
 from tests.engines.matrix_worker import ADAM, CLIP, STEPS, Examples, plain_llama
 from tests.oracle import oracle, plain_error, rows, trainable
 
+SITUATIONS = ("ddp", "fsdp2", "zero2", "zero3")  # the others differ from these in what the matrix alone covers
 WORKER = Path(__file__).with_name("matrix_worker.py")
 SIGMAS = 6.0  # of a statistic's own deviation: one run in 10^8 goes red by chance
 
@@ -54,9 +55,9 @@ def flat(parameters: dict[str, Tensor]) -> Tensor:
     return torch.cat([p.double().flatten() for p in parameters.values()])
 
 
-def check_sums(results: dict[str, Any]) -> None:
+def check_sums(results: dict[str, Any], least: int) -> None:
     measured = {title: facts for title, facts in results.items() if "error" in facts}
-    assert len(measured) >= 8 + 2 * 6 + 1
+    assert len(measured) >= least
     wrong = {title: facts for title, facts in measured.items() if not facts["error"] <= facts["limit"]}
     assert not wrong
 
@@ -65,8 +66,9 @@ def check_physical(every: list[dict[str, Any]]) -> None:
     """All ranks ran the same number of physical batches; together they took part with every example once."""
     for title, facts in every[0].items():
         assert all(other[title].get("physical") == facts.get("physical") for other in every), title
-    assert every[0]["a rank without an example, one_pass"]["physical"] == [1]
-    assert every[0]["five physical batches, two_pass"]["physical"] == [9 // len(every) + 9 % len(every)]
+    if "five physical batches, two_pass" in every[0]:
+        assert every[0]["a rank without an example, one_pass"]["physical"] == [1]
+        assert every[0]["five physical batches, two_pass"]["physical"] == [5]
 
 
 def check_verdicts(every: list[dict[str, Any]]) -> None:
@@ -101,7 +103,8 @@ def check_noise(folder: Path, processes: int, results: dict[str, Any]) -> None:
             assert torch.equal(other, draws[0]), "replicas were given different noise"
         z = draws[0]
         steps, count = z.shape
-        assert count == sum(sizes) and bool((z != 0).all()), "some elements were not noised"
+        # A draw, or a change of a parameter, may round to zero: about once in 10^7.
+        assert count == sum(sizes) and bool((z != 0).any(0).all()) and int((z == 0).sum()) <= 3, "not noised"
         assert abs(float(z.mean())) < SIGMAS / math.sqrt(z.numel())
         assert abs(float(z.var()) - 1) < SIGMAS * math.sqrt(2 / z.numel())
         assert abs(float((z**4).mean()) - 3) < SIGMAS * math.sqrt(96 / z.numel())
@@ -133,12 +136,12 @@ def test_hybrid_sharding(tmp_path: Path) -> None:
 def test_engine(engine: str, tmp_path: Path) -> None:
     output = tmp_path / "output"
     output.mkdir()
-    succeed(launch(engine, WORKER, str(output), scratch=tmp_path))
+    succeed(launch(engine, WORKER, str(output), "all" if engine in SITUATIONS else "matrix", scratch=tmp_path))
     processes = 1 if engine == "single" else 2
     every = [json.loads((output / f"results_{rank}.json").read_text()) for rank in range(processes)]
     check_physical(every)
     check_verdicts(every)
     for results in every:
-        check_sums(results)
+        check_sums(results, 8 + (2 * 6 + 2 if engine in SITUATIONS else 0))
     check_steps(output, processes, every[0])
     check_noise(output, processes, every[0])
