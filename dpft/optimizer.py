@@ -203,11 +203,7 @@ class DPOptimizer(torch.optim.Optimizer):
             if p.grad is None:
                 continue
             if self.sums is not None:
-                raise WrapError(
-                    f"a parameter of shape {list(p.shape)} has a gradient that is not the clipped sum, which is kept "
-                    "elsewhere: something besides model(**batch).loss was differentiated, or .grad was written to. "
-                    "It was not applied."
-                )
+                raise WrapError(f"a parameter of shape {list(p.shape)} has a gradient that is not the clipped sum.")
             if p.grad.dtype not in (torch.float32, torch.float64):
                 raise WrapError(
                     f"a gradient of shape {list(p.shape)} is {p.grad.dtype}; expected float32, in which sums "

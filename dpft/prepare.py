@@ -13,7 +13,7 @@ from torch import nn
 from dpft.clipping.planner import FREE_MEMORY_SHARE, Choice, Strategy, choose_for_all, free_memory
 from dpft.clipping.state import Clipping, ClipState
 from dpft.engines.checks import check_accelerator, check_model, check_prepared, dataset_mark, versions, watch
-from dpft.engines.engine import Kind, launch
+from dpft.engines.engine import SENDS_AT_ONCE, Kind, launch
 from dpft.engines.ledger import SharedLedger
 from dpft.engines.ranks import Ranks
 from dpft.errors import EngineError, LedgerError, PrivacyConfigError
@@ -114,6 +114,7 @@ def prepare(
             "memory": memory,
             "max_physical_batch_size": max_physical_batch_size,
             "static_shapes": static_shapes,
+            "num_workers": num_workers,
             "continue_ledger": continue_ledger,
             "test_seed": test_seed,
             "number of examples": len(dataset),
@@ -171,8 +172,8 @@ def prepare(
                 "dataset": dataset,
                 "collate_fn": collate_fn,
                 "num_workers": num_workers,
-                # one forward for each example: all ranks must make the same number of them
-                "static_shapes": static_shapes or (kind in ("fsdp2", "zero3") and strategy == "per_example"),
+                # each example gathers or sends by itself: all ranks must have the same number of them
+                "static_shapes": static_shapes or (kind in SENDS_AT_ONCE and strategy == "per_example"),
             },
         )
     except BaseException:

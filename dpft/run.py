@@ -149,6 +149,7 @@ class LoopGuard:
     def start(self) -> None:
         """A loop begins: what an abandoned one left in ``.grad`` would put its examples into a second batch."""
         assert self.optimizer is not None
+        self._ranks.agree({"releases": self._run.steps}, "the ledger's")
         self.optimizer.discard()
         self._state.broken, self._state.scales = False, None
         self._backwards = self._state.backwards
@@ -213,6 +214,13 @@ class LoopGuard:
         self._count()
         state.check_scales(1.0)
         _check_covered(parameters, state)
+        strays = [name for name, p in state.parameters.items() if p.grad is not None]
+        if state.engine is not None and strays:
+            raise WrapError(
+                f"{strays[:3]} of {len(strays)} parameters have a gradient that is not the clipped sum, which is kept "
+                "elsewhere: something besides model(**batch).loss was differentiated, or .grad was written to. It was "
+                "not applied."
+            )
 
 
 def check_optimizer(param_groups: Iterable[dict[str, Any]], state: ClipState) -> None:

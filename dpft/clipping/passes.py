@@ -77,17 +77,20 @@ class NormPass:
         self.sq = torch.zeros(batch_size, dtype=torch.float64, device=device)
         self.slack = 0.0
         self.seen = torch.zeros((2, batch_size), dtype=torch.float64, device=device)
+        self.order: list[str] = []  # of the parameters, as their sites reported
         self._vectors: dict[str, Tensor] = {}
         self._summed: dict[str, Tensor] = {}
         self._heads: dict[str, Tensor] = {}
         self._kinds: dict[str, list[type]] = {}
 
     def vector(self, key: str, grad: Tensor, weight: Tensor) -> None:
+        self.order.append(key)
         self.seen += checksum(grad)
         grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
         self._vectors[key] = self._vectors[key] + grad if key in self._vectors else grad
 
     def matrix(self, use: MatrixUse, x: Tensor, g: Tensor, weight: Tensor) -> None:
+        self.order.append(use.key)
         self.seen += checksum(g)
         self._kinds.setdefault(use.key, []).append(type(use))
         if g.dtype.itemsize < 4:

@@ -43,6 +43,10 @@ class Engine(Protocol):
         """Whether ``flag`` is true on any rank. A collective."""
         ...
 
+    def same_everywhere(self, words: str) -> bool:
+        """Whether all ranks say the same, where they must to make the same collectives. A collective."""
+        ...
+
     def hold(self, weight: Tensor) -> AbstractContextManager[None]:
         """See :class:`dpft.rules.base.Host`."""
         ...

@@ -202,6 +202,12 @@ def run_two_pass(job: Job, scale: Tensor) -> None:
         norms = NormPass(job.batch_size, losses.device, _METHODS[state.clipping], job.trace, state.shared)
         job.traverse(norms, losses, seeds, retain_graph=True)
         unresolved = norms.finish()
+        words = "\n".join([*norms.order, "", *sorted(unresolved)])
+        if state.engine is not None and not state.engine.same_everywhere(words):
+            raise ClippingError(
+                "the ranks used different parameters, or in another order (layers dropped at random, a tower that "
+                "only some examples use), and two-pass sends each gradient as it meets it. Use strategy='one_pass'."
+            )
         if not unresolved:
             break
         state.shared = state.shared | unresolved

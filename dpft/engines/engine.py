@@ -17,6 +17,9 @@ from dpft.engines.sums import ClippedSums, ReplicatedSums, ShardedSums
 from dpft.engines.zero import ZeroOptimizer, ZeroSums
 from dpft.optimizer import DPOptimizer
 
+# Engines under which a gradient is reduced as it is handed over: what one rank hands over all must, in one order.
+SENDS_AT_ONCE = ("fsdp2", "zero2", "zero3")
+
 Kind = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
 
 
@@ -48,7 +51,10 @@ class TrainingEngine:
         self.sums.settle()
 
     def any(self, flag: bool) -> bool:
-        return self.ranks.any(flag)
+        return self.ranks.any(flag, "the isolation check")
+
+    def same_everywhere(self, words: str) -> bool:
+        return self.kind not in SENDS_AT_ONCE or self.ranks.same(words)
 
     def hold(self, weight: Tensor) -> AbstractContextManager[None]:
         return zero_layout.held(weight) if self.kind == "zero3" else nullcontext()

@@ -26,7 +26,7 @@ class SharedLedger:
         self._ranks = ranks
         self._file: Ledger | None = ranks.together(lambda: open_file() if ranks.rank == 0 else None)
         try:
-            said = None if self._file is None else (self._file.path, Ledger.read(self._file.path))
+            said = ranks.together(self._say)
             path, content = ranks.from_first(said)  # type: ignore[misc]  # rank 0 has it, and it is rank 0's that comes
         except BaseException:
             self.close()
@@ -34,6 +34,9 @@ class SharedLedger:
         self.path: Path = path
         self._content: LedgerContent = content
         self._released = 0
+
+    def _say(self) -> tuple[Path, LedgerContent] | None:
+        return None if self._file is None else (self._file.path, Ledger.read(self._file.path))
 
     @property
     def run_id(self) -> str:

@@ -6,6 +6,9 @@ exchanged but the number of physical batches, of which the maximum is known to a
 
 from __future__ import annotations
 
+import hashlib
+import pickle
+import zlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -30,28 +33,46 @@ class Ranks:
         self.world = dist.get_world_size() if several else 1
         self.rank = dist.get_rank() if several else 0
 
-    def _reduce(self, value: int, op: Any) -> int:
+    def _range(self, value: int, about: str) -> tuple[int, int]:
+        """The smallest and the largest of all ranks' values, which must be about the same thing."""
         if self.world == 1:
-            return value
-        tensor = torch.tensor([value], dtype=torch.int64, device=self.device)
-        dist.all_reduce(tensor, op)
-        return int(tensor.item())
+            return value, value
+        topic = zlib.crc32(about.encode())
+        tensor = torch.tensor([value, -value, topic, -topic], dtype=torch.int64, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        largest, smallest, first, last = tensor.tolist()
+        if first != topic or last != -topic:
+            raise EngineError(
+                f"the ranks are at different places: this one asks about {about}, another one about something else. "
+                "Every rank must take the same batches from the loader and make the same calls."
+            )
+        return -smallest, largest
 
-    def maximum(self, value: int) -> int:
+    def maximum(self, value: int, about: str = "physical batches") -> int:
         """The largest of all ranks' values."""
-        return self._reduce(value, dist.ReduceOp.MAX) if self.world > 1 else value
+        return self._range(value, about)[1]
 
-    def minimum(self, value: int) -> int:
+    def minimum(self, value: int, about: str = "memory") -> int:
         """The smallest of all ranks' values."""
-        return self._reduce(value, dist.ReduceOp.MIN) if self.world > 1 else value
+        return self._range(value, about)[0]
 
     def total(self, value: int) -> int:
         """The sum of all ranks' values."""
-        return self._reduce(value, dist.ReduceOp.SUM) if self.world > 1 else value
+        if self.world == 1:
+            return value
+        tensor = torch.tensor([value], dtype=torch.int64, device=self.device)
+        dist.all_reduce(tensor)
+        return int(tensor.item())
 
-    def any(self, flag: bool) -> bool:
+    def same(self, words: str) -> bool:
+        """Whether all ranks say the same words."""
+        number = int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "big")
+        smallest, largest = self._range(number, "parameters")
+        return smallest == largest
+
+    def any(self, flag: bool, about: str = "a verdict") -> bool:
         """Whether it is true on any rank."""
-        return bool(self.maximum(int(flag)))
+        return bool(self._range(int(flag), about)[1])
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in the order of the ranks. Any object that can be pickled; not for secrets."""
@@ -81,7 +102,7 @@ class Ranks:
             result = act()
         except Exception as raised:
             error = raised
-        if not self.any(error is not None):
+        if not self.any(error is not None, "an error"):
             assert error is None
             return result  # type: ignore[return-value]  # act has returned, so this is its result, whatever its type
         errors = self.gather(None if error is None else _portable(error))
@@ -125,8 +146,6 @@ def _apart(values: list[Any]) -> list[Any]:
 def _portable(error: Exception) -> Exception:
     """An exception that can be pickled: itself, or its words."""
     try:
-        import pickle
-
         pickle.loads(pickle.dumps(error))
     except Exception:
         return EngineError(f"{type(error).__name__}: {error}")

@@ -12,7 +12,7 @@ import abc
 import functools
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -46,6 +46,7 @@ class ClippedSums(abc.ABC):
         self.shapes = {name: full_shape(p) for name, p in parameters.items()}
         self.total = sum(shape.numel() for shape in self.shapes.values())
         self.owned = 0
+        self._released = False  # what is held is a release: nothing may be added to it
         self._travelling: deque[tuple[Any, Callable[[], None]]] = deque()
 
     def _count_owned(self, owned: int) -> None:
@@ -101,7 +102,8 @@ class ClippedSums(abc.ABC):
             self._arrive()
 
     def _check_noised(self, count: int) -> None:
-        if self.ranks.any(count != self.owned):  # on all ranks together: one that went on would wait for the others
+        # On all ranks together: one that went on would wait for the others.
+        if self.ranks.any(count != self.owned, "noise"):
             raise EngineError(
                 f"{count} elements were noised and this rank owns {self.owned}"
                 + (", and on another rank the numbers differ" if count == self.owned else "")
@@ -109,7 +111,20 @@ class ClippedSums(abc.ABC):
                 "changed its sharding: report it."
             )
 
-    def _check_name(self, name: str, grad: Tensor) -> None:
+    def _forget(self) -> None:
+        """A new logical batch: nothing that still travels belongs to it."""
+        while self._travelling:
+            work, _ = self._travelling.popleft()
+            if work is not None:
+                work.wait()
+        self._released = False
+
+    def _check_new(self, name: str, grad: Tensor) -> None:
+        if self._released:
+            raise EngineError(
+                "a gradient came after its logical batch was released, whose noise is drawn already; it was not "
+                "added. Call backward once for each batch of the loader; after an error begin iterating over it anew."
+            )
         if self.shapes.get(name) != grad.shape:
             raise EngineError(
                 f"a clipped gradient of shape {list(grad.shape)} came for {name!r}; expected "
@@ -144,13 +159,14 @@ class ReplicatedSums(ClippedSums):
         return numel, part, max(0, min(part, numel - self.ranks.rank * part))
 
     def add(self, name: str, grad: Tensor) -> None:
-        self._check_name(name, grad)
+        self._check_new(name, grad)
         if name in self._sums:
             self._sums[name].add_(grad)
         else:
             self._sums[name] = grad
 
     def release(self, noise: GaussianNoise, std: float, divisor: float) -> None:
+        self._released = True
         noised = 0
 
         def finish(names: list[str], flat: Tensor, own: Tensor) -> None:
@@ -184,7 +200,7 @@ class ReplicatedSums(ClippedSums):
         for name in names:
             held = self._sums.pop(name, None)
             if held is not None:
-                flat[start : start + held.numel()] = held.view(-1)
+                flat[start : start + held.numel()] = held.reshape(-1)
             start += self.shapes[name].numel()
         return flat
 
@@ -192,6 +208,7 @@ class ReplicatedSums(ClippedSums):
         return self._sums.pop(name)
 
     def discard(self) -> None:
+        self._forget()
         self._sums.clear()
 
 
@@ -229,7 +246,7 @@ class ShardedSums(ClippedSums):
     def add(self, name: str, grad: Tensor) -> None:
         from torch.distributed.tensor import DTensor, Partial
 
-        self._check_name(name, grad)
+        self._check_new(name, grad)
         p: Any = self.parameters[name]
         whole = DTensor.from_local(grad, p.device_mesh, [Partial("sum")] * p.device_mesh.ndim, run_check=False)
         shard = whole.redistribute(p.device_mesh, p.placements, async_op=True)
@@ -246,6 +263,7 @@ class ShardedSums(ClippedSums):
         self._later(None, arrived)
 
     def release(self, noise: GaussianNoise, std: float, divisor: float) -> None:
+        self._released = True
         self.settle()
         noised = 0
         for name, p in self.parameters.items():
@@ -259,19 +277,18 @@ class ShardedSums(ClippedSums):
                 noise.add_(local, std)
                 noised += local.numel()
             for group in groups:
-                dist.broadcast(local, group=group, group_src=0)
+                sent = local.to(self.ranks.device)  # where the group sends, if FSDP2 keeps the shard on the CPU
+                dist.broadcast(sent, group=group, group_src=0)
+                local = self._sums[name] = sent.to(local.device)
             local.div_(divisor)
         self._check_noised(noised)
 
     def gradient(self, name: str) -> Tensor:
-        from torch.distributed.tensor import DTensor
-
-        p: Any = self.parameters[name]
-        local = self._sums.pop(name).to(p.dtype)
-        return DTensor.from_local(
-            local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
-        )
+        # DTensor.from_local would move a shard that FSDP2 keeps on the CPU to the mesh's device.
+        grad: Any = torch.empty_like(self.parameters[name], requires_grad=False)
+        grad.to_local().copy_(self._sums.pop(name))
+        return cast(Tensor, grad)
 
     def discard(self) -> None:
-        self.settle()
+        self._forget()
         self._sums.clear()

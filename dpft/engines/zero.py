@@ -33,7 +33,7 @@ class ZeroSums(ClippedSums):
         self._count_owned(sum(f.numel for f in mine))
 
     def add(self, name: str, grad: Tensor) -> None:
-        self._check_name(name, grad)
+        self._check_new(name, grad)
         if self.layout.stage == 1:
             self._whole[name] = self._whole[name].add_(grad) if name in self._whole else grad
         else:
@@ -76,6 +76,7 @@ class ZeroSums(ClippedSums):
         return self._flats[number]
 
     def release(self, noise: GaussianNoise, std: float, divisor: float) -> None:
+        self._released = True
         for name, shape in self.shapes.items() if self.layout.stage == 1 else ():
             held = self._whole.pop(name, None)
             if held is None:
@@ -101,7 +102,7 @@ class ZeroSums(ClippedSums):
         return flat
 
     def discard(self) -> None:
-        self.settle()
+        self._forget()
         self._whole.clear()
         self._flats.clear()
 
@@ -155,7 +156,7 @@ class ZeroOptimizer(DPOptimizer):
                 f"DeepSpeed gives partition {number} a gradient of {flat.grad.dtype} {list(flat.grad.shape)}; "
                 f"expected float32 {list(release.shape)}. Remove bf16_master_weights_and_grads from its configuration."
             )
-        if bool(torch.count_nonzero(flat.grad)):
+        if bool(flat.grad.any()):
             raise EngineError(
                 "DeepSpeed has a gradient of its own, which did not come through the clip boundary: something besides "
                 "model(**batch).loss was differentiated, or another hook writes gradients. It was not applied."

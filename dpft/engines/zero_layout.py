@@ -238,6 +238,11 @@ def held(weight: Any) -> Iterator[None]:
     if status is None or status.name == "AVAILABLE":
         yield
         return
+    if status.name == "INFLIGHT":
+        raise EngineError(
+            "ZeRO-3 is gathering a weight ahead of time that a backward needs now. Set stage3_prefetch_bucket_size to "
+            "0 in zero_optimization, or use strategy='one_pass'."
+        )
     weight.all_gather()
     try:
         yield

@@ -336,7 +336,8 @@ def run_situations(bench: Bench) -> None:
         bench.sum(f"a rank without an example, {strategy}", "llama", "float32", strategy, 1, 2, False)
         bench.sum(f"five physical batches, {strategy}", "llama", "float32", strategy, 9, 1, False)
     bench.sum("loaded by a worker process", "llama", "float32", "one_pass", 9, 2, False, num_workers=1)
-    bench.sum("per_example", "llama", "float32", "per_example", 5, 2, False)
+    # Three examples on one rank and two on the other, each of them with collectives of its own.
+    bench.sum("per_example", "llama", "float32", "per_example", 5, 4, False)
     if not bench.deepspeed:  # which refuses it: see test_refusals.py
         bench.sum("reentrant checkpointing", "llama", "float32", "two_pass", 5, 2, "reentrant")
         for strategy in ("one_pass", "two_pass"):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -97,6 +98,7 @@ def case(name: str, act: Callable[[], Any]) -> None:
         )
         note["steps"] = training.loader.privacy.steps
         training.loader.privacy.close()
+        training.engine.sums.discard()  # as a new loop would: what was on its way when the error came
     note["seconds"] = round(time.monotonic() - began, 2)
     SEEN[name] = note
 
@@ -118,6 +120,7 @@ def disagreements() -> None:
         "length": {"dataset": data[:-1]},
         "order": {"dataset": data[1:] + data[:1]},
         "seed": {"test_seed": 4},
+        "workers": {"num_workers": 1},
         "trainable": {"model": zoo.seeded(zoo.llama)("sdpa") if RANK else None},
         "invalid": {"max_physical_batch_size": 0},
         "data loader": {"dataset": torch.utils.data.DataLoader(data)},  # type: ignore[arg-type]  # a list is a dataset
@@ -208,6 +211,30 @@ class UnsavedDropout(nn.Module):
         return checkpoint(lambda h: self.b(self.drop(h)), self.a(x), use_reentrant=False, preserve_rng_state=False)
 
 
+def retried(training: Private) -> None:
+    """Memory runs out between the release and the step; the loop catches it and runs the batch again."""
+    sums = training.engine.sums
+    give = sums.flat_gradient
+
+    def fail(number: int) -> Any:
+        sums.flat_gradient = give
+        raise torch.OutOfMemoryError("simulated")
+
+    sums.flat_gradient = fail
+    for batch in training.loader:
+        try:
+            ACCELERATOR.backward(training.model(**batch).loss)
+        except torch.OutOfMemoryError:
+            ACCELERATOR.backward(training.model(**batch).loss)
+        training.optimizer.step()
+
+
+def fewer(training: Private) -> None:
+    """One rank leaves a layer out."""
+    training.bare.config.num_hidden_layers -= RANK
+    training.loop()
+
+
 def changes() -> None:
     """After `prepare`, something is not what it was."""
 
@@ -258,6 +285,10 @@ def changes() -> None:
 
     case("random states differ", differs)
     if ENGINE.startswith("zero"):
+        case("retried release", lambda: (training := Private("retried"), lambda: retried(training)))
+    if ENGINE == "zero2":
+        case("layers of one rank", lambda: (run := Private("layers", strategy="two_pass"), lambda: fewer(run)))
+    if ENGINE.startswith("zero"):
         # Accelerate's backward would go to the first engine, which would step; this one never.
         case("a second training", lambda: Private("second", reset=False))
 
@@ -267,4 +298,5 @@ if "disagree" in sys.argv:
 changes()
 OUT.with_name(f"{OUT.name}.{RANK}").write_text(json.dumps(SEEN))
 ACCELERATOR.wait_for_everyone()
-ACCELERATOR.end_training()
+sys.stdout.flush()
+os._exit(0)  # the engines that were left half-way have threads that C++ does not like to find at its own end
