@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -95,7 +96,7 @@ class Bench:
     """Runs cases in one process of one launch; Accelerate's state is made anew for each."""
 
     def __init__(self, output: Path, hybrid: bool = False) -> None:
-        self.output, self.hybrid = output, hybrid
+        self.output, self.hybrid, self.offload = output, hybrid, False
         sums.BUCKET = 3000  # so that a tiny model fills several
         self.results: dict[str, Any] = {}
         self._exact: dict[tuple[str, int], PerExample] = {}
@@ -109,11 +110,14 @@ class Bench:
             self._last.destroy()  # its hooks and process groups would stay
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        gc.collect()
         options: dict[str, Any] = {"mixed_precision": "bf16" if precision == "bf16" else "no"}
         if self.hybrid:
             options["parallelism_config"] = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
         accelerator = make_accelerator(**options)
+        if self.offload:
+            from torch.distributed.fsdp import CPUOffloadPolicy
+
+            accelerator.state.fsdp_plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)  # pinning needs a GPU
         plugin = accelerator.state.deepspeed_plugin
         self.deepspeed = plugin is not None
         if plugin is not None:
@@ -338,6 +342,11 @@ def run_situations(bench: Bench) -> None:
     bench.sum("loaded by a worker process", "llama", "float32", "one_pass", 9, 2, False, num_workers=1)
     # Three examples on one rank and two on the other, each of them with collectives of its own.
     bench.sum("per_example", "llama", "float32", "per_example", 5, 4, False)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        bench.offload = True
+        bench.sum("shards on the CPU", "tied", "float32", "one_pass", 5, 2, False)
+        bench.sum("shards on the CPU, bf16", "llama", "bf16", "two_pass", 5, 2, "non-reentrant")
+        bench.offload = False
     if not bench.deepspeed:  # which refuses it: see test_refusals.py
         bench.sum("reentrant checkpointing", "llama", "float32", "two_pass", 5, 2, "reentrant")
         for strategy in ("one_pass", "two_pass"):
@@ -345,6 +354,7 @@ def run_situations(bench: Bench) -> None:
 
 
 def main(output: Path, which: str) -> None:
+    gc.freeze()  # what is imported stays: DeepSpeed collects garbage at every end of an engine
     bench = Bench(output, which == "hybrid")
     if which == "hybrid":
         run_hybrid(bench)
