@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dpft.engines.ranks import Ranks
 from dpft.engines.sums import ClippedSums
 from dpft.engines.zero_layout import Layout
-from dpft.errors import EngineError, WrapError
+from dpft.errors import EngineError
 from dpft.noise import GaussianNoise
 from dpft.optimizer import DPOptimizer
 
@@ -170,8 +170,6 @@ class ZeroOptimizer(DPOptimizer):
                 "DeepSpeed steps in the middle of a logical batch. Set gradient_accumulation_steps to 1 in its "
                 "configuration, and take the batches from dpft's loader."
             )
-        if self._spent:
-            raise WrapError("DeepSpeed steps twice on one logical batch; nothing was released the second time.")
         self._before_release()
         self._zero_sums.release(self.noise, self.noise_multiplier * self.max_grad_norm, self.expected_batch_size)
         self._pending = set(range(len(self._zero_sums.layout.flats)))
