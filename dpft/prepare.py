@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from dpft.clipping.planner import FREE_MEMORY_SHARE, Choice, Strategy, choose_for_all, free_memory
+from dpft.clipping.planner import Choice, Strategy, allowance, choose_for_all
 from dpft.clipping.state import Clipping, ClipState
 from dpft.engines.checks import check_accelerator, check_model, check_prepared, dataset_mark, versions, watch
 from dpft.engines.engine import SENDS_AT_ONCE, Kind, launch
@@ -244,13 +244,12 @@ def _assemble(
 
 
 def _agreed_strategy(state: ClipState, kind: Kind, ranks: Ranks, max_batch_size: int) -> Choice:
-    free = int(FREE_MEMORY_SHARE * free_memory(ranks.device)) if state.memory is None else state.memory
     itemsize = max(p.element_size() for p in state.parameters.values())
     return choose_for_all(
         state.uses,
         max_batch_size,
         itemsize,
-        ranks.minimum(free),
+        ranks.minimum(allowance(state.memory, ranks.device)),
         shards_gradients=kind in ("fsdp2", "zero2", "zero3"),
         gathers=kind in ("fsdp2", "zero3"),
     )

@@ -21,11 +21,13 @@ FREE_MEMORY_SHARE = 0.5
 __all__ = [
     "Choice",
     "Strategy",
+    "allowance",
     "choose_for_all",
     "choose_method",
     "choose_strategy",
     "describe_uses",
     "free_memory",
+    "gradient_bytes",
     "kept_bytes",
 ]
 
@@ -81,6 +83,16 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def allowance(memory: int | None, device: torch.device) -> int:
+    """Bytes that one-pass may keep: ``memory``, or a share of what ``device`` has free."""
+    return int(FREE_MEMORY_SHARE * free_memory(device)) if memory is None else memory
+
+
+def gradient_bytes(uses: Iterable[MatrixUse], itemsize: int) -> int:
+    """Bytes of one gradient of the matrices, shared ones once."""
+    return sum({use.key: use.grad_numel() for use in uses}.values()) * itemsize
+
+
 def choose_strategy(
     uses: Iterable[MatrixUse], batch_size: int, seq_len: int, itemsize: int, memory: int | None, device: torch.device
 ) -> Choice:
@@ -97,9 +109,9 @@ def choose_strategy(
         device: where the model is.
     """
     uses = list(uses)
-    gradient = sum({use.key: use.grad_numel() for use in uses}.values()) * itemsize
+    gradient = gradient_bytes(uses, itemsize)
     extra = max(0, kept_bytes(uses, batch_size, seq_len, itemsize) - gradient)
-    allowed = int(FREE_MEMORY_SHARE * free_memory(device)) if memory is None else memory
+    allowed = allowance(memory, device)
     numbers = (
         f"B={batch_size}, T={seq_len}: one-pass keeps {extra / 2**20:.1f} MiB beyond one gradient of "
         f"{gradient / 2**20:.1f} MiB; {allowed / 2**20:.1f} MiB allowed"
@@ -125,7 +137,7 @@ def choose_for_all(
         shards_gradients: whether plain training under this engine never holds a whole gradient.
         gathers: whether each traversal of the graph gathers the parameters anew.
     """
-    gradient = sum({use.key: use.grad_numel() for use in uses}.values()) * itemsize
+    gradient = gradient_bytes(uses, itemsize)
     extra = gradient * (max_batch_size - (0 if shards_gradients else 1))
     numbers = (
         f"physical batches of at most {max_batch_size}: one-pass keeps at most {extra / 2**20:.1f} MiB more than "

@@ -94,11 +94,7 @@ def check_accelerator(accelerator: Any) -> Kind:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         deepspeed_checks.check_config(config)
         config["gradient_clipping"] = 0.0
-        return _KINDS[int(config["zero_optimization"]["stage"])]
     return kind_of(accelerator)
-
-
-_KINDS: dict[int, Kind] = {1: "zero1", 2: "zero2", 3: "zero3"}
 
 
 def _check_launch(accelerator: Any) -> None:

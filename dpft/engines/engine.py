@@ -32,7 +32,7 @@ class TrainingEngine:
         reentrant: see the protocol.
         max_batch_size: see the protocol.
         sums: the clipped sums.
-        still: called before gradients are taken; raises if what steps is not what :func:`launch` made.
+        still: called once a backward, before any step; raises if what steps is not what :func:`launch` made.
     """
 
     def __init__(self, kind: Kind, model: nn.Module, ranks: Ranks, sums: ClippedSums, max_batch_size: int) -> None:
@@ -44,11 +44,11 @@ class TrainingEngine:
         self.still: Callable[[], None] = lambda: None
 
     def add(self, name: str, grad: Tensor) -> None:
-        self.still()  # DeepSpeed steps inside accelerator.backward: this is the last place before
         self.sums.add(name, grad)
 
     def settle(self) -> None:
         self.sums.settle()
+        self.still()  # DeepSpeed steps when the backward has ended, inside accelerator.backward
 
     def any(self, flag: bool) -> bool:
         return self.ranks.any(flag, "the isolation check")
@@ -99,9 +99,8 @@ def kind_of(accelerator: Any) -> Kind:
     if accelerator.distributed_type == DistributedType.FSDP:
         return "fsdp2"
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        stage = int(accelerator.state.deepspeed_plugin.zero_stage)
         kinds: dict[int, Kind] = {1: "zero1", 2: "zero2", 3: "zero3"}
-        return kinds[stage]
+        return kinds[int(accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"])]
     return "ddp" if accelerator.num_processes > 1 else "single"
 
 

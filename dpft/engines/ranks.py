@@ -109,9 +109,8 @@ class Ranks:
         if error is not None:
             raise error
         rank, theirs = next((rank, e) for rank, e in enumerate(errors) if e is not None)
-        theirs.add_note(f"(raised on rank {rank}, and here because all ranks stop together)") if hasattr(
-            theirs, "add_note"
-        ) else None
+        if hasattr(theirs, "add_note"):  # Python 3.11
+            theirs.add_note(f"(raised on rank {rank}, and here because all ranks stop together)")
         raise theirs
 
     def agree(self, facts: dict[str, Any], what: str) -> None:

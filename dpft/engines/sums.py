@@ -150,13 +150,13 @@ class ReplicatedSums(ClippedSums):
                 filled = 0
             self._buckets[-1].append(name)
             filled += shape.numel()
-        self._count_owned(sum(self._mine(names)[2] for names in self._buckets))
+        self._count_owned(sum(self._mine(names)[1] for names in self._buckets))
 
-    def _mine(self, names: list[str]) -> tuple[int, int, int]:
-        """Elements of a bucket: in all, of one rank's part with its padding, and that this rank owns."""
+    def _mine(self, names: list[str]) -> tuple[int, int]:
+        """Elements of a bucket: of one rank's part with its padding, and that this rank owns."""
         numel = sum(self.shapes[name].numel() for name in names)
         part = -(-numel // self.ranks.world)
-        return numel, part, max(0, min(part, numel - self.ranks.rank * part))
+        return part, max(0, min(part, numel - self.ranks.rank * part))
 
     def add(self, name: str, grad: Tensor) -> None:
         self._check_new(name, grad)
@@ -171,7 +171,7 @@ class ReplicatedSums(ClippedSums):
 
         def finish(names: list[str], flat: Tensor, own: Tensor) -> None:
             nonlocal noised
-            mine = self._mine(names)[2]
+            mine = self._mine(names)[1]
             noise.add_(own[:mine], std)
             noised += mine
             own.div_(divisor)
@@ -194,7 +194,7 @@ class ReplicatedSums(ClippedSums):
     def _flatten(self, names: list[str]) -> Tensor:
         """The sums of a bucket end to end, padded to equal parts, and given up."""
         wide = torch.float64 if any(self.parameters[name].dtype == torch.float64 for name in names) else torch.float32
-        part = self._mine(names)[1]
+        part = self._mine(names)[0]
         flat = torch.zeros(part * self.ranks.world, dtype=wide, device=self.parameters[names[0]].device)
         start = 0
         for name in names:

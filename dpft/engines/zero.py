@@ -144,7 +144,6 @@ class ZeroOptimizer(DPOptimizer):
                         + "; its gradient would not be private. This version of DeepSpeed is not supported."
                     )
                 self._fill(flat, number)
-        # A partition is stepped by the call that found its gradient there.
 
     def _fill(self, flat: Tensor, number: int) -> None:
         assert self._pending is not None

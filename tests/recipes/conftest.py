@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,15 @@ def docstrings() -> list[dict[str, str]]:
     from finetune.corpora import stdlib_docstrings
 
     return stdlib_docstrings()
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of ninety small records."""
+    path = tmp_path_factory.mktemp("data") / "records.jsonl"
+    rows = [{"text": f"Return the value number {n}, " + "or nothing " * (n % 5), "id": n} for n in range(90)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
 @pytest.fixture(autouse=True)

@@ -33,14 +33,6 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("data") / "records.jsonl"
-    rows = [{"text": f"Return the value number {n}, " + "or nothing " * (n % 5), "id": n} for n in range(90)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 @pytest.mark.launch
 def test_the_launched_demonstration_leaves_everything(tmp_path: Path) -> None:
     output = tmp_path / "run"

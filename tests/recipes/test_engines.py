@@ -20,14 +20,6 @@ STEPS = 40  # of the run that is interrupted: it must not be over before
 SMALL += ["--max-physical-batch-size", "4", "--checkpoint-every", "2"]
 
 
-@pytest.fixture(scope="module")
-def records(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("data") / "records.jsonl"
-    rows = [{"text": f"Return the value number {n}, " + "or nothing " * (n % 5), "id": n} for n in range(90)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def words_of(records: str, output: Path, *more: str) -> list[str]:
     return ["--dataset", records, "--output-dir", str(output), "--num-steps", "5", *SMALL, *more]
 
