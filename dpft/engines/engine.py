@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from dpft.engines import zero_layout
-from dpft.engines.ranks import Ranks
+from dpft.engines.ranks import Ranks, limit_waiting
 from dpft.engines.sums import ClippedSums, ReplicatedSums, ShardedSums
 from dpft.engines.zero import ZeroOptimizer, ZeroSums
 from dpft.optimizer import DPOptimizer
@@ -154,7 +154,6 @@ def launch(
         prepared, _ = accelerator.prepare(model, optimizer)
         if kind != "zero3":
             zero_layout.skip_reduction(prepared)
-        zero_layout.limit_waiting(getattr(accelerator.init_handler, "timeout", None))
         bare = accelerator.unwrap_model(prepared)
         zero: Any = prepared.optimizer
         parameters = _trainable(bare)
@@ -162,6 +161,7 @@ def launch(
         zero_sums = ZeroSums(parameters, ranks, layout)
         sums = zero_sums
         private = stepped = make(ZeroOptimizer, zero_layout.innermost(zero), zero_sums)
+    limit_waiting(getattr(accelerator.init_handler, "timeout", None))
     return prepared, bare, TrainingEngine(kind, bare, ranks, sums, max_batch_size), private, stepped
 
 

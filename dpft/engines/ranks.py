@@ -10,6 +10,7 @@ import hashlib
 import pickle
 import zlib
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -149,3 +150,20 @@ def _portable(error: Exception) -> Exception:
     except Exception:
         return EngineError(f"{type(error).__name__}: {error}")
     return error
+
+
+def limit_waiting(limit: timedelta | None) -> None:
+    """Give every process group the time limit that the run was given.
+
+    DeepSpeed, and a mesh of several dimensions, make groups of their own without one, so that a rank which hangs would
+    hold up the others for torch's default (30 minutes, 10 under NCCL). Torch has no public way to set the limit of a
+    group that exists: this is the one place that uses its private one.
+
+    Args:
+        limit: ``InitProcessGroupKwargs.timeout`` of the Accelerator; None leaves the defaults.
+    """
+    if limit is None:
+        return
+    c10d: Any = dist.distributed_c10d
+    for group in list(c10d._world.pg_map):
+        c10d._set_pg_timeout(limit, group)

@@ -8,8 +8,7 @@ where a size is not a multiple of the ranks). So this module reads, of deepspeed
 - ZeRO-2 with its optimiser on the CPU: ``engine.enable_backward_allreduce`` and ``optimizer.cpu_offload``;
 - ZeRO-3: ``optimizer.grad_position``, ``optimizer.fp16_groups``, ``optimizer.fp32_partitioned_groups_flat``,
   ``parameter.ds_*``, ``parameter.all_gather`` and ``parameter.partition``; the modules' counters
-  in :data:`_COUNTERS`;
-- of torch, the private way to a process group's time limit (:func:`limit_waiting`).
+  in :data:`_COUNTERS`.
 
 Nothing is taken on trust: :func:`read_layout` compares the values of every part with the parameter's own, and that
 the ranks' parts are all elements, each once. A DeepSpeed that keeps them otherwise is refused before training.
@@ -20,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -94,22 +92,6 @@ def skip_reduction(engine: Any) -> None:
         if not hasattr(engine, "enable_backward_allreduce"):
             raise EngineError("this DeepSpeed has no enable_backward_allreduce; dpft knows deepspeed 0.19.")
         engine.enable_backward_allreduce = False
-
-
-def limit_waiting(limit: timedelta | None) -> None:
-    """Give DeepSpeed's process groups the time limit that the run was given.
-
-    DeepSpeed makes groups of its own without one, so that a rank which hangs would hold up the others for torch's
-    default (30 minutes, 10 under NCCL). Torch has no public way to set the limit of a group that exists.
-
-    Args:
-        limit: ``InitProcessGroupKwargs.timeout`` of the Accelerator; None leaves the defaults.
-    """
-    if limit is None:
-        return
-    c10d: Any = dist.distributed_c10d
-    for group in list(c10d._world.pg_map):
-        c10d._set_pg_timeout(limit, group)
 
 
 def read_layout(zero: Any, stage: int, parameters: dict[str, nn.Parameter], ranks: Ranks) -> Layout:
