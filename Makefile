@@ -19,6 +19,9 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constr
 # An install is repeated when one of these is newer than its stamp, and not otherwise.
 INPUTS := setup.cfg pyproject.toml constraints.txt
 CHECKED := dpft recipes tools
+# For the tests of the Triton kernels in its interpreter. Not in constraints.txt: a CUDA build of torch brings the very
+# triton that it was built with. Before 3.7 the interpreter cannot run a loop under numpy 2.4.
+TRITON := triton==3.7.1; sys_platform == "linux"
 
 .PHONY: help demo test lint format clean
 .DEFAULT_GOAL := help
@@ -37,6 +40,7 @@ $(VENV)/.stamp-demo: $(INPUTS) | $(BIN)/python
 
 $(VENV)/.stamp-test: $(INPUTS) | $(BIN)/python
 	$(PIP_INSTALL) --editable '.[deepspeed,peft,dev]'
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP_INSTALL) --no-deps '$(TRITON)'
 	@touch $@ $(VENV)/.stamp-demo
 
 # `accelerate launch` would leave one thread to a CPU run: it sets OMP_NUM_THREADS=1 where the environment has no number.

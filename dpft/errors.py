@@ -40,3 +40,7 @@ class BudgetExceededError(DPFTError, RuntimeError):
 
 class AccountingError(DPFTError, ValueError):
     """No theorem that dpft implements covers the mechanism that was asked for."""
+
+
+class KernelError(DPFTError, RuntimeError):
+    """The implementation of a kernel that was named cannot run here; no other is taken in its place."""

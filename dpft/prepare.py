@@ -41,6 +41,7 @@ def prepare(
     clipping: Clipping = "flash",
     strategy: Strategy | Literal["auto"] = "auto",
     memory: int | None = None,
+    loss_chunk: int | Literal["auto"] | None = "auto",
     ledger_path: str | os.PathLike[str] | None = None,
     continue_ledger: bool = False,
     num_workers: int = 0,
@@ -71,6 +72,7 @@ def prepare(
         clipping: as :func:`dpft.wrap`; ``"none"`` needs ``noise_multiplier=0`` and is NOT private.
         strategy: as :func:`dpft.wrap`.
         memory: as :func:`dpft.wrap`.
+        loss_chunk: as :func:`dpft.wrap`.
         ledger_path: file of the ledger; None: ``privacy_ledger.jsonl`` in the accelerator's project directory, or
         here. continue_ledger: count on in a ledger that has releases, with a model that starts anew.
         num_workers: worker processes of the DataLoader.
@@ -112,6 +114,7 @@ def prepare(
             "clipping": clipping,
             "strategy": strategy,
             "memory": memory,
+            "loss_chunk": loss_chunk,
             "max_physical_batch_size": max_physical_batch_size,
             "static_shapes": static_shapes,
             "num_workers": num_workers,
@@ -134,6 +137,7 @@ def prepare(
         clip_function=privacy.clip_function,
         clip_gamma=privacy.clip_gamma,
         memory=memory,
+        loss_chunk=loss_chunk,
     )
     ledger: SharedLedger | None = None
     try:

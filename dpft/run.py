@@ -141,6 +141,7 @@ class LoopGuard:
         self._accelerator, self.model, self._state, self._run = accelerator, model, state, run
         self._ranks = ranks
         self._backwards = state.backwards
+        state.findings.deferred = True
         self.optimizer: DPOptimizer | None = None
         self._step: int | None = None
         self._rows = self._padding = 0
@@ -151,7 +152,8 @@ class LoopGuard:
         assert self.optimizer is not None
         self._ranks.agree({"releases": self._run.steps}, "the ledger's")
         self.optimizer.discard()
-        self._state.broken, self._state.scales = False, None
+        self._state.broken = False
+        self._state.findings.clear()
         self._backwards = self._state.backwards
         self._step, self._drawn = None, False
 
@@ -180,13 +182,13 @@ class LoopGuard:
                 "norm C per example. Add up the per-example losses and call dpft.clipped_loss once."
             )
         if ran and self._padding and self._state.last is not None:
-            counted = int((self._state.last.example_weights > 0).sum())
-            if counted > self._rows - self._padding:
-                raise ClippingError(
-                    f"{counted} rows of a physical batch had a weight above zero and only "
-                    f"{self._rows - self._padding} are examples that were drawn: the loader's example_weight was not "
-                    "passed on. Call model(**batch), or dpft.clipped_loss(model, losses, batch['example_weight'])."
-                )
+            counted = (self._state.last.example_weights > 0).sum()
+            self._state.findings.refuse_if(
+                counted > self._rows - self._padding,
+                "more rows of a physical batch had a weight above zero than examples were drawn: the loader's "
+                "example_weight was not passed on. Call model(**batch), or dpft.clipped_loss(model, losses, "
+                "batch['example_weight']).",
+            )
 
     def release(self) -> None:
         """Write one release ahead, if there is budget for it and a batch that was drawn for it."""
@@ -212,7 +214,7 @@ class LoopGuard:
                 "iterating over the loader anew: it drops the batch, of which nothing was released."
             )
         self._count()
-        state.check_scales(1.0)
+        state.findings.check(1.0)
         _check_covered(parameters, state)
         strays = [name for name, p in state.parameters.items() if p.grad is not None]
         if state.engine is not None and strays:

@@ -18,12 +18,14 @@ from dpft.clipping.strategies import guard_parameters
 from dpft.errors import ClippingError, UnsupportedModuleError, WrapError
 from dpft.models.causal_lm import find_causal_lm, flattening_parameters, per_example_causal_lm_losses
 from dpft.models.forward import clipped_forward, refuse_unsaved_rng
+from dpft.models.head import Head, leaves_logits_alone
 from dpft.rules.base import EmbeddingUse, LinearUse, MatrixUse, Rule, full_shape
 from dpft.rules.embedding import EmbeddingRule
+from dpft.rules.head import HeadUse
 from dpft.rules.linear import LinearRule
 from dpft.rules.registry import InterceptRule, find_rule
 
-_STATE, _SITE, _LOSS = "_dpft_state", "_dpft_site", "_dpft_loss_owner"
+_STATE, _SITE, _HEAD, _LOSS = "_dpft_state", "_dpft_site", "_dpft_head", "_dpft_loss_owner"
 _FIXED: dict[str, Strategy] = {"ghost": "two_pass", "fast": "two_pass", "per_sample": "one_pass"}
 
 
@@ -35,6 +37,7 @@ def wrap(
     clip_function: ClipFunction = "abadi",
     clip_gamma: float = 0.01,
     memory: int | None = None,
+    loss_chunk: int | Literal["auto"] | None = "auto",
 ) -> nn.Module:
     """Make ``model`` produce clipped sums of per-example gradients, in place.
 
@@ -54,6 +57,9 @@ def wrap(
         clip_function: ``"abadi"`` (``min(1, C/norm)``) or ``"automatic"`` (``C/(norm + gamma)``).
         clip_gamma: gamma of ``"automatic"``.
         memory: bytes that one-pass may keep beyond one gradient; None lets it take up to half of what is free.
+        loss_chunk: tokens at a time in which a causal LM's head and loss are computed (``clipping="flash"``):
+            ``out.logits`` is then computed when it is read. ``"auto"`` chooses; None computes all logits at once, as
+            plain training does, and so do heads other than an ``nn.Linear`` and logits that are scaled or capped.
 
     Returns:
         The same object.
@@ -75,6 +81,8 @@ def wrap(
             raise WrapError(f"{path or 'the model'!r} is wrapped already; call dpft.unwrap on it first")
     if type(model).__name__ == "OptimizedModule":
         raise UnsupportedModuleError("the model is compiled (torch.compile); wrap the model it was made from instead")
+    if not (loss_chunk in ("auto", None) or (type(loss_chunk) is int and loss_chunk > 0)):
+        raise ValueError(f"loss_chunk is {loss_chunk!r}; expected a number of tokens >= 1, 'auto', or None")
     rule = ClipRule(max_grad_norm, clip_function, clip_gamma)
     _refuse_mixing(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -86,11 +94,23 @@ def wrap(
     state = ClipState(clipping, fixed or strategy, rule, memory, uses, parameters, flattening_parameters(model))
     if clipping != "none":
         guard_parameters(state)
+    causal_lm = find_causal_lm(model)
+    chunked = _chunked_head(causal_lm, model) if clipping == "flash" and loss_chunk is not None else None
     for module, site_rule, keys in sites:
-        _attach(module, site_rule, state, keys)
+        module.__dict__[_SITE] = (site_rule, state, keys)
+        if module not in (model, chunked):
+            _replace_forward(module, _site_forward)
+    if chunked is not None:
+        keys = chunked.__dict__.get(_SITE, (None, None, {}))[2]
+        chunked.__dict__[_HEAD] = state.head = Head(
+            state, keys, loss_chunk or "auto", leaves_logits_alone(getattr(causal_lm, "config", None))
+        )
+        _replace_forward(chunked, _head_forward)
+        head_uses = [use for use in state.uses if isinstance(use, LinearUse) and use.key == keys.get("weight")]
+        for use in head_uses:
+            state.uses[state.uses.index(use)] = HeadUse(use.key, use.out_features, use.in_features)
     model.__dict__[_STATE] = state
     _replace_forward(model, _model_forward)
-    causal_lm = find_causal_lm(model)
     if causal_lm is not None:
         causal_lm.__dict__[_LOSS] = causal_lm.__dict__.get("_loss_function")
         setattr(causal_lm, "loss_function", per_example_causal_lm_losses)  # noqa: B010  # a property that torch cannot type
@@ -107,12 +127,13 @@ def unwrap(model: nn.Module) -> nn.Module:
     """
     model = _inner(model)
     for module in model.modules():
-        if _SITE in module.__dict__ or _STATE in module.__dict__:
+        if any(mark in module.__dict__ for mark in (_SITE, _HEAD, _STATE)):
             replaced = module.__dict__.pop("_dpft_replaced", None)
             del module.__dict__["forward"]
             if replaced is not None:
                 module.__dict__["forward"] = replaced
             module.__dict__.pop(_SITE, None)
+            module.__dict__.pop(_HEAD, None)
         if _LOSS in module.__dict__:
             before = module.__dict__.pop(_LOSS)
             module.__dict__.pop("_loss_function", None)
@@ -280,9 +301,12 @@ def _matrix_use(rule: Rule, module: nn.Module, keys: dict[str, str]) -> MatrixUs
     return None
 
 
-def _attach(module: nn.Module, rule: Rule, state: ClipState, keys: dict[str, str]) -> None:
-    module.__dict__[_SITE] = (rule, state, keys)
-    _replace_forward(module, _site_forward)
+def _chunked_head(causal_lm: nn.Module | None, model: nn.Module) -> nn.Module | None:
+    """The output layer whose loss can be computed in chunks: an ``nn.Linear`` that is nothing else; or None."""
+    head = None if causal_lm is None else getattr(causal_lm, "get_output_embeddings", lambda: None)()
+    if not isinstance(head, nn.Linear) or head is model or not isinstance(find_rule(head), LinearRule):
+        return None
+    return head
 
 
 def _replace_forward(module: nn.Module, body: Callable[..., Any]) -> None:
@@ -309,6 +333,14 @@ def _site_forward(module: nn.Module, plain: Callable[..., Any], *args: Any, **kw
         return plain(*args, **kwargs)
     rule, state, keys = module.__dict__[_SITE]
     return rule.forward(module, state, keys, plain, *args, **kwargs)
+
+
+def _head_forward(module: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if _SITE in module.__dict__:
+        plain = functools.partial(_site_forward, module, plain)
+    if len(args) != 1 or kwargs:
+        return plain(*args, **kwargs)
+    return module.__dict__[_HEAD].forward(module, plain, args[0])
 
 
 def _model_forward(model: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -12,6 +12,7 @@ from dpft.errors import UnsupportedModuleError
 # Which of a site's tensor inputs are its parameters; a parameter in another place is data, and its gradient dX.
 _SITES = {
     "LinearSiteBackward": (1, 2),
+    "HeadLossSiteBackward": (1, 2),
     "EmbeddingSiteBackward": (1,),
     "LayerNormSiteBackward": (1, 2),
     "ExpandSiteBackward": (0,),

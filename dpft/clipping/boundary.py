@@ -41,7 +41,7 @@ class ClipBoundary(torch.autograd.Function):
             )
         job = ctx.box.pop()
         job.state.backwards += 1
-        job.state.note_scale(scale)
+        job.state.findings.note_scale(scale)
         job.state.broken, before = True, job.state.broken
         with torch.autocast(ctx.device, enabled=False):
             if job.state.clipping == "none" and job.strategy != "per_example":

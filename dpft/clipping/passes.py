@@ -13,13 +13,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dpft.kernels.embedding import head_rows_at_tokens
 from dpft.kernels.linear import Method, sq_norm
+from dpft.kernels.weighted import scale_, weighted_sum_, weighted_vector
 from dpft.rules.base import EmbeddingUse, LinearUse, MatrixUse, full_shape
+from dpft.rules.head import ProductUse
 
-# Rounding of a product to bf16 (8 significand bits) is at most 2^-9 of an entry; twice it bounds the ratio of two
-# differently rounded versions of one gradient.
-LOW_PRECISION_SLACK = 2.0**-8
+# A norm may be taken of tiles rounded to 16 bits, which moves an entry by at most u = 2^-8 of itself (bf16), while the
+# weighted sum is made in float32: the norm is understated by at most a factor of 1 - u.
+LOW_PRECISION_SLACK = 1 / (1 - 2.0**-8) - 1
 
 
 def grad_dtype(weight: Tensor) -> torch.dtype:
@@ -30,13 +31,6 @@ def grad_dtype(weight: Tensor) -> torch.dtype:
 def sum_dtype(weight: Tensor) -> torch.dtype:
     """The dtype of a clipped sum that an engine's ranks add up: at least float32."""
     return torch.promote_types(weight.dtype, torch.float32)
-
-
-def weighted_vector(grad: Tensor, factors: Tensor) -> Tensor:
-    """``sum_i factors_i * grad[i]`` of ``grad [B, ...]``; a zero factor contributes exactly zero, NaN or not."""
-    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    shape = (-1, *[1] * (grad.dim() - 1))
-    return (grad.to(dtype) * factors.to(dtype).view(shape)).masked_fill_((factors == 0).view(shape), 0).sum(0)
 
 
 def checksum(g: Tensor) -> Tensor:
@@ -67,7 +61,7 @@ class NormPass:
     in every case, or reported as unresolved, and then the traversal is repeated with that matrix in ``shared``.
     """
 
-    weighted = False
+    weighted = probing = False
 
     def __init__(
         self, batch_size: int, device: torch.device, method: Method | None, trace: Trace, shared: set[str]
@@ -103,9 +97,10 @@ class NormPass:
         ids = self.trace.ids.get(use.key)
         if ids is None or self.trace.uses[use.key] != 2:
             return
-        if isinstance(use, LinearUse) and not use.transposed:
-            # In a language model the head's backward comes first; what the embedding will need of it is [B, T, D].
-            self._heads[use.key] = head_rows_at_tokens(ids, x, g)
+        # In a language model the head's backward comes first; what the embedding will need of it is [B, T, D].
+        rows = use.rows_at(ids, x, g, None)
+        if rows is not None:
+            self._heads[use.key] = rows
         elif isinstance(use, EmbeddingUse) and use.key in self._heads and x.data_ptr() == ids.data_ptr():
             rows = self._heads.pop(use.key)
             if use.padding_idx is not None:
@@ -139,12 +134,13 @@ class KeepPass:
         keep: ``"smaller"``; ``"gradients"`` always materialises, which is classic DP-SGD.
     """
 
-    weighted = False
+    weighted = probing = False
 
     def __init__(self, batch_size: int, device: torch.device, keep: Literal["smaller", "gradients"]) -> None:
         self.batch_size, self.keep = batch_size, keep
         self.sq = torch.zeros(batch_size, dtype=torch.float64, device=device)
         self.slack = 0.0
+        self._scaled: set[int] = set()  # tensors that are weighted already, by id; they are held
         self._kept: dict[str, _Kept] = {}
         self._vectors: dict[str, Tensor] = {}
 
@@ -184,6 +180,15 @@ class KeepPass:
             self.sq += sq_norm(grad)
         return set()
 
+    def scale(self, factors: Tensor) -> None:
+        """Weight what is kept of a batch of one, all at once; what is kept as pairs waits for :meth:`release`."""
+        if self.batch_size != 1:
+            return
+        grads = [kept.grad for kept in self._kept.values() if kept.grad is not None]
+        whole = [g for g in (*grads, *self._vectors.values()) if g.dtype in (torch.float32, torch.float64)]
+        scale_(whole, factors[0])
+        self._scaled = {id(g) for g in whole}
+
     def release(self, key: str, weight: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor | None:
         """The weighted gradient of one parameter, giving up what was kept for it; None if the parameter was not used.
 
@@ -195,21 +200,25 @@ class KeepPass:
         """
         vector = self._vectors.pop(key, None)
         if vector is not None:
-            return weighted_vector(vector, factors).to(dtype).view(full_shape(weight))
+            total = vector[0] if id(vector) in self._scaled else weighted_vector(vector, factors)
+            return total.to(dtype).view(full_shape(weight))
         kept = self._kept.pop(key, None)
         if kept is None:
             return None
         out: Tensor | None = None
         if kept.grad is not None:
-            return _weighted_sum(kept.grad, factors, dtype)
+            scaled = id(kept.grad) in self._scaled
+            return kept.grad[0].to(dtype) if scaled else weighted_sum_(kept.grad, factors, dtype)
         while kept.pairs:
-            use, x, g = kept.pairs.pop()
+            use, x, g = kept.pairs.pop(0)  # the head first: its sum is made in the memory of its gradient
             out = use.weighted_grad(x, g, factors, out, dtype if out is None else out.dtype)
         return out
 
 
 def keeps_gradient(use: MatrixUse, batch_size: int, x: Tensor, g: Tensor) -> bool:
     """Whether one-pass keeps ``[B, d, p]`` rather than the pair ``x [B, T, ...]``, ``g [B, T, d]``: the smaller."""
+    if isinstance(use, ProductUse):
+        return False  # they are what is kept already
     if batch_size == 1 and isinstance(use, LinearUse):
         return True
     pair = x.numel() * x.element_size() + g.numel() * g.element_size()
@@ -221,31 +230,14 @@ def _tied_cross(kept: _Kept, use: MatrixUse, x: Tensor, g: Tensor) -> Tensor | N
     if not (len(kept.pairs) == 1 and isinstance(use, EmbeddingUse)):
         return None
     head, h, g_head = kept.pairs[0]
-    if not isinstance(head, LinearUse) or head.transposed:
-        return None
-    return 2 * (head_rows_at_tokens(x, h, g_head, use.padding_idx).double() * g).sum((1, 2))
-
-
-def _weighted_sum(grad: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor:
-    """``sum_i factors_i * grad[i]`` in ``dtype``; in place where there is one example and nothing to convert."""
-    sum_dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    total: Tensor | None = None
-    for i, g in enumerate(grad.unbind(0)):
-        # mul_ on a float32 slice overwrites what was kept, which nobody needs any more
-        part = g.to(sum_dtype).mul_(factors[i].to(sum_dtype)).masked_fill_(factors[i] == 0, 0)
-        if total is None:
-            total = part if len(grad) == 1 else part.clone() if part.data_ptr() == g.data_ptr() else part
-        else:
-            total.add_(part)
-    if total is None:
-        total = grad.new_zeros(grad.shape[1:], dtype=sum_dtype)
-    return total.to(dtype)
+    rows = head.rows_at(x, h, g_head, use.padding_idx)
+    return None if rows is None else 2 * (rows.double() * g).sum((1, 2))
 
 
 class WeightedPass:
     """Two-pass strategy, second traversal: every site returns its weighted gradient."""
 
-    weighted = True
+    weighted, probing = True, False
 
     def __init__(self, factors: Tensor, deliver: Callable[[str, Tensor], None] | None = None) -> None:
         """``deliver``: takes each weighted gradient by name, and autograd gets none; None leaves it to autograd."""
@@ -278,7 +270,7 @@ class ProbePass:
         seeded: ``[B]`` bool, the examples whose losses are seeded.
     """
 
-    weighted = False
+    weighted, probing = False, True
 
     def __init__(self, seeded: Tensor) -> None:
         self.batch_size, self._seeded = len(seeded), seeded

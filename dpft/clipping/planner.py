@@ -10,8 +10,9 @@ from typing import Literal
 import psutil
 import torch
 
-from dpft.kernels.linear import choose_method
+from dpft.kernels.linear import choose_method, method_flops
 from dpft.rules.base import EmbeddingUse, LinearUse, MatrixUse
+from dpft.rules.head import HeadUse
 
 Strategy = Literal["one_pass", "two_pass", "per_example"]
 
@@ -21,6 +22,7 @@ FREE_MEMORY_SHARE = 0.5
 __all__ = [
     "Choice",
     "Strategy",
+    "UseDetail",
     "allowance",
     "choose_for_all",
     "choose_method",
@@ -29,6 +31,7 @@ __all__ = [
     "free_memory",
     "gradient_bytes",
     "kept_bytes",
+    "use_details",
 ]
 
 
@@ -45,7 +48,10 @@ def kept_bytes(uses: Iterable[MatrixUse], batch_size: int, seq_len: int, itemsiz
     total = 0
     for use in uses:
         gradient = batch_size * use.grad_numel() * itemsize
-        if isinstance(use, LinearUse):
+        head = use.kept_bytes(batch_size, seq_len, itemsize) if isinstance(use, HeadUse) else None
+        if head is not None:
+            total += head
+        elif isinstance(use, LinearUse):
             pair = batch_size * seq_len * (use.in_features + use.out_features) * itemsize
             total += gradient if batch_size == 1 else min(gradient, pair)
         elif isinstance(use, EmbeddingUse):
@@ -53,24 +59,61 @@ def kept_bytes(uses: Iterable[MatrixUse], batch_size: int, seq_len: int, itemsiz
     return total
 
 
+@dataclass(frozen=True)
+class UseDetail:
+    """How one strategy treats one trainable matrix, for one physical batch.
+
+    Attributes:
+        key: full name of the weight.
+        shape: what it is, in words.
+        method: how its per-example norms are taken.
+        flops: of those norms beyond what a plain step does; 0 where they are taken of the gradient itself.
+        kept: bytes that one-pass keeps for it; 0 under two-pass.
+    """
+
+    key: str
+    shape: str
+    method: str
+    flops: int
+    kept: int
+
+
+def use_details(
+    uses: Iterable[MatrixUse], strategy: Strategy, batch_size: int, seq_len: int, itemsize: int
+) -> list[UseDetail]:
+    """What ``strategy`` does with each matrix; see :func:`kept_bytes` for the arguments."""
+    found = []
+    for use in uses:
+        kept = kept_bytes([use], batch_size, seq_len, itemsize) if strategy == "one_pass" else 0
+        if isinstance(use, LinearUse):
+            d, p = use.out_features, use.in_features
+            pair = batch_size * seq_len * (p + d)
+            materialised = strategy == "one_pass" and (batch_size == 1 or batch_size * p * d <= pair)
+            if isinstance(use, HeadUse) and use.kept_bytes(batch_size, seq_len, itemsize) is not None:
+                found.append(UseDetail(use.key, f"head {p} -> {d}", "materialise, with the loss in chunks", 0, kept))
+                continue
+            if materialised or strategy == "per_example":
+                found.append(UseDetail(use.key, f"linear {p} -> {d}", "materialise", 0, kept))
+                continue
+            method = choose_method(seq_len, p, d)
+            flops = batch_size * method_flops(method, seq_len, p, d)
+            found.append(UseDetail(use.key, f"linear {p} -> {d}", method, flops, kept))
+        elif isinstance(use, EmbeddingUse):
+            # Additions, no products: nothing that a count of FLOPs counts.
+            how = "materialise" if strategy == "per_example" else "segment sums"
+            shape = f"embedding {use.num_embeddings} x {use.dim}"
+            found.append(UseDetail(use.key, shape, how, 0, kept))
+    return found
+
+
 def describe_uses(
     uses: Iterable[MatrixUse], strategy: Strategy, batch_size: int, seq_len: int, itemsize: int
 ) -> list[str]:
     """One line per kind of matrix: how its norm is taken, and what one-pass keeps for it."""
     kinds: Counter[str] = Counter()
-    for use in uses:
-        kept = f"keeps {kept_bytes([use], batch_size, seq_len, itemsize) / 2**20:.2f} MiB"
-        if isinstance(use, LinearUse):
-            d, p = use.out_features, use.in_features
-            pair = batch_size * seq_len * (p + d)
-            materialised = strategy == "one_pass" and (batch_size == 1 or batch_size * p * d <= pair)
-            method = "materialise" if materialised else choose_method(seq_len, p, d)
-            text = f"linear {p} -> {d}: {method}"
-        elif isinstance(use, EmbeddingUse):
-            text = f"embedding {use.num_embeddings} x {use.dim}: segment sums"
-        else:
-            continue
-        kinds[text + (f", {kept}" if strategy == "one_pass" else "")] += 1
+    for detail in use_details(uses, strategy, batch_size, seq_len, itemsize):
+        kept = f", keeps {detail.kept / 2**20:.2f} MiB" if strategy == "one_pass" else ""
+        kinds[f"{detail.shape}: {detail.method}{kept}"] += 1
     return [f"{count} x {text}" for text, count in kinds.items()]
 
 
@@ -137,8 +180,12 @@ def choose_for_all(
         shards_gradients: whether plain training under this engine never holds a whole gradient.
         gathers: whether each traversal of the graph gathers the parameters anew.
     """
+    uses = list(uses)
     gradient = gradient_bytes(uses, itemsize)
     extra = gradient * (max_batch_size - (0 if shards_gradients else 1))
+    # A chunked head's per-example gradients are float32, whatever the model's dtype.
+    wider = max(0, 4 - itemsize)
+    extra += max_batch_size * sum(use.grad_numel() * wider for use in uses if isinstance(use, HeadUse))
     numbers = (
         f"physical batches of at most {max_batch_size}: one-pass keeps at most {extra / 2**20:.1f} MiB more than "
         f"plain training under this engine holds (a whole gradient is {gradient / 2**20:.1f} MiB); "

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dpft.clipping.factors import ClipRule
+from dpft.clipping.findings import Findings
 from dpft.clipping.passes import Trace
 from dpft.clipping.planner import Choice, Strategy, choose_strategy
-from dpft.errors import ClippingError, WrapError
+from dpft.errors import WrapError
 from dpft.rules.base import MatrixUse, Pass
 
 Clipping = Literal["flash", "ghost", "fast", "per_sample", "none"]
@@ -60,6 +61,14 @@ class Engine(Protocol):
         ...
 
 
+class Head(Protocol):
+    """The head of a causal LM that computes its losses in chunks."""
+
+    def expecting(self, labels: Any) -> AbstractContextManager[None]:
+        """While it lasts, the head's forward computes its losses with these labels."""
+        ...
+
+
 @dataclass(frozen=True)
 class ClipStats:
     """What the last clipped backward measured. Data-dependent and not released: it stays on this machine.
@@ -92,13 +101,14 @@ class ClipState:
         backwards: clipped backward passes so far.
         broken: one of them failed midway: ``.grad`` may hold a part of it.
         weights: ``[B]`` example weights that a forward without labels was given.
-        scales: ``[2]``, smallest and largest factor that a loss was multiplied by since they were last read.
+        findings: what the device found out about this logical batch.
         probed_at: the number of the last one before which the isolation check came to a result.
         delivering: parameters whose clipped gradient autograd is about to accumulate.
         guarded: ``id`` of each parameter that has a hook.
         input_dim: number of dimensions of the model's input in the running forward.
         engine: takes the clipped sums, where several processes train; None leaves them in ``.grad``.
         decided: the strategy of every batch, where all ranks had to agree on one beforehand.
+        head: computes a causal LM's losses in chunks; None where the model's own head and loss are used.
     """
 
     clipping: Clipping
@@ -123,10 +133,11 @@ class ClipState:
     last: ClipStats | None = None
     backwards: int = 0
     broken: bool = False
-    scales: Tensor | None = None
+    findings: Findings = field(default_factory=Findings)
     weights: Tensor | None = None
     engine: Engine | None = None
     decided: Choice | None = None
+    head: Head | None = None
 
     def hold(self, weight: Tensor) -> AbstractContextManager[None]:
         """See :class:`dpft.rules.base.Host`."""
@@ -140,6 +151,15 @@ class ClipState:
         if ids is not None:
             self.trace.ids[key] = ids
 
+    @contextmanager
+    def unrecorded(self) -> Iterator[None]:
+        """What is used while it lasts is no use of the running forward's."""
+        trace, self.trace = self.trace, Trace()
+        try:
+            yield
+        finally:
+            self.trace = trace
+
     def begin(self, shape: torch.Size) -> None:
         """A forward of the whole model starts, on an input of this shape."""
         self.batch_size, self.seq_len, self.input_dim = shape[0], shape[1] if len(shape) > 1 else 1, len(shape)
@@ -147,32 +167,6 @@ class ClipState:
     def end(self) -> None:
         """It has ended; a layer that is called by itself is not a part of it."""
         self.batch_size = None
-
-    def note_scale(self, scale: Tensor) -> None:
-        """Remember a loss's factor, without a device synchronisation."""
-        seen = scale.detach().double().expand(2).clone()
-        if self.scales is not None:
-            previous = self.scales.to(seen.device)
-            seen = torch.stack([torch.minimum(previous[0], seen[0]), torch.maximum(previous[1], seen[1])])
-        self.scales = seen
-
-    def check_scales(self, expected: float) -> None:
-        """Raise unless every backward since the last call had the factor ``expected``: sensitivity scales with it.
-
-        Raises:
-            ClippingError: names the factor.
-        """
-        scales, self.scales = self.scales, None
-        if scales is None:
-            return
-        low, high = scales.tolist()
-        if not (abs(low - expected) <= 1e-6 * expected and abs(high - expected) <= 1e-6 * expected):
-            raise ClippingError(
-                f"a loss was multiplied by {low if abs(low - expected) > abs(high - expected) else high:g} before "
-                f"backward; expected {expected:g}. That factor multiplies the clipped sum and with it the "
-                "sensitivity. Call backward on model(**batch).loss itself; to change the step size change the "
-                "learning rate."
-            )
 
     def take_trace(self) -> Trace:
         """The uses since the last boundary; the next forward starts anew."""

@@ -5,15 +5,17 @@ Four exact ways to the same number; DESIGN in ``docs/design.md``:
 ============  =====================  ==============================  ============================
 method        FLOPs per example      extra memory                    cheapest when
 ============  =====================  ==============================  ============================
-gram          ``T^2 (p + d)``        one ``[tile, tile]`` pair       ``T < p d / (p + d)``
-feature       ``2 T p d``            one ``[tile, p]`` block         ``T > p d / (p + d)``
+gram          ``T^2 (p + d)``        a tile, some examples at once   ``T < p d / (p + d)``
+feature       ``2 T p d``            a tile, some examples at once   ``T > p d / (p + d)``
 materialise   ``2 T p d``            ``[B, d, p]``                   the gradient is kept anyway
-gram_full     ``2 T^2 (p + d)``      ``[B, T, T]`` twice             never; the published baseline
+gram_full     ``2 T^2 (p + d)``      ``[T, T]`` twice                never; the published baseline
 ============  =====================  ==============================  ============================
 
 The Gram identity is Goodfellow's (2015, arXiv 1510.01799) for ``T = 1`` and Li et al.'s (2022, arXiv 2110.05679) for
 sequences. Squares are accumulated in float32 within a tile and float64 across tiles, whatever the inputs' dtype; Gram
 products are made in float64.
+
+The same functions with ``impl="triton"`` run :mod:`dpft.kernels.triton`, where the tiles never reach memory.
 """
 
 from __future__ import annotations
@@ -23,12 +25,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dpft.kernels.impl import Impl, resolve_impl
+
 Method = Literal["gram", "gram_full", "feature", "materialise"]
 
-# Elements of one product tile over all examples of the batch (float32: 4 MiB). Large enough that the work is in large
-# matrix products, small enough not to show in a peak.
-TILE_ELEMENTS = 1 << 20
+# Elements of one product tile on a CPU (float32: 2 MiB). *Measured*, 2 cores, widths 512 to 4,096: tiles of half and
+# of twice as many elements take the same time to within the spread as long as no edge is below 512; an edge of 128
+# costs 10 to 40 %.
+TILE_ELEMENTS = 1 << 19
 GRAM_TILE = 256
+_EDGE = 512
+# Not measured: 256 tiles of 128 x 128 keep the multiprocessors of one large GPU busy for two rounds.
+_CUDA_EDGE = 2048
 _RUN = 1024
 
 
@@ -49,20 +57,43 @@ def method_flops(method: Method, seq_len: int, p: int, d: int) -> int:
     if method == "gram":
         tile = gram_tile(seq_len)
         full, rest = divmod(seq_len, tile)
-        blocks = [tile] * full + ([rest] if rest else [])
-        return sum(2 * a * b * (p + d) for i, a in enumerate(blocks) for b in blocks[i:])
+        return (p + d) * (seq_len * seq_len + full * tile * tile + rest * rest)
     if method == "gram_full":
         return 2 * seq_len * seq_len * (p + d)
     return 2 * seq_len * p * d
 
 
-def choose_method(seq_len: int, p: int, d: int) -> Method:
+def gram_cost(x: Tensor) -> float:
+    """What a FLOP of the Gram method, which is made in float64, costs in those of a product of x's dtype.
+
+    On a GPU the ratio of an H100's data sheet for 16-bit products (989 to 67 TFLOP/s); elsewhere that of the widths.
+    """
+    return 15.0 if x.is_cuda and x.element_size() == 2 else 2.0
+
+
+def choose_method(seq_len: int, p: int, d: int, cost: float = 2.0) -> Method:
     """The cheaper of gram tiles and feature tiles for ``x [B, T, p]``, ``g [B, T, d]``.
 
-    By FLOPs, those of the Gram method counted twice: they are made in float64.
+    By FLOPs, those of the Gram method counted ``cost`` times (:func:`gram_cost`).
     """
     gram, feature = method_flops("gram", seq_len, p, d), method_flops("feature", seq_len, p, d)
-    return "gram" if 2 * gram < feature else "feature"
+    return "gram" if cost * gram < feature else "feature"
+
+
+def _edge_and_elements(device: torch.device) -> tuple[int, int]:
+    """Shortest edge that a product tile is cut to, and the elements of a tile."""
+    return (_CUDA_EDGE, 2 * _CUDA_EDGE**2) if device.type == "cuda" else (_EDGE, TILE_ELEMENTS)
+
+
+def _inner_products(a: Tensor, b: Tensor, elements: int) -> Tensor:
+    """``a b^T`` ``[B, s, t]`` in float64 of ``a [B, s, n]`` and ``b [B, t, n]``, widened a few features at a time."""
+    out = a.new_zeros((*a.shape[:2], b.shape[1]), dtype=torch.float64)
+    step = max(1, elements // (a.shape[0] * a.shape[1]))
+    for i in range(0, a.shape[2], step):
+        left = a[:, :, i : i + step].double()
+        right = left if a is b else b[:, :, i : i + step].double()
+        torch.baddbmm(out, left, right.mT, out=out)
+    return out
 
 
 def _gram(x: Tensor, g: Tensor, tile: int) -> Tensor:
@@ -73,27 +104,33 @@ def _gram(x: Tensor, g: Tensor, tile: int) -> Tensor:
     |g_t|)^2 too small, which is all of the norm of a gradient that cancels to 1e-3, and an understated norm breaks the
     bound C. In float64 the same is some 1e-9 of that.
     """
-    total = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
-    for i in range(0, x.shape[1], tile):
-        x_i, g_i = x[:, i : i + tile].double(), g[:, i : i + tile].double()
-        for j in range(i, x.shape[1], tile):
-            x_j, g_j = x[:, j : j + tile].double(), g[:, j : j + tile].double()
-            pair = (x_i @ x_j.mT).mul_(g_i @ g_j.mT).sum((1, 2))
-            total += pair if i == j else 2 * pair
+    batch = len(x)
+    elements = _edge_and_elements(x.device)[1] // 2  # of float64
+    total = torch.zeros(batch, dtype=torch.float64, device=x.device)
+    step = max(1, elements // (tile * tile))
+    for k in range(0, batch, step):
+        xs, gs = x[k : k + step].split(tile, 1), g[k : k + step].split(tile, 1)
+        for i in range(len(xs)):
+            for j in range(i, len(xs)):
+                pair = _inner_products(xs[i], xs[j], elements).mul_(_inner_products(gs[i], gs[j], elements))
+                total[k : k + step].add_(pair.sum((1, 2)), alpha=1 if i == j else 2)
     return total.clamp_(min=0.0)
 
 
 def _feature(x: Tensor, g: Tensor) -> Tensor:
+    """Sum of the squares of ``g_i^T x_i`` over tiles as square as can be, each of which is dropped at once."""
     batch, _, p = x.shape
     d = g.shape[2]
+    edge, elements = _edge_and_elements(x.device)
     total = torch.zeros(batch, dtype=torch.float64, device=x.device)
-    if p > d:  # tile the wider of the two, so that each product is as square as can be
-        x, g, p, d = g, x, d, p
-    step_p = min(p, 4096)
-    step_d = max(1, TILE_ELEMENTS // max(1, batch * step_p))
-    for i in range(0, d, step_d):
-        for j in range(0, p, step_p):
-            total += sq_norm(g[:, :, i : i + step_d].mT @ x[:, :, j : j + step_p])
+    step_p = min(p, edge)
+    step = min(batch, max(1, elements // (step_p * min(d, edge))))
+    step_d = max(1, elements // (step * step_p))
+    for k in range(0, batch, step):
+        for i in range(0, d, step_d):
+            g_T = g[k : k + step, :, i : i + step_d].mT
+            for j in range(0, p, step_p):
+                total[k : k + step] += sq_norm(torch.bmm(g_T, x[k : k + step, :, j : j + step_p]))
     return total
 
 
@@ -112,39 +149,95 @@ def sq_norm(v: Tensor) -> Tensor:
     return runs.double().square_().sum(1) + rest.double().square_()
 
 
-def linear_sq_norm(x: Tensor, g: Tensor, method: Method | Literal["auto"] = "auto") -> Tensor:
+def linear_sq_norm(
+    x: Tensor, g: Tensor, method: Method | Literal["auto"] = "auto", impl: Impl = "auto"
+) -> Tensor:
     """Squared norm of each example's weight gradient.
 
     Args:
-        x: ``[B, T, p]`` the layer's input, any floating dtype.
+        x: ``[B, T, p]`` the layer's input, any floating dtype and strides; it is not copied.
         g: ``[B, T, d]`` the gradient of its output, same dtype.
         method: see the module's table; ``"auto"`` takes the cheaper of gram and feature tiles.
+        impl: ``"torch"`` (any device), ``"triton"`` (CUDA; float32, bfloat16, float16), or ``"auto"``, for which
+            :func:`dpft.kernels.resolve_impl` says what it takes and why. One that is named is never replaced.
 
     Returns:
         ``[B]`` float64 (float32 squares summed in float64). inf and NaN of an example stay in its own entry.
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown method.
+        ValueError: shapes that do not fit, an unknown method or ``impl``, or a method that ``impl`` does not have.
+        KernelError: ``impl="triton"`` cannot run here.
     """
     _check(x, g)
+    taken, _ = resolve_impl(x, impl)
+    if method == "auto":
+        method = choose_method(x.shape[1], x.shape[2], g.shape[2], gram_cost(x))
+    if method not in ("gram", "gram_full", "feature", "materialise"):
+        raise ValueError(f"method is {method!r}; expected 'auto', 'gram', 'gram_full', 'feature' or 'materialise'")
+    if taken == "triton":
+        from dpft.kernels import triton as fused
+
+        if method == "materialise":
+            return fused.grad_sq_norm(x, g, x.dtype)[1]
+        if method == "gram_full":
+            raise ValueError("method 'gram_full' has no Triton kernel: take impl='torch', or method='gram'")
+        return fused.gram_sq_norm(x, g) if method == "gram" else fused.feature_sq_norm(x, g)
     if x.numel() == 0 or g.numel() == 0:
         return torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
-    if method == "auto":
-        method = choose_method(x.shape[1], x.shape[2], g.shape[2])
     if method == "gram":
         return _gram(x, g, gram_tile(x.shape[1]))
     if method == "gram_full":
         return _gram(x, g, x.shape[1])
-    if method == "feature":
-        return _feature(x, g)
-    if method == "materialise":
-        return sq_norm(linear_grad(x, g))
-    raise ValueError(f"method is {method!r}; expected 'auto', 'gram', 'gram_full', 'feature' or 'materialise'")
+    return _feature(x, g) if method == "feature" else sq_norm(linear_grad(x, g))
+
+
+def linear_grad_sq_norm(
+    x: Tensor, g: Tensor, dtype: torch.dtype | None = None, impl: Impl = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Per-example gradients and their squared norms, which are those of the very numbers that are returned.
+
+    Args:
+        x: ``[B, T, p]``; g: ``[B, T, d]`` in the same dtype.
+        dtype: of the gradients; None takes the inputs'. ``"torch"`` makes the product in the inputs' dtype first.
+        impl: as for :func:`linear_sq_norm`; ``"triton"`` does it in one kernel, rounding float32 sums once.
+
+    Returns:
+        ``[B, d, p]`` in ``dtype``, and ``[B]`` float64.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown ``impl``.
+        KernelError: ``impl="triton"`` cannot run here.
+    """
+    _check(x, g)
+    dtype = x.dtype if dtype is None else dtype
+    taken, _ = resolve_impl(x, impl)
+    if taken == "triton":
+        from dpft.kernels import triton as fused
+
+        return fused.grad_sq_norm(x, g, dtype)
+    grad = linear_grad(x, g).to(dtype)
+    return grad, sq_norm(grad)
 
 
 def linear_grad(x: Tensor, g: Tensor) -> Tensor:
     """Per-example gradients ``g_i^T x_i``, ``[B, d, p]`` in the inputs' dtype, of ``x [B, T, p]``, ``g [B, T, d]``."""
     return g.mT @ x
+
+
+def _wide_product(g: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``g^T x`` of ``g [T, d]``, ``x [T, p]`` in float32 or float64, never rounded to 16 bits on the way.
+
+    What is released of two passes is c_i times this product, and the norm was taken of another: each rounding that is
+    not made is one that the norm need not be enlarged for.
+    """
+    if x.dtype == dtype:
+        return g.mT @ x
+    if x.is_cuda and dtype == torch.float32:
+        return torch.mm(g.mT, x, out_dtype=dtype)
+    total = torch.zeros((g.shape[1], x.shape[1]), dtype=dtype, device=x.device)
+    for t in range(0, len(x), _RUN):  # the copies are of a few tokens
+        torch.addmm(total, g[t : t + _RUN].to(dtype).mT, x[t : t + _RUN].to(dtype), out=total)
+    return total
 
 
 def weighted_linear_grad(x: Tensor, g: Tensor, factors: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -172,8 +265,7 @@ def weighted_linear_grad(x: Tensor, g: Tensor, factors: Tensor, out_dtype: torch
         return (kept.reshape(-1, d).mT @ scaled.reshape(-1, p)).to(out_dtype)
     total: Tensor | None = None
     for i in range(batch):
-        # The same product that a norm is taken of, then the factor: what is released is c_i times what was measured.
-        grad = (g[i].mT @ x[i]).to(sum_dtype)
+        grad = _wide_product(g[i], x[i], sum_dtype)
         grad = grad.mul_(factors[i].to(sum_dtype)).masked_fill_(dropped[i], 0)
         total = grad if total is None else total.add_(grad)
     assert total is not None

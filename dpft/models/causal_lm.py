@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpft.errors import ClippingError
+from dpft.models.head import IGNORE_INDEX, losses_of
 from dpft.rules.base import Rule
 from dpft.rules.linear import LinearRule
 from dpft.rules.norm import ElementwiseRule
@@ -25,7 +26,7 @@ def per_example_causal_lm_losses(
     labels: Tensor | None = None,
     vocab_size: int | None = None,
     shift_labels: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     **kwargs: Any,
 ) -> Tensor:
     """Each example's own loss: the mean of cross-entropy over its own unmasked tokens.
@@ -47,6 +48,9 @@ def per_example_causal_lm_losses(
     if shift_labels is None:
         if labels is None:
             raise ClippingError("the loss function was called without labels; expected labels [B, T]")
+        losses = losses_of(logits, labels) if ignore_index == IGNORE_INDEX else None
+        if losses is not None:
+            return losses
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     targets = shift_labels.to(logits.device)
     if logits.shape[:-1] != targets.shape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from dpft.clipping.boundary import clip_boundary, mean_loss
 from dpft.clipping.state import ClipState
 from dpft.clipping.strategies import guard_parameters
 from dpft.errors import ClippingError
+from dpft.models.head import joined
 
 # Not inputs of the batch, whatever their length happens to be.
 _NOT_BATCHED = frozenset({"cache_position", "num_items_in_batch"})
@@ -35,7 +37,9 @@ def clipped_forward(
     """
     weights = kwargs.pop("example_weight", None)
     if not torch.is_grad_enabled():
-        return _with_loss(plain(*args, **kwargs), lambda losses: mean_loss(losses, weights), kwargs)
+        with _expecting(state, kwargs):
+            out = plain(*args, **kwargs)
+        return _with_loss(out, lambda losses: mean_loss(losses, weights), kwargs)
     state.check_parameters(model)
     if state.clipping != "none" and state.engine is None:
         guard_parameters(state)
@@ -53,11 +57,18 @@ def clipped_forward(
             return _forward_each(state, plain, args, kwargs, weights, shape[0])
         if choice == "two_pass":
             refuse_unsaved_rng(state, model)
-        return _with_loss(
-            plain(*args, **kwargs), lambda losses: clip_boundary(state, losses, weights, choice), kwargs
-        )
+        with _expecting(state, kwargs):
+            out = plain(*args, **kwargs)
+        return _with_loss(out, lambda losses: clip_boundary(state, losses, weights, choice), kwargs)
     finally:
         state.end()
+
+
+def _expecting(state: ClipState, kwargs: dict[str, Any]) -> AbstractContextManager[None]:
+    """Lets the head compute its losses with the call's labels, where it can."""
+    if state.head is None or kwargs.get("shift_labels") is not None:
+        return nullcontext()
+    return state.head.expecting(kwargs.get("labels"))
 
 
 def _hold_weights(state: ClipState, weights: Tensor | None) -> None:
@@ -138,17 +149,19 @@ def _forward_each(
     logits: list[Tensor] = []
     out: Any = None
     for i in range(batch):
-        out = plain(*(_row(a, i, batch) for a in args), **{k: _row(v, i, batch, k) for k, v in kwargs.items()})
+        row = {k: _row(v, i, batch, k) for k, v in kwargs.items()}
+        with _expecting(state, row):
+            out = plain(*(_row(a, i, batch) for a in args), **row)
         loss = out[0] if isinstance(out, tuple) else out.loss
         losses.append(loss.reshape(()))
         found = out[1] if isinstance(out, tuple) else getattr(out, "logits", None)
-        logits += [found.detach()] if isinstance(found, Tensor) else []
+        logits += [found.detach()] if isinstance(found, Tensor) else []  # lazy ones stay lazy
     loss = clip_boundary(state, losses, weights, "per_example")
-    joined = None if len(logits) < batch else logits[0] if batch == 1 else torch.cat(logits)
+    together = joined(logits) if 0 < len(logits) == batch else None
     if isinstance(out, tuple):
-        return (loss, joined)
+        return (loss, together)
     assert out is not None
-    return type(out)(loss=loss, logits=joined)
+    return type(out)(loss=loss, logits=together)
 
 
 def _row(value: Any, i: int, batch: int, name: str = "") -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dpft import kernels
 from dpft.errors import ClippingError
-from dpft.kernels.embedding import add_embedding_grad, weighted_embedding_grad
+from dpft.kernels.embedding import add_embedding_grad, head_rows_at_tokens, weighted_embedding_grad
 from dpft.kernels.linear import Method, linear_grad, weighted_linear_grad
 
 
@@ -45,12 +45,21 @@ class MatrixUse(Protocol):
         """Number of elements of one example's gradient."""
         ...
 
+    def rows_at(self, ids: Tensor, x: Tensor, g: Tensor, padding_idx: int | None) -> Tensor | None:
+        """``[B, T, D]`` rows of the per-example gradients ``[B, V, D]`` at ``ids [B, T]``: of a head; else None.
+
+        An embedding tied to the head needs them: the inner product of the two gradients is theirs with its own ``g``.
+        """
+        ...
+
 
 class Pass(Protocol):
     """The backward pass that is running; see :mod:`dpft.clipping.passes`."""
 
     batch_size: int
     weighted: bool
+    probing: bool
+    """Whether it only looks which rows receive a gradient."""
 
     def matrix(self, use: MatrixUse, x: Tensor, g: Tensor, weight: Tensor) -> Tensor | None:
         """Take in one use of a weight matrix; its weighted gradient if this pass is the weighted one, else None."""
@@ -153,6 +162,9 @@ class LinearUse:
     def grad_numel(self) -> int:
         return self.out_features * self.in_features
 
+    def rows_at(self, ids: Tensor, x: Tensor, g: Tensor, padding_idx: int | None) -> Tensor | None:
+        return None if self.transposed else head_rows_at_tokens(ids, x, g, padding_idx)
+
 
 @dataclass(frozen=True)
 class EmbeddingUse:
@@ -181,6 +193,9 @@ class EmbeddingUse:
 
     def grad_numel(self) -> int:
         return self.num_embeddings * self.dim
+
+    def rows_at(self, ids: Tensor, x: Tensor, g: Tensor, padding_idx: int | None) -> Tensor | None:
+        return None
 
 
 def attribute(module: nn.Module, name: str) -> Any:

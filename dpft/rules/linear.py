@@ -21,18 +21,17 @@ from dpft.rules.base import (
 
 
 class LinearSite(SiteFunction):
-    """``y = x W^T + b``; saves what autograd would save, ``x`` and ``W``, and nothing besides."""
+    """The node of ``y = x W^T + b``; saves what autograd would save, ``x`` and ``W``, and nothing besides.
+
+    ``y`` is empty: :func:`linear_site` fills it. A checkpoint stops its recomputation when the last tensor has been
+    saved, and a Function saves when its forward has ended: a product made in here would be made once more for nothing.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, tap: Tensor, site: Any) -> Tensor:
         ctx.save_for_backward(x, w, b)
         ctx.site = site
-        w = w.to(x.dtype)
-        b = None if b is None else b.to(x.dtype)
-        if site.use.transposed:
-            y = x.reshape(-1, x.shape[-1]) @ w if b is None else torch.addmm(b, x.reshape(-1, x.shape[-1]), w)
-            return y.view(*x.shape[:-1], w.shape[1])
-        return F.linear(x, w, b)
+        return x.new_empty((*x.shape[:-1], site.use.out_features))
 
     @staticmethod
     @once_differentiable
@@ -72,6 +71,13 @@ def linear_site(host: Host, keys: dict[str, str], x: Tensor, w: Tensor, b: Tenso
         x = x.to(torch.get_autocast_dtype(x.device.type))
     site = _Site(host, use, "weight" in keys, keys.get("bias"))
     y: Tensor = LinearSite.apply(x, w, b, host.tap, site)
+    with torch.no_grad():
+        rows, product = x.reshape(-1, in_features), y.view(-1, out_features)
+        w = w.to(x.dtype) if transposed else w.to(x.dtype).mT
+        if b is None:
+            torch.mm(rows, w, out=product)
+        else:
+            torch.addmm(b.to(x.dtype), rows, w, out=product)
     return y
 
 

@@ -63,3 +63,22 @@ def test_the_choice_for_all_ranks_counts_the_whole_gradient_where_the_engine_sha
     for allowed, strategy in ((64 * 64 * 4 - 1, "two_pass"), (64 * 64 * 4, "one_pass")):
         choice = planner.choose_for_all(uses, 1, 4, allowed, shards_gradients=True, gathers=True)
         assert choice.strategy == strategy
+
+
+@hypothesis.given(tokens=st.integers(1, 4096), batch=st.integers(1, 8), p=st.integers(1, 512), d=st.integers(1, 512))
+@hypothesis.settings(max_examples=100)
+def test_details_add_up_to_what_is_kept(tokens: int, batch: int, p: int, d: int) -> None:
+    """Per matrix what the whole is decided by; norms cost work of their own only where no gradient is made."""
+    uses = [LinearUse("a", d, p), LinearUse("b", p, d, transposed=True), EmbeddingUse("c", 100, d)]
+    kept = planner.use_details(uses, "one_pass", batch, tokens, 4)
+    assert [detail.key for detail in kept] == ["a", "b", "c"]
+    assert sum(detail.kept for detail in kept) == planner.kept_bytes(uses, batch, tokens, 4)
+    for detail in kept[:2]:
+        assert (detail.method == "materialise") == (detail.flops == 0)
+        assert batch > 1 or detail.method == "materialise"
+    for detail in planner.use_details(uses, "two_pass", batch, tokens, 4):
+        assert detail.kept == 0 and detail.method != "materialise"
+    for detail in planner.use_details(uses, "per_example", batch, tokens, 4):
+        assert detail.kept == detail.flops == 0 and detail.method == "materialise"
+    head = planner.use_details(uses[:1], "two_pass", batch, tokens, 4)[0]
+    assert head.flops == batch * method_flops(planner.choose_method(tokens, p, d), tokens, p, d)

@@ -1,0 +1,183 @@
+"""A language model's head and its cross-entropy, in chunks of tokens: no ``[B, T, V]`` in float32.
+
+The logits of a chunk are made, turned into their own gradient in place, multiplied into what is needed, and given up.
+The products are those of plain training, each made once: ``h W^T`` for the logits, ``g W`` for the gradient of h, and
+``g_i^T h_i`` for the weight. The last is per example and stays so, or else g itself is kept in the model's dtype,
+whichever is smaller.
+
+Shapes: B examples, T tokens, D features, V tokens of the vocabulary; h ``[B, T, D]``, W ``[V, D]``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Tokens of a chunk. A CPU wants the chunk's logits near its caches; a GPU wants products that fill it, and reads and
+# writes the [V, D] gradient once a chunk, which 2,048 tokens pay for.
+CPU_CHUNK, GPU_CHUNK = 256, 2048
+# Rows of the weight's gradient that one low-precision product makes before they are added up in float32.
+_ROWS = 8192
+
+
+@dataclass
+class HeadProducts:
+    """What one chunked forward leaves.
+
+    Attributes:
+        losses: ``[B]`` float32 (float64 for float64 inputs), the mean over an example's own unmasked tokens; 0 where
+            there are none.
+        dh: ``[B, T, D]`` in h's dtype, the gradient of each example's loss; None where it was not asked for.
+        weight: ``[B, V, D]`` float32 (float64), per-example gradients of the weight; or None.
+        g: ``[B, T, V]`` in h's dtype, the gradient of the logits; or None.
+        bias: ``[B, V]`` float32 (float64), per-example gradients of the bias; or None.
+    """
+
+    losses: Tensor
+    dh: Tensor | None = None
+    weight: Tensor | None = None
+    g: Tensor | None = None
+    bias: Tensor | None = None
+
+
+def auto_chunk(device: torch.device) -> int:
+    """Tokens of a chunk where the user names none."""
+    return CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
+
+
+def keeps_weight_gradient(seq_len: int, dim: int, itemsize: int) -> bool:
+    """Whether an example's ``[V, D]`` in float32 is smaller than its ``g [T, V]`` in a dtype of ``itemsize`` bytes."""
+    return max(itemsize, 4) * dim <= itemsize * seq_len
+
+
+@torch.no_grad()
+def chunked_head_loss(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    chunk: int,
+    *,
+    ignore_index: int = -100,
+    need_dh: bool = False,
+    need_weight: bool = False,
+    need_bias: bool = False,
+) -> HeadProducts:
+    """Per-example losses of a linear head, and their gradients where asked for.
+
+    Args:
+        h: ``[B, T, D]``, the head's input.
+        weight: ``[V, D]`` in h's dtype.
+        bias: ``[V]`` in h's dtype, or None.
+        targets: ``[B, T]`` int64; ``ignore_index`` where there is nothing to predict.
+        chunk: tokens at a time, at least 1. It changes the result by rounding alone.
+        ignore_index: label of masked positions: their gradient is exactly zero, whatever their logits.
+        need_dh: whether the gradient of h is wanted.
+        need_weight: whether per-example gradients of the weight are: as :attr:`HeadProducts.weight` or, where that is
+            smaller, as :attr:`HeadProducts.g`.
+        need_bias: whether per-example gradients of the bias are.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if h.dim() != 3 or targets.shape != h.shape[:2] or weight.shape[1:] != h.shape[2:] or chunk < 1:
+        raise ValueError(
+            f"expected h [B, T, D], weight [V, D], targets [B, T] and chunk >= 1, got h {list(h.shape)}, weight "
+            f"{list(weight.shape)}, targets {list(targets.shape)} and chunk {chunk}"
+        )
+    batch, seq_len, dim = h.shape
+    vocab = weight.shape[0]
+    wide = torch.promote_types(h.dtype, torch.float32)
+    products = HeadProducts(torch.zeros(batch, dtype=wide, device=h.device))
+    if need_dh:
+        products.dh = torch.empty_like(h, memory_format=torch.contiguous_format)
+    if need_weight and keeps_weight_gradient(seq_len, dim, h.element_size()):
+        products.weight = torch.zeros((batch, vocab, dim), dtype=wide, device=h.device)
+    elif need_weight:
+        products.g = torch.empty((batch, seq_len, vocab), dtype=h.dtype, device=h.device)
+    if need_bias:
+        products.bias = torch.zeros((batch, vocab), dtype=wide, device=h.device)
+    valid = targets != ignore_index
+    share = valid.to(wide) / valid.sum(1, keepdim=True).clamp(min=1)  # of each token in its example's mean
+    lost = torch.empty((batch, seq_len), dtype=wide, device=h.device)
+    # What is added up per example is made example by example; anything else may cross from one to the next.
+    whole = products.weight is None and products.bias is None
+    flat = [t.reshape(1, -1, *t.shape[2:]) if whole else t for t in (h, targets, valid, share, lost)]
+    for i, (h_i, targets_i, valid_i, share_i, lost_i) in enumerate(zip(*flat, strict=True)):
+        for t in range(0, len(h_i), chunk):
+            rows = slice(t, t + chunk)
+            z, total = _exponentials(h_i[rows], weight, bias, targets_i[rows], valid_i[rows], lost_i[rows])
+            if need_dh or need_weight or need_bias:
+                _into_gradient(z, total, targets_i[rows], valid_i[rows], share_i[rows])
+                _add_products(products, None if whole else i, rows, z, h_i[rows], weight)
+            del z
+    products.losses = (lost * share).masked_fill_(~valid, 0).sum(1, dtype=torch.float64).to(wide)
+    return products
+
+
+def _exponentials(
+    h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, valid: Tensor, lost: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``exp(logits - max) [c, V]`` and its sums ``[c]``, in float32 (float64); the tokens' losses go to ``lost``."""
+    logits = h @ weight.mT if bias is None else torch.addmm(bias, h, weight.mT)
+    z = logits.to(lost.dtype)  # the same memory where it is float32 already
+    del logits
+    picked = z.gather(1, targets.where(valid, 0).unsqueeze(1)).squeeze(1)
+    top = z.amax(1)
+    total = z.sub_(top.unsqueeze(1)).exp_().sum(1)
+    torch.sub(top + total.log(), picked, out=lost)
+    return z, total
+
+
+def _into_gradient(z: Tensor, total: Tensor, targets: Tensor, valid: Tensor, share: Tensor) -> None:
+    """Turn exponentials ``[c, V]`` into the gradient of the example's loss by its logits, in place."""
+    z.mul_((share / total).unsqueeze(1))
+    z.scatter_add_(1, targets.where(valid, 0).unsqueeze(1), -share.unsqueeze(1))
+    z.masked_fill_(~valid.unsqueeze(1), 0)  # a masked token's infinite logits would leave 0 * NaN
+
+
+def _add_products(
+    products: HeadProducts, example: int | None, rows: slice, z: Tensor, h: Tensor, weight: Tensor
+) -> None:
+    """Multiply the gradient of a chunk's logits ``z [c, V]`` into what is asked for.
+
+    Args:
+        products: taken in.
+        example: whose tokens these are; None: of all examples, one after the other.
+        rows: which of its tokens.
+        z: overwritten.
+        h: ``[c, D]``.
+        weight: ``[V, D]``.
+    """
+    g = z.to(h.dtype)
+    if products.dh is not None:
+        dh = products.dh.flatten(0, 1) if example is None else products.dh[example]
+        torch.mm(g, weight, out=dh[rows])
+    if products.g is not None:
+        (products.g.flatten(0, 1) if example is None else products.g[example])[rows] = g
+    if example is None:
+        return
+    if products.bias is not None:
+        products.bias[example] += z.sum(0)
+    if products.weight is None:
+        return
+    grad = products.weight[example]
+    if g.dtype == grad.dtype:
+        torch.addmm(grad, g.mT, h, out=grad)
+        return
+    for v in range(0, len(grad), _ROWS):
+        grad[v : v + _ROWS] += g[:, v : v + _ROWS].mT @ h
+
+
+def gradient_rows_at_tokens(grad: Tensor, ids: Tensor, padding_idx: int | None = None) -> Tensor:
+    """Rows of per-example gradients ``grad [B, V, D]`` at the tokens ``ids [B, T]``: ``[B, T, D]``.
+
+    Args:
+        grad: per-example gradients of the head's weight.
+        ids: of the input.
+        padding_idx: of an embedding that has no gradient there; its rows come out as zero.
+    """
+    rows = torch.stack([one.index_select(0, tokens) for one, tokens in zip(grad, ids, strict=True)])
+    return rows if padding_idx is None else rows.masked_fill_((ids == padding_idx).unsqueeze(-1), 0)

@@ -1,0 +1,44 @@
+"""Which implementation of a kernel runs. One that is named is never replaced by another."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Literal
+
+from torch import Tensor
+
+from dpft.errors import KernelError
+
+Impl = Literal["auto", "torch", "triton"]
+
+
+def resolve_impl(x: Tensor, impl: Impl) -> tuple[Literal["torch", "triton"], str]:
+    """What ``impl`` stands for on ``x``'s device, and why, in words.
+
+    Args:
+        x: a tensor on the device where the kernel is to run.
+        impl: ``"auto"``, or the name of an implementation, which is then taken or refused.
+
+    Raises:
+        ValueError: an unknown ``impl``.
+        KernelError: ``"triton"``, which is not installed or cannot run on ``x``'s device.
+    """
+    if impl == "auto":
+        return "torch", "torch on every device: it is not measured yet where the Triton kernels are faster"
+    if impl == "torch":
+        return "torch", "named"
+    if impl != "triton":
+        raise ValueError(f"impl is {impl!r}; expected 'auto', 'torch' or 'triton'")
+    if importlib.util.find_spec("triton") is None:
+        raise KernelError(
+            "impl='triton' was asked for and the package triton is not installed: install dpft[triton], or take "
+            "impl='torch'"
+        )
+    from dpft.kernels import triton as fused
+
+    if not x.is_cuda and not fused.INTERPRETED:
+        raise KernelError(
+            f"impl='triton' was asked for with tensors on {x.device}; Triton runs on CUDA devices. Take impl='torch', "
+            "or, to test the kernels in Triton's interpreter, start the process with TRITON_INTERPRET=1"
+        )
+    return "triton", "named"

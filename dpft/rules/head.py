@@ -1,0 +1,108 @@
+"""The site of a language model's head with its loss: per-example losses out, no logits kept.
+
+Its forward makes the gradients together with the losses, chunk by chunk, while a chunk's logits are there
+(:mod:`dpft.kernels.head`); its backward only hands them to the running pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dpft.kernels.head import chunked_head_loss, gradient_rows_at_tokens, keeps_weight_gradient
+from dpft.kernels.linear import Method, sq_norm
+from dpft.kernels.weighted import weighted_sum_
+from dpft.rules.base import LinearUse, SiteFunction, running_pass
+
+
+@dataclass(frozen=True)
+class ProductUse:
+    """A weight whose per-example gradients are there already: ``x`` is ``[B, V, D]``, ``g [B, 1, 1]`` multiplies.
+
+    The multiplier of an example is the gradient of its loss, 1 unless something was computed from the loss.
+    """
+
+    key: str
+    out_features: int
+    in_features: int
+
+    def sq_norm(self, x: Tensor, g: Tensor, method: Method | None) -> Tensor:
+        return sq_norm(x) * g.flatten().double().square()
+
+    def add_grad(self, x: Tensor, g: Tensor, out: Tensor | None) -> Tensor:
+        return x * g.to(x.dtype) if out is None else out.addcmul_(x, g.to(x.dtype))
+
+    def weighted_grad(self, x: Tensor, g: Tensor, factors: Tensor, out: Tensor | None, dtype: torch.dtype) -> Tensor:
+        # In place where it can be: a weighted gradient is the last thing that is made of it.
+        grad = weighted_sum_(x, factors, dtype, g.flatten())
+        return grad if out is None else out.add_(grad)
+
+    def grad_numel(self) -> int:
+        return self.out_features * self.in_features
+
+    def rows_at(self, ids: Tensor, x: Tensor, g: Tensor, padding_idx: int | None) -> Tensor | None:
+        return gradient_rows_at_tokens(x, ids, padding_idx) * g.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class HeadUse(LinearUse):
+    """A head whose loss is computed in chunks, for the planner: what it keeps is not what a linear layer keeps."""
+
+    def kept_bytes(self, batch_size: int, seq_len: int, itemsize: int) -> int | None:
+        """Bytes of per-example gradients that the forward makes; None where it keeps ``(h, g)`` as a linear does."""
+        if not keeps_weight_gradient(seq_len, self.in_features, itemsize):
+            return None
+        return batch_size * self.grad_numel() * max(itemsize, 4)
+
+
+class HeadLossSite(SiteFunction):
+    """Per-example losses ``[B]`` of ``h [B, T, D]``, ``W [V, D]`` and targets ``[B, T]``."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, w: Tensor, b: Tensor | None, tap: Tensor, site: Any) -> Tensor:
+        weight, bias = w.to(h.dtype), None if b is None else b.to(h.dtype)
+        with torch.autocast(h.device.type, enabled=False):
+            made = chunked_head_loss(
+                h,
+                weight,
+                bias,
+                site.targets,
+                site.chunk,
+                need_dh=ctx.needs_input_grad[0],
+                need_weight=ctx.needs_input_grad[1],
+                need_bias=ctx.needs_input_grad[2],
+            )
+        ctx.save_for_backward(w, b, made.dh, made.weight, made.bias, made.g, None if made.g is None else h)
+        ctx.site = site
+        site.targets = None
+        return made.losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, seeds: Tensor) -> tuple[Tensor | None, ...]:
+        w, b, dh, grads, bias_grads, g, h = ctx.saved_tensors
+        site, each = ctx.site, seeds.view(-1, 1, 1)
+        dx = None if dh is None else dh * each.to(dh.dtype)
+        dw = db = None
+        if site.native:
+            # One example: its gradient is the weight's, and nothing else will be made of it.
+            if ctx.needs_input_grad[1]:
+                dw = (g.mT @ h if grads is None else grads).mul_(each).squeeze(0)
+            if ctx.needs_input_grad[2]:
+                db = bias_grads.mul_(seeds.unsqueeze(1)).squeeze(0)
+            return dx, dw, db, None, None
+        running = running_pass(site.host, site.keys.get("weight", site.keys.get("bias", "")))
+        if "weight" in site.keys:
+            vocab, dim = site.shape
+            if grads is None and not running.probing:
+                # On the smaller of the two; a probe, which forms no product, is to see it on the gradient.
+                dw = running.matrix(LinearUse(site.keys["weight"], vocab, dim), h * each.to(h.dtype), g, w)
+            else:
+                dw = running.matrix(ProductUse(site.keys["weight"], vocab, dim), grads, each, w)
+        if "bias" in site.keys:
+            db = running.vector(site.keys["bias"], bias_grads * seeds.unsqueeze(1), b)
+        return dx, dw, db, None, None
