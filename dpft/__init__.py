@@ -7,6 +7,7 @@ from dpft.errors import (
     ClippingError,
     DPFTError,
     EngineError,
+    KernelError,
     LedgerError,
     PrivacyConfigError,
     UnsupportedModuleError,
@@ -15,6 +16,9 @@ from dpft.errors import (
 from dpft.loader import PrivateDataLoader
 from dpft.noise import GaussianNoise
 from dpft.optimizer import DPOptimizer
+from dpft.planning.hardware import Hardware
+from dpft.planning.plan import plan
+from dpft.planning.result import Plan
 from dpft.prepare import prepare
 from dpft.privacy import PrivacyConfig, PrivacyPlan, privacy_report, privacy_statement_markdown
 from dpft.run import PrivacyRun
@@ -29,7 +33,10 @@ __all__ = [
     "DPOptimizer",
     "EngineError",
     "GaussianNoise",
+    "Hardware",
+    "KernelError",
     "LedgerError",
+    "Plan",
     "PrivacyConfig",
     "PrivacyConfigError",
     "PrivacyPlan",
@@ -39,6 +46,7 @@ __all__ = [
     "WrapError",
     "clipped_loss",
     "explain",
+    "plan",
     "prepare",
     "privacy_report",
     "privacy_statement_markdown",

@@ -1,0 +1,59 @@
+"""What a rank holds between steps, and of gathered parameters during them."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from torch import Tensor, nn
+
+from dpft.planning.simulate import Sharding
+
+__all__ = ["OPTIMIZERS", "OptimizerName", "resting_bytes"]
+
+OptimizerName = Literal["adamw", "sgd"]
+OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
+
+
+def resting_bytes(model: nn.Module, sharding: Sharding, optimizer: OptimizerName | None) -> dict[str, int]:
+    """Bytes that a rank holds beside what a step makes, by what they are.
+
+    ``docs/engines.md`` has the layouts. Gradients and clipped sums are not in it: a step makes them, and they are
+    counted there.
+
+    Args:
+        model: of whole parameters, on any device.
+        sharding: the engine.
+        optimizer: whose states are held; None: none.
+    """
+    parameters = list(model.parameters())
+    trainable = [p for p in parameters if p.requires_grad]
+    held = sum(sharding.part(p.numel(), sharding.parameters) * p.element_size() for p in parameters)
+    found = {"parameters and buffers": held + sum(_bytes(b) for b in model.buffers())}
+    deepspeed = sharding.engine.startswith("zero")
+    if optimizer is not None:
+        # DeepSpeed steps on a float32 copy of its part; the others on the parameters, with states of their dtype.
+        states = 2 if optimizer == "adamw" else 0
+        found["optimiser states"] = sum(
+            sharding.part(p.numel(), sharding.states) * (4 * (states + 1) if deepspeed else states * p.element_size())
+            for p in trainable
+        )
+    if sharding.engine == "zero3":  # kept from step to step; the other stages drop theirs
+        found["DeepSpeed's gradients"] = sum(sharding.part(p.numel(), True) * p.element_size() for p in trainable)
+    if sharding.parameters:
+        blocks = _repeated(model)
+        inside = {id(p) for block in blocks for p in block.parameters()}
+        outside = sum(_bytes(p) for p in parameters if id(p) not in inside)
+        largest = max((sum(_bytes(p) for p in block.parameters()) for block in blocks), default=0)
+        # One block is in use while the next one is on its way.
+        found["gathered parameters"] = min(outside + 2 * largest, sum(map(_bytes, parameters)))
+    return {name: size for name, size in found.items() if size}
+
+
+def _bytes(t: Tensor) -> int:
+    return t.numel() * t.element_size()
+
+
+def _repeated(model: nn.Module) -> list[nn.Module]:
+    """The decoder's blocks: the longest list of modules of one class."""
+    lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return max((found for found in lists if len({type(m) for m in found}) == 1), key=len, default=[])

@@ -1,0 +1,177 @@
+"""What a step allocates and computes, operation by operation: a dispatch mode that works on any device, meta included.
+
+Memory is counted by storage: a birth where an operation returns a storage that was not seen before, a death where
+nothing holds it any more (``weakref.finalize``). A storage counts once, whatever views there are of it. On a CPU this
+agrees with the allocator's own events to 0.03 %. Work is counted with the formulas of ``torch.utils.flop_counter``.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+__all__ = ["Operation", "StepMeter"]
+
+# They touch no memory: storages come from them uninitialised, or not at all.
+_FREE = frozenset({"detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "alias"})
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One kind of operation: all calls with the same work.
+
+    Attributes:
+        name: of the ATen operator, without its overload (``"mm"``).
+        dtype: of its first floating-point input, else of its first tensor.
+        flops: of one call, a multiply-add counted as two, as ``FlopCounterMode`` counts; 0 for what it does not count.
+        moved: bytes that one call reads and writes, each tensor once; a broadcast one at its storage's size.
+        causal: whether it is attention that skips what lies above the diagonal, half of :attr:`flops`.
+    """
+
+    name: str
+    dtype: torch.dtype
+    flops: int
+    moved: int
+    causal: bool = False
+
+    @property
+    def attention(self) -> bool:
+        """Whether it is one of the fused attention kernels."""
+        return "attention" in self.name
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What is known of an operator without its arguments."""
+
+    name: str
+    formula: Any
+    view: bool
+    causal_at: int | None
+
+
+class StepMeter(TorchDispatchMode):
+    """Inside, counts live bytes, their peak, and every operation.
+
+    Attributes:
+        live: bytes of the storages that were born inside and are alive.
+        peak: the largest :attr:`live` since the start or the last :meth:`reset`.
+        operations: how often each operation ran since the start or the last :meth:`reset`.
+
+    Args:
+        known: tensors that existed before and are not to be counted: parameters, buffers, the batch.
+    """
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.operations: Counter[Operation] = Counter()
+        self._held = list(known)  # so that their keys are not used again
+        self._known = {t.untyped_storage()._cdata for t in self._held}
+        self._kinds: dict[Any, _Kind] = {}
+        self._costs: dict[Hashable, tuple[Counter[Operation], int, Callable[[], Tensor]]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        kind = self._kinds.get(func)
+        if kind is None:
+            kind = self._kinds[func] = _kind_of(func)
+        outputs = list(_tensors((out,)))
+        for t in outputs:
+            self._born(t.untyped_storage())
+        if not kind.view:
+            self._note(kind, args, kwargs, out, outputs)
+        return out
+
+    def _note(self, kind: _Kind, args: Any, kwargs: Any, out: Any, outputs: list[Tensor]) -> None:
+        inputs = list(_tensors((*args, *kwargs.values())))
+        dtype = next((t.dtype for t in inputs if t.dtype.is_floating_point), None)
+        if dtype is None:
+            dtype = (inputs or outputs)[0].dtype if inputs or outputs else torch.int64
+        flops = 0 if kind.formula is None else int(kind.formula(*args, **kwargs, out_val=out))
+        moved = 0 if kind.name in _FREE else sum(map(_bytes_touched, (*inputs, *outputs)))
+        at = kind.causal_at
+        causal = at is not None and bool(kwargs.get("is_causal", args[at] if at < len(args) else False))
+        self.operations[Operation(kind.name, dtype, flops, moved, causal)] += 1
+
+    def _born(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes()
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._died, key, size)
+
+    def _died(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
+
+    def reset(self) -> None:
+        """From here on count peak and operations anew, from what is alive."""
+        self.peak = self.live
+        self.operations = Counter()
+
+    def once(self, key: Hashable, run: Callable[[], Tensor]) -> Tensor:
+        """``run()`` the first time; for the same ``key`` again only what it cost, and a result of the same shape.
+
+        For a function that holds nothing but its result when it returns, on tensors without data: a model repeats its
+        norms in every block, and each consists of thousands of small operations.
+        """
+        outside, self.operations = self.operations, Counter()
+        live, peak = self.live, self.peak
+        if key in self._costs:
+            operations, extra, make = self._costs[key]
+            result = make()
+        else:
+            self.peak = live
+            result = run()
+            operations, extra = self.operations, self.peak - live
+            make = functools.partial(torch.empty, result.shape, dtype=result.dtype, device=result.device)
+            self._costs[key] = operations, extra, make
+        self.peak = max(peak, live + extra)
+        self.operations = outside
+        self.operations.update(operations)
+        return result
+
+    def flops(self, attention: bool = True) -> int:
+        """FLOPs so far, with or without the fused attention kernels (``FlopCounterMode`` misses them on a CPU)."""
+        counted = ((op, count) for op, count in self.operations.items() if attention or not op.attention)
+        return sum(op.flops * count for op, count in counted)
+
+
+def _kind_of(func: Any) -> _Kind:
+    names = [argument.name for argument in func._schema.arguments]
+    name = func._schema.name.split("::")[1]
+    attention = "attention" in name
+    return _Kind(
+        name=name,
+        formula=flop_registry.get(func._overloadpacket),
+        view=any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns),
+        causal_at=names.index("is_causal") if attention and "is_causal" in names else None,
+    )
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among an operator's arguments or results, in lists and tuples too."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _bytes_touched(t: Tensor) -> int:
+    size = t.numel() * t.element_size()
+    return min(size, t.untyped_storage().nbytes())

@@ -1,0 +1,209 @@
+"""The predictions of one model, what they say about the strategy, and the batch size that they are best for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from dpft.clipping.planner import (
+    Choice,
+    Strategy,
+    choose_for_all,
+    choose_strategy,
+    gradient_bytes,
+    kept_bytes,
+    use_details,
+)
+from dpft.errors import UnsupportedModuleError
+from dpft.planning.hardware import Hardware
+from dpft.planning.memory import OptimizerName
+from dpft.planning.result import LayerPlan, Plan, Prediction
+from dpft.planning.simulate import Sharding, Simulation, simulate
+from dpft.rules.base import MatrixUse
+from dpft.wrap import get_state, unwrap, wrap
+
+__all__ = ["Planner"]
+
+STRATEGIES: tuple[Strategy, ...] = ("one_pass", "two_pass", "per_example")
+MAX_BATCH_SIZE = 256
+# Per-example takes a forward for each example, in the simulation too, and holds the graphs of all: it is for few.
+MAX_EXAMPLES_ALONE = 8
+# A larger batch has to be faster by this share to be worth its memory.
+WORTH = 0.02
+
+
+class Planner:
+    """The predictions of one twin, each batch size and strategy simulated once."""
+
+    def __init__(
+        self,
+        twin: nn.Module,
+        seq_len: int,
+        sharding: Sharding,
+        machine: Hardware,
+        memory: int,
+        resting: dict[str, int],
+        loss_chunk: int | None,
+    ) -> None:
+        self.twin, self.seq_len, self.sharding, self.machine = twin, seq_len, sharding, machine
+        self.memory, self.resting, self.loss_chunk = memory, resting, loss_chunk
+        trainable = [p for p in twin.parameters() if p.requires_grad]
+        self.itemsize = max(p.element_size() for p in trainable)
+        self.dtype = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in trainable}))
+        self.uncovered = ""
+        self._simulated: dict[tuple[int, Strategy | None], Simulation] = {}
+        self.uses = self._find_uses()
+
+    def _find_uses(self) -> list[MatrixUse]:
+        try:
+            uses = get_state(wrap(self.twin, loss_chunk=self.loss_chunk)).uses
+        except UnsupportedModuleError as error:
+            self.uncovered = str(error)
+            return []
+        unwrap(self.twin)
+        return uses
+
+    def simulated(self, batch_size: int, strategy: Strategy | None) -> Simulation:
+        key = (batch_size, strategy)
+        if key not in self._simulated:
+            self._simulated[key] = simulate(
+                self.twin, batch_size, self.seq_len, strategy, self.sharding, self.loss_chunk
+            )
+        return self._simulated[key]
+
+    def total(self, simulation: Simulation) -> int:
+        return sum(self.resting.values()) + max(simulation.peak, simulation.accumulating_peak)
+
+    def allowance(self, batch_size: int) -> int:
+        """Bytes that one-pass may keep: what everything else that it holds at its peak leaves of the memory.
+
+        So what it keeps is within the allowance exactly where its predicted peak is within the memory, and the closed
+        form by which a running training decides comes to the same choice.
+        """
+        total = self.total(self.simulated(batch_size, "one_pass"))
+        left = self.memory - total
+        if left < 0 and total <= self.total(self.simulated(batch_size, "two_pass")):
+            left = 0  # neither fits, and two-pass would not hold less
+        return left + self.extra(batch_size)
+
+    def extra(self, batch_size: int) -> int:
+        """What the closed form takes one-pass to keep beyond one gradient."""
+        gradient = gradient_bytes(self.uses, self.itemsize)
+        if self.sharding.engine != "single":
+            return gradient * (batch_size - (0 if self.sharding.gradients else 1))
+        return max(0, kept_bytes(self.uses, batch_size, self.seq_len, self.itemsize) - gradient)
+
+    def choose(self, batch_size: int) -> Choice:
+        """By the function that a wrapped model decides by; per-example where there is no other way."""
+        if self.uncovered:
+            return Choice("per_example", f"per_example: the only way. {self.uncovered}")
+        allowed = self.allowance(batch_size)
+        if self.sharding.engine == "single":
+            meta = torch.device("meta")
+            return choose_strategy(self.uses, batch_size, self.seq_len, self.itemsize, allowed, meta)
+        return choose_for_all(
+            self.uses, batch_size, self.itemsize, allowed, self.sharding.gradients, self.sharding.parameters
+        )
+
+    def best_batch_size(self) -> int:
+        """The least time per example that fits; of sizes within :data:`WORTH` of it the smallest; else 1."""
+        found: list[tuple[int, float]] = []
+        for size in _sizes():
+            simulation = self.simulated(size, self.choose(size).strategy)
+            if self.total(simulation) > self.memory:
+                break
+            found.append((size, self.machine.seconds(simulation.operations) / size))
+            if len(found) > 4 and found[-1][1] > (1 - WORTH) * found[-3][1]:
+                break  # twice as large and no faster: so it stays
+        best = min((seconds for _, seconds in found), default=0.0)
+        return next((size for size, seconds in found if seconds <= (1 + WORTH) * best), 1)
+
+    def plan(self, batch_size: int, name: str, optimizer: OptimizerName | None) -> Plan:
+        plain = self.simulated(batch_size, None)
+        strategies: Iterable[Strategy] = ("per_example",)
+        if not self.uncovered:
+            strategies = STRATEGIES if batch_size <= MAX_EXAMPLES_ALONE else STRATEGIES[:2]
+        predictions = {s: self._predict(self.simulated(batch_size, s), plain) for s in strategies}
+        choice = self._settle(self.choose(batch_size), predictions)
+        return Plan(
+            model=name,
+            choice=choice.strategy,
+            reason=choice.reason,
+            batch_size=batch_size,
+            seq_len=self.seq_len,
+            dtype=self.dtype,
+            plain=self._predict(plain, plain),
+            predictions=predictions,
+            layers=self._layers(choice.strategy, batch_size),
+            allowance=self.allowance(batch_size) if not self.uncovered else 0,
+            memory=self.memory,
+            resting=self.resting,
+            hardware=self.machine,
+            engine=self.sharding.engine,
+            world_size=self.sharding.world_size,
+            notes=self._notes(optimizer, batch_size),
+        )
+
+    def _predict(self, simulation: Simulation, plain: Simulation) -> Prediction:
+        seconds = self.machine.seconds(simulation.operations)
+        total = self.total(simulation)
+        return Prediction(
+            flops=simulation.flops(),
+            attention_flops=simulation.flops() - simulation.flops(attention=False),
+            seconds=seconds,
+            peak_bytes=simulation.peak,
+            accumulating_peak_bytes=simulation.accumulating_peak,
+            total_bytes=total,
+            time_ratio=seconds / self.machine.seconds(plain.operations),
+            memory_ratio=simulation.peak / plain.peak,
+            fits=total <= self.memory,
+        )
+
+    def _settle(self, choice: Choice, predictions: dict[Strategy, Prediction]) -> Choice:
+        """The choice with what the predictions add to it."""
+        chosen, alone = predictions[choice.strategy], predictions.get("per_example")
+        if not chosen.fits and alone is not None and alone.fits and choice.strategy != "per_example":
+            return Choice(
+                "per_example",
+                "per_example: alone fits. strategy='auto' does not take it; ask for it in wrap. Otherwise "
+                + choice.reason,
+            )
+        reason = choice.reason
+        if not chosen.fits:
+            short = (chosen.total_bytes - self.memory) / 2**30
+            reason += f". DOES NOT FIT: {short:.2f} GiB too much. A shorter T or a smaller B, checkpointing, an engine"
+            reason += " that shards, or LoRA"
+        elif alone is not None and alone.fits and alone.seconds < 0.95 * chosen.seconds:
+            reason += f". per_example is predicted {alone.seconds / chosen.seconds:.2f} x its time: ask for it in wrap"
+        return Choice(choice.strategy, reason)
+
+    def _layers(self, strategy: Strategy, batch_size: int) -> list[LayerPlan]:
+        kinds: dict[tuple[str, str, str], list[int]] = {}
+        for detail in use_details(self.uses, strategy, batch_size, self.seq_len, self.itemsize):
+            name = re.sub(r"(?<=\.)\d+(?=\.)", "*", detail.key)
+            sums = kinds.setdefault((name, detail.shape, detail.method), [0, 0, 0])
+            for i, value in enumerate((1, detail.flops, detail.kept)):
+                sums[i] += value
+        return [
+            LayerPlan(name, count, shape, method, flops, kept)
+            for (name, shape, method), (count, flops, kept) in kinds.items()
+        ]
+
+    def _notes(self, optimizer: OptimizerName | None, batch_size: int) -> list[str]:
+        notes = []
+        if optimizer is None:
+            notes.append("no optimiser is counted: optimizer='adamw' adds its states")
+        if self.sharding.engine != "single":
+            notes.append("communication takes no time here; engine figures are counted, not measured on devices")
+        if batch_size > 1:
+            notes.append("backward 1, 2, 4, 8, ... have the isolation check besides, and hold what two_pass holds")
+        return notes
+
+
+def _sizes() -> list[int]:
+    """1, 2, 3, 4, 6, 8, 12, ... up to :data:`MAX_BATCH_SIZE`."""
+    powers = [1 << k for k in range(MAX_BATCH_SIZE.bit_length())]
+    return sorted(n for n in {*powers, *(3 * n for n in powers)} if n <= MAX_BATCH_SIZE)

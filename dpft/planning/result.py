@@ -1,0 +1,185 @@
+"""What :func:`dpft.plan` returns, and how it prints."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from dpft.clipping.planner import Strategy
+from dpft.planning.hardware import Hardware
+from dpft.planning.simulate import EngineName
+
+__all__ = ["LayerPlan", "Plan", "Prediction"]
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One physical batch, plain or by one strategy.
+
+    Attributes:
+        flops: a multiply-add counted as two, attention as its kernels' full square, as ``FlopCounterMode`` counts.
+        attention_flops: the part of the fused attention kernels, which ``FlopCounterMode`` does not see on a CPU.
+        seconds: on the plan's hardware, without communication.
+        peak_bytes: above parameters, buffers and the batch, of a step that finds ``.grad`` empty.
+        accumulating_peak_bytes: the same of a step that adds to the gradient of a physical batch before it.
+        total_bytes: the larger of the two and what is at rest: what the device must hold.
+        time_ratio: seconds over those of the plain step.
+        memory_ratio: peak_bytes over those of the plain step.
+        fits: whether total_bytes is within the plan's memory.
+    """
+
+    flops: int
+    attention_flops: int
+    seconds: float
+    peak_bytes: int
+    accumulating_peak_bytes: int
+    total_bytes: int
+    time_ratio: float
+    memory_ratio: float
+    fits: bool
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """A kind of trainable matrix: those with the same name but for numbers, and the same shape.
+
+    Attributes:
+        name: with ``*`` for the numbers.
+        count: how many there are.
+        shape: in words.
+        method: how the chosen strategy takes its norm.
+        norm_flops: of all their norms, beyond a plain step.
+        kept_bytes: what one-pass keeps for all of them.
+    """
+
+    name: str
+    count: int
+    shape: str
+    method: str
+    norm_flops: int
+    kept_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`dpft.plan` found. ``str()`` is a table; :meth:`to_dict` is for JSON.
+
+    Attributes:
+        model: class of the model.
+        choice: the strategy to take; ``wrap(strategy="auto", memory=plan.allowance)`` takes it too, but for
+            ``"per_example"``, which has to be asked for.
+        reason: why, in words and numbers.
+        batch_size: B, asked for or found.
+        seq_len: T.
+        dtype: of the trainable parameters.
+        plain: the step of Hugging Face.
+        predictions: by strategy. One that does not cover the model is missing, and per-example above 8 examples.
+        layers: per kind of matrix, under the choice.
+        allowance: bytes that one-pass may keep beyond one gradient: ``memory=`` of :func:`dpft.wrap`.
+        memory: bytes that were planned for, on each rank.
+        resting: bytes by what is held between steps, on each rank.
+        hardware: what the times are for.
+        engine: the training engine.
+        world_size: its ranks.
+        notes: what the figures leave out.
+    """
+
+    model: str
+    choice: Strategy
+    reason: str
+    batch_size: int
+    seq_len: int
+    dtype: str
+    plain: Prediction
+    predictions: dict[Strategy, Prediction]
+    layers: list[LayerPlan]
+    allowance: int
+    memory: int
+    resting: dict[str, int]
+    hardware: Hardware
+    engine: EngineName
+    world_size: int
+    notes: list[str]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the choice fits in the memory."""
+        return self.predictions[self.choice].fits
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON takes it."""
+        found = dataclasses.asdict(dataclasses.replace(self, hardware=None))  # type: ignore[arg-type]  # its dtypes are no JSON keys
+        found["hardware"] = {
+            "name": self.hardware.name,
+            "memory": self.hardware.memory,
+            "source": self.hardware.source,
+        }
+        return {**found, "fits": self.fits}
+
+    def __str__(self) -> str:
+        return _table(self)
+
+
+def _table(plan: Plan) -> str:
+    """Several lines: what was planned, a row for each way of stepping, one for each kind of layer, the reason."""
+    ranks = "" if plan.engine == "single" else f", {plan.engine} on {plan.world_size} ranks"
+    machine = plan.hardware
+    lines = [
+        f"{plan.model}, {plan.dtype}: {plan.batch_size} x {plan.seq_len:,} tokens{ranks}",
+        f"{machine.name} ({machine.source}), {plan.memory / _GIB:.2f} GiB; times and peaks are predicted",
+        "at rest: " + ", ".join(f"{name} {size / _GIB:.2f} GiB" for name, size in plan.resting.items()),
+        "",
+    ]
+    head = ["", "TFLOP", "seconds", "x plain", "peak GiB", "x plain", "again GiB", "all GiB", "fits"]
+    rows = [_row("plain", plan.plain)]
+    rows += [_row(name + (" *" if name == plan.choice else ""), found) for name, found in plan.predictions.items()]
+    lines += _aligned([head, *rows])
+    lines += [
+        "peak: above parameters and batch; again: onto a gradient that is there; all: the larger and what is at rest",
+        "",
+    ]
+    head = [f"layers under {plan.choice}", "count", "what", "norm by", "GFLOP", "keeps MiB"]
+    lines += _aligned(
+        [
+            head,
+            *(
+                [
+                    layer.name,
+                    str(layer.count),
+                    layer.shape,
+                    layer.method,
+                    f"{layer.norm_flops / 1e9:,.1f}",
+                    f"{layer.kept_bytes / 2**20:,.1f}",
+                ]
+                for layer in plan.layers
+            ),
+        ]
+    )
+    lines += ["", f"* {plan.reason}", *(f"- {note}" for note in plan.notes)]
+    return "\n".join(lines)
+
+
+def _row(name: str, found: Prediction) -> list[str]:
+    return [
+        name,
+        f"{found.flops / 1e12:,.3f}",
+        f"{found.seconds:,.3f}",
+        f"{found.time_ratio:.2f}",
+        f"{found.peak_bytes / _GIB:,.2f}",
+        f"{found.memory_ratio:.2f}",
+        f"{found.accumulating_peak_bytes / _GIB:,.2f}",
+        f"{found.total_bytes / _GIB:,.2f}",
+        "yes" if found.fits else "no",
+    ]
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    """Columns as wide as their widest cell; the first to the left, figures to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
