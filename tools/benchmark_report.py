@@ -1,0 +1,147 @@
+"""What the benchmarks write: conditions, JSON, a plot."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARIES = ("torch", "transformers", "opacus", "numpy", "triton", "fastDP")
+MIB = 2**20
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False)
+    return done.stdout.strip()
+
+
+def cpu_name() -> str:
+    """The processor as the operating system names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def versions() -> dict[str, str | None]:
+    """Of the libraries that are compared; None where one is not installed, "unknown" for a bare folder."""
+    found: dict[str, str | None] = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def conditions(threads: int) -> dict[str, Any]:
+    """Machine, versions and commit; ``dirty`` where files that are tracked differ from it."""
+    return {
+        "cpu": cpu_name(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "load_before": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "versions": versions(),
+        "commit": _git("rev-parse", "HEAD") or None,
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def rounded(value: Any) -> Any:
+    """Fractions to five significant places, so that the file can be read; infinite and NaN as text."""
+    if isinstance(value, dict):
+        return {key: rounded(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if abs(value) < float("inf") else str(value)
+    return value
+
+
+def write_json(path: Path, report: dict[str, Any]) -> None:
+    """Write the whole file under another name, then give it its own: a reader never meets half of it."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part.write_text(json.dumps(rounded(report), indent=1, allow_nan=False) + "\n")
+    part.replace(path)
+
+
+def plot_steps(path: Path, report: dict[str, Any]) -> None:
+    """Time and memory ratios to plain training over T, a row of axes per model and batch; what ran out as a cross."""
+    import matplotlib.pyplot as plt
+
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for result in report["results"]:
+        if any("memory_ratio" in row for row in result["rows"]):
+            groups.setdefault(group_of(result["shape"]), []).append(result)
+    if not groups:
+        return
+    names = dict.fromkeys(row["method"] for result in report["results"] for row in result["rows"])
+    colours = {name: f"C{number % 10}" for number, name in enumerate(names)}
+    figure, axes = plt.subplots(len(groups), 2, figsize=(11, 3.2 * len(groups) + 0.6), squeeze=False)
+    for row, (group, results) in zip(axes, groups.items(), strict=True):
+        for axis, key, title in zip(row, ("time_ratio", "memory_ratio"), ("time", "memory"), strict=True):
+            _draw(axis, results, key, colours)
+            axis.set(xlabel="T", ylabel="x plain", xscale="log")
+            axis.set_title(f"{group}: {title}", fontsize=9)
+            tokens = sorted({r["shape"]["tokens"] for r in results})
+            axis.set_xticks(tokens, [str(t) for t in tokens])
+            axis.minorticks_off()
+            axis.axhline(1.0, color="0.8", zorder=0)
+    save_plot(path, figure, axes, report["conditions"])
+
+
+def save_plot(path: Path, figure: Any, axes: Any, found: dict[str, Any]) -> None:
+    """Give a figure one legend and its conditions, and write it whole."""
+    import matplotlib.pyplot as plt
+
+    handles = {label: h for axis in axes.flat for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if handles:
+        figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
+    device = found.get("gpu") or f"{found['cpu']}, {found['threads']} threads"
+    commit = (found["commit"] or "unknown")[:8] + " with changes" * found["dirty"]
+    figure.suptitle(f"{device}, torch {found['versions']['torch']}, commit {commit}", fontsize=9)
+    figure.set_layout_engine("constrained")
+    part = path.with_name(f".{os.getpid()}.{path.name}")
+    figure.savefig(part, dpi=130)
+    plt.close(figure)
+    part.replace(path)
+
+
+def group_of(shape: dict[str, Any]) -> str:
+    """What stays the same on one plot over T."""
+    ends = ", checkpointed" * shape["checkpointing"] + ", with the optimiser" * shape["update"]
+    size = f"{shape['architecture']} {shape['width']} x {shape['layers']}, V={shape['vocab']}"
+    return f"{size}, B={shape['rows']}, {shape['dtype']}{ends}"
+
+
+def _draw(axis: Any, results: list[dict[str, Any]], key: str, colours: dict[str, str]) -> None:
+    for method, colour in colours.items():
+        points, lost = [], []
+        for result in results:
+            tokens = result["shape"]["tokens"]
+            for row in result["rows"]:
+                if row["method"] != method:
+                    continue
+                value = row.get(key)
+                if value is not None:
+                    points.append((tokens, value["median"] if isinstance(value, dict) else value))
+                elif "out of memory" in row.get("reason", ""):
+                    lost.append(tokens)
+        if points:
+            axis.plot(*zip(*sorted(points), strict=True), "o-", color=colour, label=method, markersize=4)
+        for tokens in lost:
+            axis.plot([tokens], [0.97], "x", color=colour, transform=axis.get_xaxis_transform(), label=method)
