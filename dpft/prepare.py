@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from dpft.errors import EngineError, LedgerError, PrivacyConfigError
 from dpft.loader import PrivateDataLoader
 from dpft.noise import GaussianNoise
 from dpft.optimizer import DPOptimizer
+from dpft.planning.plan import plan as predict
 from dpft.privacy.config import PrivacyConfig
 from dpft.privacy.ledger import Ledger
 from dpft.privacy.plan import PrivacyPlan
@@ -37,7 +39,8 @@ def prepare(
     privacy: PrivacyConfig,
     *,
     collate_fn: Callable[[list[Any]], Mapping[str, Any]] | None = None,
-    max_physical_batch_size: int = 1,
+    max_physical_batch_size: int | Literal["auto"] = 1,
+    seq_len: int | None = None,
     clipping: Clipping = "flash",
     strategy: Strategy | Literal["auto"] = "auto",
     memory: int | None = None,
@@ -68,7 +71,9 @@ def prepare(
         dataset: anything with ``len`` and indexing; one item is one privacy unit's example. Not a DataLoader.
         privacy: all that changes the privacy.
         collate_fn: list of items -> dictionary of tensors with one row per item. None: torch's default.
-        max_physical_batch_size: most rows that go through the model at once; does not change the result.
+        max_physical_batch_size: most rows that go through the model at once; does not change the result. ``"auto"``
+            takes the one that :func:`dpft.plan` predicts to be fastest per example in the memory that is free.
+        seq_len: tokens of the longest example, for ``"auto"``.
         clipping: as :func:`dpft.wrap`; ``"none"`` needs ``noise_multiplier=0`` and is NOT private.
         strategy: as :func:`dpft.wrap`.
         memory: as :func:`dpft.wrap`.
@@ -94,7 +99,12 @@ def prepare(
         kind = check_accelerator(accelerator)
         check_model(accelerator, kind, model, optimizer)
         _check_dataset(dataset)
-        _check_whole("max_physical_batch_size", max_physical_batch_size, 1)
+        if max_physical_batch_size != "auto":
+            _check_whole("max_physical_batch_size", max_physical_batch_size, 1)
+        elif seq_len is None:
+            raise PrivacyConfigError(
+                "max_physical_batch_size='auto' needs seq_len, the tokens of the longest example: it decides what fits"
+            )
         if test_seed is not None:
             _check_whole("test_seed", test_seed, 0)
         if clipping == "none" and privacy.noise_multiplier != 0:
@@ -116,6 +126,7 @@ def prepare(
             "memory": memory,
             "loss_chunk": loss_chunk,
             "max_physical_batch_size": max_physical_batch_size,
+            "seq_len": seq_len,
             "static_shapes": static_shapes,
             "num_workers": num_workers,
             "continue_ledger": continue_ledger,
@@ -129,6 +140,13 @@ def prepare(
         "the setting",
     )
     plan = privacy.resolve(len(dataset))
+    if max_physical_batch_size == "auto":
+        assert seq_len is not None
+        largest = math.ceil(plan.expected_batch_size / ranks.world)  # more would be padding
+        planned = ranks.together(
+            lambda: _physical_batch_size(model, optimizer, seq_len, kind, ranks.world, loss_chunk)
+        )
+        max_physical_batch_size = int(ranks.minimum(min(planned, largest)))
     wrap(
         model,
         clipping=clipping,
@@ -245,6 +263,22 @@ def _assemble(
     run.on_load = guard.start
     accelerator.register_for_checkpointing(run)
     return prepared, stepped, private_loader
+
+
+def _physical_batch_size(
+    model: nn.Module, optimizer: torch.optim.Optimizer, seq_len: int, kind: Kind, world: int, loss_chunk: Any
+) -> int:
+    """Rows of the physical batch with the least predicted time per example that fits.
+
+    Raises:
+        UnsupportedModuleError: a model that cannot be planned; name a number then.
+    """
+    stateless = isinstance(optimizer, torch.optim.SGD) and not any(g["momentum"] for g in optimizer.param_groups)
+    states: Literal["adamw", "sgd"] = "sgd" if stateless else "adamw"
+    found = predict(
+        model, "auto", seq_len, engine=kind, world_size=world, optimizer=states, loss_chunk=loss_chunk
+    )
+    return found.batch_size
 
 
 def _agreed_strategy(state: ClipState, kind: Kind, ranks: Ranks, max_batch_size: int) -> Choice:

@@ -16,6 +16,7 @@ from dpft.clipping.planner import Strategy, describe_uses
 from dpft.clipping.state import Clipping, ClipState, ClipStats
 from dpft.clipping.strategies import guard_parameters
 from dpft.errors import ClippingError, UnsupportedModuleError, WrapError
+from dpft.kernels.impl import Impl
 from dpft.models.causal_lm import find_causal_lm, flattening_parameters, per_example_causal_lm_losses
 from dpft.models.forward import clipped_forward, refuse_unsaved_rng
 from dpft.models.head import Head, leaves_logits_alone
@@ -38,6 +39,7 @@ def wrap(
     clip_gamma: float = 0.01,
     memory: int | None = None,
     loss_chunk: int | Literal["auto"] | None = "auto",
+    impl: Impl = "auto",
 ) -> nn.Module:
     """Make ``model`` produce clipped sums of per-example gradients, in place.
 
@@ -60,6 +62,8 @@ def wrap(
         loss_chunk: tokens at a time in which a causal LM's head and loss are computed (``clipping="flash"``):
             ``out.logits`` is then computed when it is read. ``"auto"`` chooses; None computes all logits at once, as
             plain training does, and so do heads other than an ``nn.Linear`` and logits that are scaled or capped.
+        impl: of the norm kernels of linear layers: ``"torch"``, ``"triton"``, or ``"auto"``, which takes torch: the
+            Triton kernels were not measured on a GPU yet. One that is named never falls back.
 
     Returns:
         The same object.
@@ -83,6 +87,8 @@ def wrap(
         raise UnsupportedModuleError("the model is compiled (torch.compile); wrap the model it was made from instead")
     if not (loss_chunk in ("auto", None) or (type(loss_chunk) is int and loss_chunk > 0)):
         raise ValueError(f"loss_chunk is {loss_chunk!r}; expected a number of tokens >= 1, 'auto', or None")
+    if impl not in ("auto", "torch", "triton"):
+        raise ValueError(f"impl is {impl!r}; expected 'auto', 'torch' or 'triton'")
     rule = ClipRule(max_grad_norm, clip_function, clip_gamma)
     _refuse_mixing(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -91,7 +97,7 @@ def wrap(
     covered = clipping != "none" and strategy != "per_example"
     sites = _cover(model, parameters) if covered else []
     uses = [use for module, site_rule, keys in sites if (use := _matrix_use(site_rule, module, keys)) is not None]
-    state = ClipState(clipping, fixed or strategy, rule, memory, uses, parameters, flattening_parameters(model))
+    state = ClipState(clipping, fixed or strategy, rule, memory, uses, parameters, flattening_parameters(model), impl)
     if clipping != "none":
         guard_parameters(state)
     causal_lm = find_causal_lm(model)

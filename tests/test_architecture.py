@@ -40,7 +40,7 @@ LAYERS: dict[str, set[str]] = {
     "loader": _LOW | {"privacy"},
     "engines": _GRADIENT | _MECHANISM,
     "run": _GRADIENT | _MECHANISM | {"engines"},
-    "prepare": _GRADIENT | _MECHANISM | {"engines", "run"},
+    "prepare": _GRADIENT | _MECHANISM | {"engines", "run", "planning"},
     "trainer": _GRADIENT | _MECHANISM | {"engines", "run", "prepare"},
 }
 LAYERS["__init__"] = set(LAYERS)

@@ -275,3 +275,22 @@ def test_any_module_through_clipped_loss(path: Path) -> None:
     total = oracle.oracle(mlp(), data, zoo.vector_losses).clipped_sum(1.0)
     moved = torch.cat([g.flatten() / 6 for g in total.values()])
     assert (values(mlp()) - values(training.model) - moved).norm() < 1e-5 * moved.norm()
+
+
+def test_the_planner_chooses_the_physical_batch(tmp_path: Path) -> None:
+    """`auto` is dpft.plan's choice, never more than a logical batch; and the release is what it was."""
+    training = Training(tmp_path / "auto.jsonl", max_physical_batch_size="auto", seq_len=6)
+    rows = [len(batch["input_ids"]) for batch in training.physical()]
+    planned = dpft.plan(tiny_llama(), "auto", 6, optimizer="sgd").batch_size
+    assert 1 < max(rows) <= min(planned, 6)
+    one = Training(tmp_path / "one.jsonl", max_physical_batch_size=1).train()
+    torch.testing.assert_close(values(training.model), values(one.model), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [{"seq_len": None}, {"seq_len": 0}])
+def test_the_planner_needs_a_length(tmp_path: Path, bad: dict[str, Any]) -> None:
+    model = tiny_llama()
+    with pytest.raises((dpft.PrivacyConfigError, ValueError), match="seq_len"):
+        Training(tmp_path / "ledger.jsonl", model=model, max_physical_batch_size="auto", **bad)
+    assert not (tmp_path / "ledger.jsonl").exists()
+    dpft.wrap(model)  # it was left as it was

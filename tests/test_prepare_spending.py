@@ -235,3 +235,50 @@ def test_not_private_is_said_everywhere(path: Path, options: Any, changes: Any, 
     assert report["epsilon_spent"] == "inf" and run.epsilon() == run.epsilon(exact=True) == math.inf
     assert not run.private
     assert f"NOT PRIVATE: {'; '.join(report['not_private_because'])}" in dpft.privacy_statement_markdown(report)
+
+
+# --- what the device found out stays an error ------------------------------------------------------------------------
+
+
+def scaled(training: Training, batch: dict[str, Any]) -> None:
+    (3.0 * training.model(**batch).loss).backward()
+
+
+def weights_dropped(training: Training, batch: dict[str, Any]) -> None:
+    rest = {name: value for name, value in batch.items() if name != "example_weight"}
+    training.accelerator.backward(training.model(**rest).loss)
+
+
+def passes_apart(training: Training, batch: dict[str, Any]) -> None:
+    """A layer whose gradient is another one each time that it is asked for."""
+    count = 0
+
+    def hook(grad: torch.Tensor) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        return grad * count
+
+    handle = training.model.model.layers[0].register_forward_hook(lambda m, a, out: out.register_hook(hook) and None)
+    try:
+        training.backward(batch)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("wrong", [scaled, weights_dropped, passes_apart])
+def test_a_refused_batch_is_not_released_by_asking_again(wrong: Any, path: Path) -> None:
+    training = Training(path, strategy="two_pass", static_shapes=True, changes={"num_steps": 9})
+    before, refused = values(training.model), 0
+    for batch in training.loader:
+        wrong(training, batch)
+        if not training.loader.is_last:
+            continue
+        for _ in range(2):  # the second time asks again for what was refused
+            with pytest.raises(dpft.ClippingError):
+                training.optimizer.step()
+            refused += 1
+        break
+    assert refused == 2 and training.run.steps == 0
+    assert torch.equal(values(training.model), before)
+    training.train(2)  # a loop that starts anew is in order
+    assert training.run.steps == 2

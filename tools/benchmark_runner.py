@@ -16,6 +16,9 @@ from benchmark_presets import Longest, Run
 from benchmark_worker import Worker, WorkerError, end_all
 
 REFERENCE = "per_example"
+PEERS = ("opacus", "fastdp")
+# Relative, of the whole gradient. *Measured* of Opacus 1.6 in float32: 4.9e-4 at T = 2048, B = 4.
+PEERS_ROUNDING = 1e-3
 GRACE = 60.0  # seconds that a command may take beyond the budget before it is stopped
 Row = dict[str, Any]
 
@@ -218,6 +221,10 @@ class ShapeRunner:
             # queries and keys do, a 16-bit dtype leaves little: there only the gradient of all parameters is judged.
             precise = self.run.shape.dtype == "float32"
             limit = Error(2 * limit.whole, 2 * limit.worst if precise else math.inf, limit.where)
+            if entry.name.startswith(PEERS):
+                # What grows with length is their rounding, not the adapter's mistake, which the oracle's size shows:
+                # Opacus' norms are long float32 sums. It stands in the table beside their time.
+                limit = Error(max(limit.whole, PEERS_ROUNDING), limit.worst, limit.where)
         entry.row["error"] = max(entry.row.get("error", 0.0), error.whole)
         entry.row["error_of_worst_parameter"] = max(entry.row.get("error_of_worst_parameter", 0.0), error.worst)
         if not error.within(limit):

@@ -155,8 +155,8 @@ class KeepPass:
     def matrix(self, use: MatrixUse, x: Tensor, g: Tensor, weight: Tensor) -> None:
         kept = self._kept.get(use.key)
         if kept is None and self._materialise(use, x, g):
-            grad = use.add_grad(x, g, None)
-            self._kept[use.key] = _Kept(sq_norm(grad), grad)
+            grad, sq = use.grad_sq_norm(x, g)
+            self._kept[use.key] = _Kept(sq, grad)
         elif kept is None:
             self._kept[use.key] = _Kept(use.sq_norm(x, g, None), pairs=[(use, x, g)])
         elif kept.grad is None and (cross := _tied_cross(kept, use, x, g)) is not None:

@@ -15,6 +15,7 @@ from dpft.clipping.findings import Findings
 from dpft.clipping.passes import Trace
 from dpft.clipping.planner import Choice, Strategy, choose_strategy
 from dpft.errors import WrapError
+from dpft.kernels.impl import Impl
 from dpft.rules.base import MatrixUse, Pass
 
 Clipping = Literal["flash", "ghost", "fast", "per_sample", "none"]
@@ -97,6 +98,7 @@ class ClipState:
         memory: bytes that one-pass may keep beyond one gradient; None asks the device.
         uses: the trainable matrices, at every place where one is used.
         parameters: trainable parameters by canonical name, as they were when last registered.
+        impl: of the norm kernels of linear layers.
         flattening: names of parameters in modules that are known to see ``[B * T, ...]`` in order.
         backwards: clipped backward passes so far.
         broken: one of them failed midway: ``.grad`` may hold a part of it.
@@ -118,6 +120,7 @@ class ClipState:
     uses: list[MatrixUse]
     parameters: dict[str, nn.Parameter]
     flattening: set[str] = field(default_factory=set)
+    impl: Impl = "auto"
     tap: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
     active: Pass | None = None
     batch_size: int | None = None

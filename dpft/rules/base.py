@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from dpft import kernels
 from dpft.errors import ClippingError
 from dpft.kernels.embedding import add_embedding_grad, head_rows_at_tokens, weighted_embedding_grad
-from dpft.kernels.linear import Method, linear_grad, weighted_linear_grad
+from dpft.kernels.impl import Impl
+from dpft.kernels.linear import Method, linear_grad, sq_norm, weighted_linear_grad
 
 
 class MatrixUse(Protocol):
@@ -31,6 +32,10 @@ class MatrixUse(Protocol):
 
     def sq_norm(self, x: Tensor, g: Tensor, method: Method | None) -> Tensor:
         """``[B]`` float64 squared norms of the per-example gradients; ``method`` None picks the cheapest."""
+        ...
+
+    def grad_sq_norm(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Per-example gradients ``[B, *weight.shape]``, and ``[B]`` float64 squared norms of those very numbers."""
         ...
 
     def add_grad(self, x: Tensor, g: Tensor, out: Tensor | None) -> Tensor:
@@ -78,6 +83,7 @@ class Host(Protocol):
     batch_size: int | None
     input_dim: int
     flattening: set[str]
+    impl: Impl
 
     def hold(self, weight: Tensor) -> AbstractContextManager[None]:
         """Makes a weight's values present for as long as the context lasts; an engine may have put them away."""
@@ -139,15 +145,22 @@ def is_flattened(lead: torch.Size, batch_size: int) -> bool:
 
 @dataclass(frozen=True)
 class LinearUse:
-    """``y = x W^T`` (``weight [d, p]``), or ``y = x W`` where ``transposed`` (``weight [p, d]``: GPT-2's Conv1D)."""
+    """``y = x W^T`` (``weight [d, p]``), or ``y = x W`` where ``transposed`` (``weight [p, d]``: GPT-2's Conv1D).
+
+    ``impl`` is that of :func:`dpft.kernels.linear_sq_norm`.
+    """
 
     key: str
     out_features: int
     in_features: int
     transposed: bool = False
+    impl: Impl = "auto"
 
     def sq_norm(self, x: Tensor, g: Tensor, method: Method | None) -> Tensor:
-        return kernels.linear_sq_norm(x, g, method or "auto")
+        return kernels.linear_sq_norm(x, g, method or "auto", self.impl)
+
+    def grad_sq_norm(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        return kernels.linear_grad_sq_norm(*((g, x) if self.transposed else (x, g)), impl=self.impl)
 
     def add_grad(self, x: Tensor, g: Tensor, out: Tensor | None) -> Tensor:
         grad = linear_grad(g, x) if self.transposed else linear_grad(x, g)
@@ -177,6 +190,10 @@ class EmbeddingUse:
 
     def sq_norm(self, x: Tensor, g: Tensor, method: Method | None) -> Tensor:
         return kernels.embedding_sq_norm(x, g, self.padding_idx)
+
+    def grad_sq_norm(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        grad = self.add_grad(x, g, None)
+        return grad, sq_norm(grad)
 
     def add_grad(self, x: Tensor, g: Tensor, out: Tensor | None) -> Tensor:
         if out is None:

@@ -33,6 +33,9 @@ class ProductUse:
     def sq_norm(self, x: Tensor, g: Tensor, method: Method | None) -> Tensor:
         return sq_norm(x) * g.flatten().double().square()
 
+    def grad_sq_norm(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        return self.add_grad(x, g, None), self.sq_norm(x, g, None)
+
     def add_grad(self, x: Tensor, g: Tensor, out: Tensor | None) -> Tensor:
         return x * g.to(x.dtype) if out is None else out.addcmul_(x, g.to(x.dtype))
 
@@ -100,7 +103,8 @@ class HeadLossSite(SiteFunction):
             vocab, dim = site.shape
             if grads is None and not running.probing:
                 # On the smaller of the two; a probe, which forms no product, is to see it on the gradient.
-                dw = running.matrix(LinearUse(site.keys["weight"], vocab, dim), h * each.to(h.dtype), g, w)
+                pair = LinearUse(site.keys["weight"], vocab, dim, impl=site.host.impl)
+                dw = running.matrix(pair, h * each.to(h.dtype), g, w)
             else:
                 dw = running.matrix(ProductUse(site.keys["weight"], vocab, dim), grads, each, w)
         if "bias" in site.keys:

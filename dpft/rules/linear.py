@@ -64,7 +64,7 @@ class _Site:
 def linear_site(host: Host, keys: dict[str, str], x: Tensor, w: Tensor, b: Tensor | None, transposed: bool) -> Tensor:
     """Apply a linear map through a site node; under autocast in autocast's dtype, as ``F.linear`` would."""
     out_features, in_features = w.shape[::-1] if transposed else w.shape
-    use = LinearUse(keys.get("weight", keys.get("bias", "")), out_features, in_features, transposed)
+    use = LinearUse(keys.get("weight", keys.get("bias", "")), out_features, in_features, transposed, host.impl)
     if "weight" in keys:
         host.record_use(use.key)
     if torch.is_autocast_enabled(x.device.type):

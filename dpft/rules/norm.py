@@ -40,25 +40,34 @@ class LayerNormSite(SiteFunction):
         x, mean, rstd, w, b = ctx.saved_tensors
         site = ctx.site
         running = running_pass(site.host, site.keys.get("weight", site.keys.get("bias", "")))
-        dx = None
-        if ctx.needs_input_grad[0]:
-            mask = [True, False, False]
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        alone = running.batch_size == 1 and x.dtype == dtype  # then the sums over all rows are the example's gradients
+        wanted = [alone and name in site.keys for name in ("weight", "bias")]
+        dx: Any = None
+        dw: Any = None
+        db: Any = None
+        if ctx.needs_input_grad[0] or any(wanted):
             with contextlib.ExitStack() as present:
                 for p in (w, b):
                     if p is not None:
                         present.enter_context(site.host.hold(p))
                 weight, bias = (None if p is None else p.to(x.dtype) for p in (w, b))
-                dx = torch.ops.aten.native_layer_norm_backward(g, x, site.shape, mean, rstd, weight, bias, mask)[0]
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+                mask = [ctx.needs_input_grad[0], *wanted]
+                dx, dw, db = torch.ops.aten.native_layer_norm_backward(
+                    g, x, site.shape, mean, rstd, weight, bias, mask
+                )
         dims = len(site.shape)
-        dw = db = None
         if w is not None and "weight" in site.keys:
-            products = ((x.to(dtype) - mean) * rstd).mul_(g)
             key = site.keys["weight"]
-            dw = running.vector(key, per_example(products, site.host, key, dims).sum(1), w)
+            if not alone:
+                products = ((x.to(dtype) - mean) * rstd).mul_(g)
+                dw = per_example(products, site.host, key, dims).sum(1)
+            dw = running.vector(key, dw.view(-1, *site.shape), w)
         if b is not None and "bias" in site.keys:
             key = site.keys["bias"]
-            db = running.vector(key, per_example(g, site.host, key, dims).sum(1, dtype=dtype), b)
+            if not alone:
+                db = per_example(g, site.host, key, dims).sum(1, dtype=dtype)
+            db = running.vector(key, db.view(-1, *site.shape), b)
         return dx, dw, db, None, None
 
 
