@@ -15,6 +15,7 @@ from dpft.clipping.strategies import guard_parameters
 from dpft.errors import ClippingError
 from dpft.models.head import joined
 
+_COMPILED = "OptimizedModule"
 # Not inputs of the batch, whatever their length happens to be.
 _NOT_BATCHED = frozenset({"cache_position", "num_items_in_batch"})
 
@@ -33,7 +34,7 @@ def clipped_forward(
 
     Raises:
         WrapError: the trainable parameters changed since ``wrap``.
-        ClippingError: labels were given and the model computed a loss of its own.
+        ClippingError: a part of the model is compiled; or labels were given and the model computed a loss of its own.
     """
     weights = kwargs.pop("example_weight", None)
     if not torch.is_grad_enabled():
@@ -41,6 +42,7 @@ def clipped_forward(
             out = plain(*args, **kwargs)
         return _with_loss(out, lambda losses: mean_loss(losses, weights), kwargs)
     state.check_parameters(model)
+    refuse_compiled(state, model)
     if state.clipping != "none" and state.engine is None:
         guard_parameters(state)
     shape = _batch_shape(args, kwargs)
@@ -82,6 +84,24 @@ def _hold_weights(state: ClipState, weights: Tensor | None) -> None:
             "none. Pass the same weights to both."
         )
     state.weights = weights
+
+
+def refuse_compiled(state: ClipState, model: nn.Module) -> None:
+    """A part of the model that is compiled has a backward of its own, in which no rule sees a gradient.
+
+    ``torch.compile`` around the wrapped model is harmless: the model's forward runs as it is.
+
+    Raises:
+        ClippingError: names the module.
+    """
+    if state.strategy == "per_example" or state.clipping == "none":
+        return
+    for name, module in model.named_modules():
+        if (module._compiled_call_impl is not None and module is not model) or type(module).__name__ == _COMPILED:
+            raise ClippingError(
+                f"{name!r} is compiled (torch.compile), so its backward is fixed before anyone can take a norm in it. "
+                "Leave the model's parts uncompiled, or wrap with strategy='per_example'."
+            )
 
 
 def refuse_unsaved_rng(state: ClipState, model: nn.Module) -> None:
