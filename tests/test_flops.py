@@ -36,7 +36,7 @@ def test_plain_step_is_what_theory_says() -> None:
 
 @pytest.mark.parametrize(
     ("strategy", "checkpointing", "allowed"),
-    [("one_pass", False, 1.02), ("one_pass", True, 1.08), ("two_pass", False, 1.70), ("two_pass", True, 1.86)],
+    [("one_pass", False, 1.001), ("one_pass", True, 1.001), ("two_pass", False, 1.55), ("two_pass", True, 1.62)],
 )
 def test_against_plain_training(strategy: str, checkpointing: bool, allowed: float) -> None:
     ratio = flops(strategy, checkpointing) / flops("plain", checkpointing)

@@ -88,9 +88,9 @@ def test_meter_counts_storages_once() -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("strategy", ["two_pass", "one_pass"])
 def test_one_long_example(strategy: str, checkpointing: bool) -> None:
-    """B = 1, T = 1024: at most 1.01 x plain training."""
+    """B = 1, T = 1024: less than plain training, whose logits are not there."""
     plain, private = peaks("plain", checkpointing, 1, 1024)[0], peaks(strategy, checkpointing, 1, 1024)[0]
-    assert private <= 1.01 * plain, f"{private / MIB:.1f} MiB, plain {plain / MIB:.1f}: {private / plain:.3f} x"
+    assert private <= 0.8 * plain, f"{private / MIB:.1f} MiB, plain {plain / MIB:.1f}: {private / plain:.3f} x"
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -107,6 +107,34 @@ def test_with_gradients_already_accumulated(strategy: str, checkpointing: bool) 
     plain, private = peaks("plain", checkpointing, 1, 1024)[1], peaks(strategy, checkpointing, 1, 1024)[1]
     allowed = 1.01 * plain + (0 if strategy == "two_pass" else gradient_bytes())
     assert private <= allowed, f"{private / MIB:.1f} MiB, plain {plain / MIB:.1f}, allowed {allowed / MIB:.1f}"
+
+
+@functools.cache
+def peak_of_a_long_text(strategy: str) -> int:
+    """Peak in bytes above the parameters of a checkpointed step, V = 32,000, T = 4096, 128 wide."""
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        vocab_size=32_000, hidden_size=128, intermediate_size=352, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=4096, use_cache=False,
+    )  # fmt: skip
+    model = hf.LlamaForCausalLM(config).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if strategy != "plain":
+        dpft.wrap(model, strategy=strategy)
+    ids = torch.randint(0, 32_000, (1, 4096), generator=torch.Generator().manual_seed(1))
+    model(input_ids=ids[:, :8], labels=ids[:, :8]).loss.backward()
+    model.zero_grad(set_to_none=True)
+    with MemoryMeter([*model.parameters(), *model.buffers(), ids]) as meter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    return meter.peak
+
+
+@pytest.mark.parametrize("strategy", ["one_pass", "two_pass", "per_example"])
+def test_a_long_text_needs_no_logits(strategy: str) -> None:
+    """At most 0.6 x plain training, which holds [T, V] in float32 three times over."""
+    plain, private = peak_of_a_long_text("plain"), peak_of_a_long_text(strategy)
+    assert plain > 4096 * 32_000 * 4 * 2
+    assert private <= 0.6 * plain, f"{private / MIB:.1f} MiB, plain {plain / MIB:.1f}: {private / plain:.3f} x"
 
 
 def test_per_example_of_a_batch() -> None:

@@ -232,7 +232,7 @@ def _wide_product(g: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if x.dtype == dtype:
         return g.mT @ x
-    if x.is_cuda and dtype == torch.float32:
+    if x.device.type != "cpu" and dtype == torch.float32:
         return torch.mm(g.mT, x, out_dtype=dtype)
     total = torch.zeros((g.shape[1], x.shape[1]), dtype=dtype, device=x.device)
     for t in range(0, len(x), _RUN):  # the copies are of a few tokens

@@ -58,8 +58,7 @@ def is_lazy(logits: Any) -> bool:
     return type(logits) is LazyLogits
 
 
-@pytest.mark.parametrize("chunk", [7, "auto", None])
-@pytest.mark.parametrize("tokens", [SHORT, LONG])
+@pytest.mark.parametrize(("tokens", "chunk"), [(SHORT, 7), (LONG, 7), (LONG, "auto")])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("entry", HEADS, ids=str)
 def test_any_chunk_is_exact(entry: zoo.Entry, strategy: str, tokens: int, chunk: Any) -> None:
