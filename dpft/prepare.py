@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from dpft.clipping.planner import Choice, Strategy, allowance, choose_for_all
+from dpft.clipping.planner import Choice, Strategy, allowance, choose_for_all, free_memory
 from dpft.clipping.state import Clipping, ClipState
 from dpft.engines.checks import check_accelerator, check_model, check_prepared, dataset_mark, versions, watch
 from dpft.engines.engine import SENDS_AT_ONCE, Kind, launch
@@ -21,7 +21,9 @@ from dpft.errors import EngineError, LedgerError, PrivacyConfigError
 from dpft.loader import PrivateDataLoader
 from dpft.noise import GaussianNoise
 from dpft.optimizer import DPOptimizer
+from dpft.planning.hardware import measure
 from dpft.planning.plan import plan as predict
+from dpft.planning.result import Plan
 from dpft.privacy.config import PrivacyConfig
 from dpft.privacy.ledger import Ledger
 from dpft.privacy.plan import PrivacyPlan
@@ -101,6 +103,11 @@ def prepare(
         _check_dataset(dataset)
         if max_physical_batch_size != "auto":
             _check_whole("max_physical_batch_size", max_physical_batch_size, 1)
+        elif clipping != "flash" or strategy != "auto":
+            raise PrivacyConfigError(
+                f"max_physical_batch_size='auto' plans clipping='flash' with strategy='auto'; got {clipping!r} and "
+                f"{strategy!r}. Name a number."
+            )
         elif seq_len is None:
             raise PrivacyConfigError(
                 "max_physical_batch_size='auto' needs seq_len, the tokens of the longest example: it decides what fits"
@@ -141,12 +148,14 @@ def prepare(
     )
     plan = privacy.resolve(len(dataset))
     if max_physical_batch_size == "auto":
+        _check_whole("seq_len", seq_len, 1)
         assert seq_len is not None
         largest = math.ceil(plan.expected_batch_size / ranks.world)  # more would be padding
         planned = ranks.together(
-            lambda: _physical_batch_size(model, optimizer, seq_len, kind, ranks.world, loss_chunk)
+            lambda: _planned_batch(model, optimizer, seq_len, kind, ranks, loss_chunk)
         )
-        max_physical_batch_size = int(ranks.minimum(min(planned, largest)))
+        max_physical_batch_size = int(ranks.minimum(min(planned.batch_size, largest)))
+        memory = planned.allowance if memory is None else memory  # with which the strategy is the planned one
     wrap(
         model,
         clipping=clipping,
@@ -265,20 +274,29 @@ def _assemble(
     return prepared, stepped, private_loader
 
 
-def _physical_batch_size(
-    model: nn.Module, optimizer: torch.optim.Optimizer, seq_len: int, kind: Kind, world: int, loss_chunk: Any
-) -> int:
-    """Rows of the physical batch with the least predicted time per example that fits.
+def _planned_batch(
+    model: nn.Module, optimizer: torch.optim.Optimizer, seq_len: int, kind: Kind, ranks: Ranks, loss_chunk: Any
+) -> Plan:
+    """The plan of the physical batch with the least predicted time per example that fits where training will run.
 
     Raises:
         UnsupportedModuleError: a model that cannot be planned; name a number then.
     """
     stateless = isinstance(optimizer, torch.optim.SGD) and not any(g["momentum"] for g in optimizer.param_groups)
     states: Literal["adamw", "sgd"] = "sgd" if stateless else "adamw"
-    found = predict(
-        model, "auto", seq_len, engine=kind, world_size=world, optimizer=states, loss_chunk=loss_chunk
+    there = [p for p in model.parameters() if p.device.type == ranks.device.type]  # others have yet to be moved
+    memory = free_memory(ranks.device) + sum(p.numel() * p.element_size() for p in there)
+    return predict(
+        model,
+        "auto",
+        seq_len,
+        engine=kind,
+        world_size=ranks.world,
+        optimizer=states,
+        loss_chunk=loss_chunk,
+        hardware=measure(ranks.device),
+        memory=memory,
     )
-    return found.batch_size
 
 
 def _agreed_strategy(state: ClipState, kind: Kind, ranks: Ranks, max_batch_size: int) -> Choice:

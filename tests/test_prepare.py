@@ -287,10 +287,10 @@ def test_the_planner_chooses_the_physical_batch(tmp_path: Path) -> None:
     torch.testing.assert_close(values(training.model), values(one.model), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("bad", [{"seq_len": None}, {"seq_len": 0}])
+@pytest.mark.parametrize("bad", [{"seq_len": None}, {"seq_len": 0}, {"seq_len": 6, "strategy": "two_pass"}])
 def test_the_planner_needs_a_length(tmp_path: Path, bad: dict[str, Any]) -> None:
     model = tiny_llama()
-    with pytest.raises((dpft.PrivacyConfigError, ValueError), match="seq_len"):
+    with pytest.raises((dpft.PrivacyConfigError, ValueError), match=r"seq_len|strategy"):
         Training(tmp_path / "ledger.jsonl", model=model, max_physical_batch_size="auto", **bad)
     assert not (tmp_path / "ledger.jsonl").exists()
     dpft.wrap(model)  # it was left as it was

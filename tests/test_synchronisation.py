@@ -18,7 +18,11 @@ import dpft
 from tests import zoo
 from tests.training import Training, examples
 
-READS = ("_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero", "masked_select", "unique", "_unique2")
+READS = (
+    "_local_scalar_dense", "item", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2", "unique_dim",
+    "unique_consecutive", "repeat_interleave", "bincount", "histc", "allclose",
+)  # fmt: skip
+INDEXED = ("index", "index_put", "index_put_", "_index_put_impl_")  # by a mask: its number of trues must be known
 
 
 class _Lists(TorchFunctionMode):
@@ -52,7 +56,8 @@ class Reads(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in READS:
+        masks = [t for t in args[1] if t is not None and t.dtype == torch.bool] if name in INDEXED else []
+        if name in READS or masks:
             self.seen[name] += 1
         return func(*args, **(kwargs or {}))
 
@@ -63,7 +68,10 @@ def test_reads_are_seen() -> None:
         torch.ones(3).tolist()
         torch.equal(torch.ones(2), torch.ones(2))
         torch.ones(2).nonzero()
-    assert sum(reads.seen.values()) >= 4
+        torch.ones(2)[torch.ones(2) > 0]
+        torch.ones(2).repeat_interleave(torch.tensor([1, 2]))
+        torch.ones(2)[torch.ones(2) > 0] = 0
+    assert sum(reads.seen.values()) >= 7
 
 
 def reads_of(model: Any, batch: dict[str, Any]) -> Counter[str]:

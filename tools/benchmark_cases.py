@@ -281,6 +281,9 @@ def fastdp(model: Any, shape: Shape) -> Step:
 METHODS: dict[str, Method] = {
     "plain": Method(plain),
     **{strategy: Method(ours(strategy=strategy), noise=True) for strategy in STRATEGIES},
+    **{
+        f"{strategy}_triton": Method(ours(strategy=strategy, impl="triton"), noise=True) for strategy in STRATEGIES[:2]
+    },
     "auto": Method(ours(strategy="auto"), noise=True),
     "ghost": Method(ours(clipping="ghost"), "the published baseline, by dpft", noise=True),
     "fast": Method(ours(clipping="fast"), "one layer's gradients at a time, by dpft", noise=True),

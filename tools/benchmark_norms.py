@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from benchmark_meter import Meter, describe_device, reason_of
 from benchmark_norms_report import Layer, plot_norms, seeds_table, table
-from benchmark_report import conditions, write_json
+from benchmark_report import conditions, json_path, write_json
 from torch import Tensor, nn
 
 from dpft.kernels import linear_sq_norm
@@ -277,7 +277,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="time budget; what does not fit into it is skipped, and says so")
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=json_path)
     args = parser.parse_args()
     if args.preset and any(getattr(args, name) is not None for name in ("layers", "tokens", "rows", "dtype")):
         parser.error("--preset brings its own --layers, --tokens, --rows and --dtype; leave them out, or the preset")

@@ -107,16 +107,16 @@ _ONE_B = Shape(
 _GPU = Preset(
     "cuda",
     (
-        Run(_large(16_384, False), ("plain", "one_pass", "two_pass", "opacus_ghost"), rounds=5),
+        Run(_large(16_384, False), ("plain", "one_pass", "two_pass", "two_pass_triton", "opacus_ghost"), rounds=5),
         Run(_ONE_B, ("one_pass", "plain"), rounds=1, alone=True),
         Run(_large(65_536, True), ("plain", "one_pass"), rounds=2),
-        Longest(_large(262_144, True), ("plain", "one_pass"), start=65_536, step=32_768, most=262_144),
-        Run(_large(4096, False), EVERYTHING, rounds=3),
+        Run(_large(4096, False), (*EVERYTHING, "one_pass_triton"), rounds=3),
+        Longest(_large(262_144, True), ("plain", "one_pass"), start=131_072, step=65_536, most=262_144),
         Run(_large(16_384, True), OURS, rounds=2),
         Run(_large(32_768, True), ("plain", "one_pass"), rounds=2),
         Run(_large(8192, False), EVERYTHING, rounds=2),
     ),
-    seconds=510,
+    seconds=400,
 )
 _SMOKE = Preset(
     "cpu",

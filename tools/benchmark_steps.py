@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from benchmark_cases import METHODS, Shape, find_method
 from benchmark_presets import EVERYTHING, PRESETS, Longest, Preset, Run
-from benchmark_report import MIB, conditions, plot_steps, write_json
+from benchmark_report import MIB, conditions, json_path, plot_steps, write_json
 from benchmark_runner import GRACE, Budget, Machine, ShapeRunner, longest_context
 
 ARCHITECTURES = ("llama", "gpt2")
@@ -53,7 +53,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--memory-limit", type=float, metavar="GIB", help="for a process, beyond its model")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the preset's, or cuda where there is one")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=json_path)
     args = parser.parse_args()
     given = [name for name in HAND if getattr(args, name) is not None]
     if args.preset and given:

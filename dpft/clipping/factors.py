@@ -64,19 +64,17 @@ class ClipRule:
         """Largest L2 norm of one example's contribution to the clipped sum."""
         return self.max_grad_norm
 
-    def factors(self, sq_norms: Tensor, weights: Tensor | None = None, slack: float = 0.0) -> Tensor:
+    def factors(self, sq_norms: Tensor, weights: Tensor | None = None) -> Tensor:
         """Clip factors from squared norms.
 
         Args:
             sq_norms: ``[B]`` float64.
             weights: ``[B]``, 0 for a padding row, 1 for an example; clamped to [0, 1]. None means all 1.
-            slack: relative amount by which the released gradient's norm may exceed the measured one (rounding of
-                low-precision products); the norm is taken that much larger.
 
         Returns:
             ``[B]`` float64, in [0, 1] for abadi; 0 where the norm is not finite.
         """
-        norms = sq_norms.sqrt() * (1.0 + slack)
+        norms = sq_norms.sqrt()
         if self.function == "abadi":
             factors = (self.max_grad_norm / norms).clamp(max=1.0)
         else:

@@ -33,6 +33,12 @@ def sum_dtype(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
+def _upper_sq_norm(use: MatrixUse, x: Tensor, g: Tensor, method: Method | None) -> Tensor:
+    """``[B]``, not below the square of what is released of this use. Before cross terms, which may cancel it."""
+    sq = use.sq_norm(x, g, method)
+    return sq * (1 + LOW_PRECISION_SLACK) ** 2 if g.dtype.itemsize < 4 else sq
+
+
 def checksum(g: Tensor) -> Tensor:
     """``[2, B]`` float64: per example the sum of ``g [B, ...]`` and of its absolute values."""
     flat = g.reshape(g.shape[0], g.shape[1:].numel())
@@ -69,7 +75,6 @@ class NormPass:
         self.batch_size, self.method = batch_size, method
         self.trace, self.shared = trace, shared
         self.sq = torch.zeros(batch_size, dtype=torch.float64, device=device)
-        self.slack = 0.0
         self.seen = torch.zeros((2, batch_size), dtype=torch.float64, device=device)
         self.order: list[str] = []  # of the parameters, as their sites reported
         self._vectors: dict[str, Tensor] = {}
@@ -87,13 +92,13 @@ class NormPass:
         self.order.append(use.key)
         self.seen += checksum(g)
         self._kinds.setdefault(use.key, []).append(type(use))
-        if g.dtype.itemsize < 4:
-            self.slack = LOW_PRECISION_SLACK
         if use.key in self.shared:
-            grad = use.add_grad(x, g, None).to(torch.promote_types(g.dtype, torch.float32))
+            # In float32 before they add up: the sum may be smaller than the rounding of its parts.
+            dtype = torch.promote_types(g.dtype, torch.float32)
+            grad = use.add_grad(x.to(dtype) if x.is_floating_point() else x, g.to(dtype), None)
             self._summed[use.key] = self._summed[use.key].add_(grad) if use.key in self._summed else grad
             return
-        self.sq += use.sq_norm(x, g, self.method)
+        self.sq += _upper_sq_norm(use, x, g, self.method)
         ids = self.trace.ids.get(use.key)
         if ids is None or self.trace.uses[use.key] != 2:
             return
@@ -101,7 +106,12 @@ class NormPass:
         rows = use.rows_at(ids, x, g, None)
         if rows is not None:
             self._heads[use.key] = rows
-        elif isinstance(use, EmbeddingUse) and use.key in self._heads and x.data_ptr() == ids.data_ptr():
+        elif (
+            isinstance(use, EmbeddingUse)
+            and len(self._kinds[use.key]) == 2  # the trace is a hint: a third use has cross terms of its own
+            and use.key in self._heads
+            and x.data_ptr() == ids.data_ptr()
+        ):
             rows = self._heads.pop(use.key)
             if use.padding_idx is not None:
                 rows.masked_fill_((x == use.padding_idx).unsqueeze(-1), 0)
@@ -139,7 +149,6 @@ class KeepPass:
     def __init__(self, batch_size: int, device: torch.device, keep: Literal["smaller", "gradients"]) -> None:
         self.batch_size, self.keep = batch_size, keep
         self.sq = torch.zeros(batch_size, dtype=torch.float64, device=device)
-        self.slack = 0.0
         self._scaled: set[int] = set()  # tensors that are weighted already, by id; they are held
         self._kept: dict[str, _Kept] = {}
         self._vectors: dict[str, Tensor] = {}
@@ -158,9 +167,9 @@ class KeepPass:
             grad, sq = use.grad_sq_norm(x, g)
             self._kept[use.key] = _Kept(sq, grad)
         elif kept is None:
-            self._kept[use.key] = _Kept(use.sq_norm(x, g, None), pairs=[(use, x, g)])
+            self._kept[use.key] = _Kept(_upper_sq_norm(use, x, g, None), pairs=[(use, x, g)])
         elif kept.grad is None and (cross := _tied_cross(kept, use, x, g)) is not None:
-            kept.sq = kept.sq + use.sq_norm(x, g, None) + cross
+            kept.sq = kept.sq + _upper_sq_norm(use, x, g, None) + cross
             kept.pairs.append((use, x, g))
         else:
             # Used again: gradients add up before they are squared.
@@ -169,8 +178,6 @@ class KeepPass:
             kept.pairs = []
             kept.grad = use.add_grad(x, g, kept.grad)
             kept.sq = sq_norm(kept.grad)
-        if self._kept[use.key].pairs and g.dtype.itemsize < 4:
-            self.slack = LOW_PRECISION_SLACK
 
     def finish(self) -> set[str]:
         """Complete :attr:`sq`; returns the empty set: whatever a matrix's uses, they were combined."""
@@ -181,13 +188,17 @@ class KeepPass:
         return set()
 
     def scale(self, factors: Tensor) -> None:
-        """Weight what is kept of a batch of one, all at once; what is kept as pairs waits for :meth:`release`."""
+        """Weight the matrices' gradients that are kept of a batch of one, in place and all at once.
+
+        They are products made here, which nobody else holds. Vectors may be autograd's own gradients, and what is kept
+        as pairs has no product yet: both wait for :meth:`release`.
+        """
         if self.batch_size != 1:
             return
         grads = [kept.grad for kept in self._kept.values() if kept.grad is not None]
-        whole = [g for g in (*grads, *self._vectors.values()) if g.dtype in (torch.float32, torch.float64)]
+        whole = [grad for grad in grads if grad.dtype in (torch.float32, torch.float64)]
         scale_(whole, factors[0])
-        self._scaled = {id(g) for g in whole}
+        self._scaled = {id(grad) for grad in whole}
 
     def release(self, key: str, weight: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor | None:
         """The weighted gradient of one parameter, giving up what was kept for it; None if the parameter was not used.
@@ -200,8 +211,7 @@ class KeepPass:
         """
         vector = self._vectors.pop(key, None)
         if vector is not None:
-            total = vector[0] if id(vector) in self._scaled else weighted_vector(vector, factors)
-            return total.to(dtype).view(full_shape(weight))
+            return weighted_vector(vector, factors).to(dtype).view(full_shape(weight))
         kept = self._kept.pop(key, None)
         if kept is None:
             return None

@@ -20,7 +20,6 @@ from dpft.clipping.passes import KeepPass, NormPass, ProbePass, Trace, WeightedP
 from dpft.clipping.state import ClipState, ClipStats
 from dpft.errors import ClippingError
 from dpft.kernels.linear import Method, sq_norm
-from dpft.kernels.weighted import scale_
 from dpft.rules.base import Pass, full_shape, running_pass
 
 _METHODS: dict[str, Method | None] = {"flash": None, "ghost": "gram_full", "fast": "materialise"}
@@ -154,13 +153,11 @@ class Job:
         bits = range(((self.batch_size if engine is None else engine.max_batch_size) - 1).bit_length())
         return [((index >> bit) & 1) == value for bit in bits for value in (0, 1)]
 
-    def factors(self, sq_norms: Tensor, slack: float) -> Tensor:
+    def factors(self, sq_norms: Tensor) -> Tensor:
         """``[B]`` float64 clip factors, which also become the model's stats."""
         weights = self.weights.to(sq_norms.device)
-        if self.state.clipping == "none":
-            factors = row_weights(weights)
-        else:
-            factors = self.state.rule.factors(sq_norms, weights, slack)
+        clips = self.state.clipping != "none"
+        factors = self.state.rule.factors(sq_norms, weights) if clips else row_weights(weights)
         self.state.last = ClipStats(
             norms=sq_norms.sqrt().float(),
             clip_factors=factors.float(),
@@ -182,7 +179,7 @@ def run_one_pass(job: Job, scale: Tensor) -> list[Tensor | None] | None:
     losses, job.losses = job.losses, ()
     job.traverse(keep, losses, torch.ones_like(losses), retain_graph=False)
     keep.finish()
-    factors = job.factors(keep.sq, keep.slack) * scale.to(keep.sq)
+    factors = job.factors(keep.sq) * scale.to(keep.sq)
     keep.scale(factors)
     engine = job.state.engine
     if engine is None:
@@ -219,7 +216,7 @@ def run_two_pass(job: Job, scale: Tensor) -> None:
         state.shared = state.shared | unresolved
     else:
         raise ClippingError(f"the uses of {sorted(unresolved)} changed between two traversals of one graph")
-    factors = job.factors(norms.sq, norms.slack) * scale.to(norms.sq)
+    factors = job.factors(norms.sq) * scale.to(norms.sq)
     weighted = WeightedPass(factors, None if state.engine is None else state.engine.add)
     job.traverse(weighted, losses, seeds, retain_graph=False)
     _check_same_gradients(state, norms.seen, weighted.seen, factors)
@@ -234,7 +231,7 @@ def _check_same_gradients(state: ClipState, norms: Tensor, weighted: Tensor, fac
         weighted: the same of the second traversal.
         factors: ``[B]``; examples of factor zero do not count.
     """
-    apart = (norms - weighted).abs().amax(0) > 1e-3 * norms[1]
+    apart = ~((norms - weighted).abs().amax(0) <= 1e-3 * norms[1])  # also where either is NaN
     state.findings.refuse_if(
         (apart & (factors != 0)).any(),
         "the norm pass and the weighted pass saw different gradients: a recomputed forward is not the one that was "
@@ -248,7 +245,7 @@ def run_plain(job: Job, scale: Tensor) -> None:
     losses, job.losses = job.losses, ()
     assert isinstance(losses, Tensor)
     unknown = torch.full((job.batch_size,), torch.nan, dtype=torch.float64, device=losses.device)  # nobody asked
-    weights = job.factors(unknown, 0.0)
+    weights = job.factors(unknown)
     seeds = (weights * scale.to(weights)).to(losses.dtype)
     torch.autograd.backward(losses, seeds)
 
@@ -279,10 +276,6 @@ def run_per_example(job: Job, scale: Tensor) -> list[Tensor | None] | None:
         squares.append(sq)
         all_factors.append(factor)
         multiplier = (factor * scale.to(factor)).squeeze()
-        wide = [grad for grad in grads if grad is not None and grad.dtype in (torch.float32, torch.float64)]
-        scale_(wide, multiplier)
-        scaled = {id(grad) for grad in wide}
-        del wide
         for k, grad in enumerate(grads):
             p = parameters[k]
             if grad is None and engine is None:
@@ -290,11 +283,10 @@ def run_per_example(job: Job, scale: Tensor) -> list[Tensor | None] | None:
             grads[k] = None
             if grad is None:
                 part = _nothing(p, loss_device)
-            elif id(grad) in scaled:
-                part = grad
-            else:  # one at a time: all of them in float32 would be held besides those in bf16
-                part = grad.float()
-                scale_([part], multiplier)
+            else:
+                # Out of place, one at a time: autograd may give two parameters one and the same tensor.
+                part = grad.to(torch.promote_types(grad.dtype, torch.float32)) * multiplier
+                part.masked_fill_(multiplier == 0, 0)
             if engine is not None:
                 engine.add(names[k], part.to(sum_dtype(p)))
                 del grad, part

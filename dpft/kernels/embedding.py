@@ -100,6 +100,6 @@ def head_rows_at_tokens(ids: Tensor, h: Tensor, g_head: Tensor, padding_idx: int
     step = max(1, TILE_ELEMENTS // max(1, h.shape[1]))
     for i in range(batch):
         for t in range(0, seq_len, step):
-            out[i, t : t + step] = g_head[i].index_select(1, ids[i, t : t + step]).mT @ h[i]
+            out[i, t : t + step] = g_head[i].index_select(1, ids[i, t : t + step]).to(dtype).mT @ h[i].to(dtype)
     skip = _masked(ids, padding_idx)
     return out if skip is None else out.masked_fill_(skip, 0)

@@ -12,6 +12,15 @@ from dpft.errors import KernelError
 Impl = Literal["auto", "torch", "triton"]
 
 
+# Set while a step on a GPU is simulated on tensors that are on none.
+simulated_gpu = False
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether ``x`` is on a GPU, or stands for a tensor that will be."""
+    return x.is_cuda or simulated_gpu
+
+
 def resolve_impl(x: Tensor, impl: Impl) -> tuple[Literal["torch", "triton"], str]:
     """What ``impl`` stands for on ``x``'s device, and why, in words.
 

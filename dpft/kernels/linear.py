@@ -25,7 +25,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dpft.kernels.impl import Impl, resolve_impl
+from dpft.errors import KernelError
+from dpft.kernels.impl import Impl, on_gpu, resolve_impl
 
 Method = Literal["gram", "gram_full", "feature", "materialise"]
 
@@ -44,6 +45,11 @@ def _check(x: Tensor, g: Tensor) -> None:
     if x.dim() != 3 or g.dim() != 3 or x.shape[:2] != g.shape[:2]:
         raise ValueError(
             f"expected x [B, T, p] and g [B, T, d] with equal B and T, got x {list(x.shape)} and g {list(g.shape)}"
+        )
+    if x.dtype != g.dtype or x.device != g.device or not x.is_floating_point():
+        raise ValueError(
+            f"expected x and g of one floating dtype on one device, got x {x.dtype} on {x.device} and g {g.dtype} on "
+            f"{g.device}"
         )
 
 
@@ -68,7 +74,7 @@ def gram_cost(x: Tensor) -> float:
 
     On a GPU the ratio of an H100's data sheet for 16-bit products (989 to 67 TFLOP/s); elsewhere that of the widths.
     """
-    return 15.0 if x.is_cuda and x.element_size() == 2 else 2.0
+    return 15.0 if on_gpu(x) and x.element_size() == 2 else 2.0
 
 
 def choose_method(seq_len: int, p: int, d: int, cost: float = 2.0) -> Method:
@@ -80,9 +86,9 @@ def choose_method(seq_len: int, p: int, d: int, cost: float = 2.0) -> Method:
     return "gram" if cost * gram < feature else "feature"
 
 
-def _edge_and_elements(device: torch.device) -> tuple[int, int]:
+def _edge_and_elements(x: Tensor) -> tuple[int, int]:
     """Shortest edge that a product tile is cut to, and the elements of a tile."""
-    return (_CUDA_EDGE, 2 * _CUDA_EDGE**2) if device.type == "cuda" else (_EDGE, TILE_ELEMENTS)
+    return (_CUDA_EDGE, 2 * _CUDA_EDGE**2) if on_gpu(x) else (_EDGE, TILE_ELEMENTS)
 
 
 def _inner_products(a: Tensor, b: Tensor, elements: int) -> Tensor:
@@ -105,7 +111,7 @@ def _gram(x: Tensor, g: Tensor, tile: int) -> Tensor:
     bound C. In float64 the same is some 1e-9 of that.
     """
     batch = len(x)
-    elements = _edge_and_elements(x.device)[1] // 2  # of float64
+    elements = _edge_and_elements(x)[1] // 2  # of float64
     total = torch.zeros(batch, dtype=torch.float64, device=x.device)
     step = max(1, elements // (tile * tile))
     for k in range(0, batch, step):
@@ -121,7 +127,7 @@ def _feature(x: Tensor, g: Tensor) -> Tensor:
     """Sum of the squares of ``g_i^T x_i`` over tiles as square as can be, each of which is dropped at once."""
     batch, _, p = x.shape
     d = g.shape[2]
-    edge, elements = _edge_and_elements(x.device)
+    edge, elements = _edge_and_elements(x)
     total = torch.zeros(batch, dtype=torch.float64, device=x.device)
     step_p = min(p, edge)
     step = min(batch, max(1, elements // (step_p * min(d, edge))))
@@ -149,6 +155,7 @@ def sq_norm(v: Tensor) -> Tensor:
     return runs.double().square_().sum(1) + rest.double().square_()
 
 
+@torch.no_grad()
 def linear_sq_norm(
     x: Tensor, g: Tensor, method: Method | Literal["auto"] = "auto", impl: Impl = "auto"
 ) -> Tensor:
@@ -170,6 +177,18 @@ def linear_sq_norm(
     """
     _check(x, g)
     taken, _ = resolve_impl(x, impl)
+    if method in ("auto", "gram", "gram_full") and _rounds_inputs(x):
+        if method != "auto":
+            raise ValueError(
+                f"method={method!r} multiplies what x and g are, and the gradient will be a product in TF32, which "
+                "rounds them first. Call torch.set_float32_matmul_precision('highest'), or take another method."
+            )
+        method = "feature"  # a product of the same rounded numbers
+    if taken == "triton" and method == "feature" and _rounds_inputs(x):
+        raise KernelError(
+            "impl='triton' multiplies float32 as it is, and the gradient will be a product in TF32, which rounds it "
+            "first. Call torch.set_float32_matmul_precision('highest'), or take impl='torch'."
+        )
     if method == "auto":
         method = choose_method(x.shape[1], x.shape[2], g.shape[2], gram_cost(x))
     if method not in ("gram", "gram_full", "feature", "materialise"):
@@ -224,6 +243,11 @@ def linear_grad(x: Tensor, g: Tensor) -> Tensor:
     return g.mT @ x
 
 
+def _rounds_inputs(x: Tensor) -> bool:
+    """Whether products of float32 tensors on x's device round what they multiply (TF32)."""
+    return x.is_cuda and x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+
+
 def _wide_product(g: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """``g^T x`` of ``g [T, d]``, ``x [T, p]`` in float32 or float64, never rounded to 16 bits on the way.
 
@@ -232,7 +256,7 @@ def _wide_product(g: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if x.dtype == dtype:
         return g.mT @ x
-    if x.device.type != "cpu" and dtype == torch.float32:
+    if (on_gpu(x) or x.is_meta) and dtype == torch.float32:
         return torch.mm(g.mT, x, out_dtype=dtype)
     total = torch.zeros((g.shape[1], x.shape[1]), dtype=dtype, device=x.device)
     for t in range(0, len(x), _RUN):  # the copies are of a few tokens

@@ -53,10 +53,16 @@ class _Made:
     Attributes:
         losses: ``[B]``, without their graph; None once they were taken.
         labels: what they were computed with.
+        labels_version: how often the labels had been changed in place.
+        weight: the head's.
+        weight_version: the same of it.
     """
 
     losses: Tensor | None
     labels: Tensor
+    labels_version: int
+    weight: Tensor
+    weight_version: int
 
 
 class LazyLogits(Tensor):
@@ -72,6 +78,7 @@ class LazyLogits(Tensor):
     made: _Made | None
     _dtype: torch.dtype
     _make: Callable[[], Tensor]
+    _real: Tensor | None
 
     @staticmethod
     def __new__(
@@ -87,17 +94,19 @@ class LazyLogits(Tensor):
         logits: LazyLogits = Tensor._make_wrapper_subclass(
             cls, shape, dtype=inside, device=device, requires_grad=False
         )
-        logits._dtype, logits._make, logits.made = dtype, make, made
+        logits._dtype, logits._make, logits.made, logits._real = dtype, make, made, None
         return logits
 
     def materialise(self) -> Tensor:
         """The logits themselves, computed now."""
-        made: Tensor = self._make().to(self._dtype)
-        return made
+        if self._real is None:
+            with torch.set_grad_enabled(self.requires_grad):
+                self._real = self._make().to(self._dtype)
+        return self._real
 
     def converted(self, dtype: torch.dtype | None = None) -> LazyLogits:
         """The same in another dtype, or, without one, detached."""
-        make = self._make
+        make = self.materialise
         return LazyLogits(
             tuple(self.shape),
             dtype or self._dtype,
@@ -144,6 +153,11 @@ class _StandIn(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        if any(stride != 0 and size > 1 for stride, size in zip(g.stride()[1:], g.shape[1:], strict=True)):
+            raise ClippingError(
+                "something besides the loss was differentiated through the logits (an autograd.Function or a layer "
+                "that takes them, a hook on them), which dpft computes lazily. Pass loss_chunk=None."
+            )
         return g[:, 0, 0], None, None, None, None
 
 
@@ -178,6 +192,8 @@ def losses_of(logits: Any, labels: Any) -> Tensor | None:
     """The losses that came with lazy logits, if they are of these very labels; taken once. Else None."""
     if not isinstance(logits, LazyLogits) or logits.made is None or labels is not logits.made.labels:
         return None
+    if _version(labels) != logits.made.labels_version:
+        return None  # changed in place since
     values, logits.made.losses = logits.made.losses, None
     if values is None:
         return None
@@ -242,12 +258,13 @@ class Head:
         if not torch.is_grad_enabled():
             with torch.autocast(device, enabled=False):
                 bias = None if b is None else b.to(x.dtype)
-                made = _Made(chunked_head_loss(x, w.to(x.dtype), bias, targets, chunk).losses, labels)
+                losses = chunked_head_loss(x, w.to(x.dtype), bias, targets, chunk).losses
+            made = _Made(losses, labels, _version(labels), w, _version(w))
             return LazyLogits(shape, x.dtype, h.device, lambda: self._make(made, plain, h), made)
         if "weight" in self.keys:
             self.state.record_use(self.keys["weight"])
         losses = HeadLossSite.apply(x, w, b, self.state.tap, _Site(self, w, targets, chunk))
-        made = _Made(losses.detach(), labels)
+        made = _Made(losses.detach(), labels, _version(labels), w, _version(w))
         logits: Tensor = _StandIn.apply(losses, shape, x.dtype, lambda: self._make(made, plain, h), made)
         return logits
 
@@ -264,6 +281,13 @@ class Head:
             if torch.is_grad_enabled() and "weight" in self.keys:
                 self.state.trace.uses[self.keys["weight"]] -= 1
             return plain(h)
+        if self.state.batch_size is not None:
+            return plain(h)  # the forward is still running: what it adds to its loss is a use like any other
+        if self.state.engine is None and _version(made.weight) != made.weight_version:
+            raise ClippingError(
+                "the logits were read after the head's weight had changed (optimizer.step?), and dpft computes them "
+                "when they are read. Read them before, or wrap with loss_chunk=None."
+            )
         # This use is none of the forward that made the loss, nor of the next one.
         with self.state.unrecorded():
             return plain(h)
@@ -282,3 +306,8 @@ class _Site:
 def shifted(labels: Tensor) -> Tensor:
     """Labels ``[B, T]`` moved one to the left: position t predicts token t + 1."""
     return nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
+
+
+def _version(labels: Tensor) -> int:
+    """How often a tensor was changed in place; of one made in inference mode it is not known."""
+    return 0 if labels.is_inference() else labels._version

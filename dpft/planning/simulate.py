@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dpft import kernels
 from dpft.clipping.planner import Strategy
 from dpft.errors import UnsupportedModuleError
+from dpft.kernels import impl
 from dpft.planning.meter import Operation, StepMeter
 from dpft.planning.twin import on_meta
 from dpft.wrap import get_state, unwrap, wrap
@@ -164,6 +165,7 @@ def simulate(
     strategy: Strategy | None = None,
     sharding: Sharding | None = None,
     loss_chunk: int | Literal["auto"] | None = "auto",
+    gpu: bool = False,
 ) -> Simulation:
     """Run two steps, ``model(input_ids=ids, labels=ids).loss.backward()``, the second onto the first's gradient.
 
@@ -174,6 +176,7 @@ def simulate(
         strategy: of the private step; None for the plain one of Hugging Face.
         sharding: the engine; None is one process.
         loss_chunk: as in :func:`dpft.wrap`.
+        gpu: whether kernels are to take the way that they take on a GPU.
 
     Raises:
         UnsupportedModuleError: the model cannot be run so, or ``strategy`` does not cover it.
@@ -181,7 +184,7 @@ def simulate(
     ids = torch.empty((batch_size, seq_len), dtype=torch.int64, device="meta")
     found: list[tuple[int, Counter[Operation]]] = []
     prepared = _prepared(twin, strategy, sharding or Sharding(), batch_size, loss_chunk)
-    with on_meta(), warnings.catch_warnings(), prepared:
+    with on_meta(), warnings.catch_warnings(), prepared, mock.patch.object(impl, "simulated_gpu", gpu):
         warnings.simplefilter("ignore")  # of models, about what they are asked: the real step will repeat them
         with StepMeter([*twin.parameters(), *twin.buffers(), ids]) as meter, _norms_once(meter):
             for _ in range(2):
