@@ -59,6 +59,7 @@ def wrap(
         clip_function: ``"abadi"`` (``min(1, C/norm)``) or ``"automatic"`` (``C/(norm + gamma)``).
         clip_gamma: gamma of ``"automatic"``.
         memory: bytes that one-pass may keep beyond one gradient; None lets it take up to half of what is free.
+            ``dpft.plan(...).allowance`` is the number with which ``"auto"`` takes the strategy that was planned.
         loss_chunk: tokens at a time in which a causal LM's head and loss are computed (``clipping="flash"``):
             ``out.logits`` is then computed when it is read. ``"auto"`` chooses; None computes all logits at once, as
             plain training does, and so do heads other than an ``nn.Linear`` and logits that are scaled or capped.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -284,8 +285,10 @@ def run_per_example(job: Job, scale: Tensor) -> list[Tensor | None] | None:
             if grad is None:
                 part = _nothing(p, loss_device)
             else:
-                # Out of place, one at a time: autograd may give two parameters one and the same tensor.
-                part = grad.to(torch.promote_types(grad.dtype, torch.float32)) * multiplier
+                wide = torch.promote_types(grad.dtype, torch.float32)
+                part = grad.to(wide)
+                # Autograd may give two parameters one tensor, or one that a Function has saved: those are copied.
+                part = part.mul_(multiplier) if part is not grad or _is_ours(grad) else part * multiplier
                 part.masked_fill_(multiplier == 0, 0)
             if engine is not None:
                 engine.add(names[k], part.to(sum_dtype(p)))
@@ -306,6 +309,14 @@ def run_per_example(job: Job, scale: Tensor) -> list[Tensor | None] | None:
         strategy=job.strategy,
     )
     return result if engine is None else None
+
+
+def _is_ours(grad: Tensor) -> bool:
+    """Whether nothing besides this tensor, and no other owner of it, has the memory of a gradient."""
+    tensor: Any = grad  # torch does not type what it counts
+    storage = grad.untyped_storage()  # itself the second that holds it
+    alone = tensor._use_count() == 1 and torch._C._storage_Use_Count(storage._cdata) == 2
+    return bool(alone) and grad.is_contiguous()
 
 
 def _example_gradient(state: ClipState, loss: Tensor, parameters: list[Tensor]) -> list[Tensor | None]:

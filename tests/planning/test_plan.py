@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import warnings
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 import dpft
 from dpft.planning.hardware import HARDWARE, Hardware
 from dpft.planning.plan import plan
+from dpft.planning.planner import PROBE
 from dpft.planning.result import Plan
 from dpft.planning.simulate import ENGINES, EngineName
 from tests.planning.models import VOCAB, built, llama
@@ -161,7 +163,8 @@ def test_a_large_model_is_planned_from_its_shapes() -> None:
 
 def test_batch_size_auto_grows_with_the_memory() -> None:
     model = llama(1)
-    two = planned(model, 2, 64, memory=2**40).predictions["one_pass"].total_bytes
+    total = planned(model, 2, 64, memory=2**40).predictions["one_pass"].total_bytes
+    two = math.ceil(total * PROBE)  # with the isolation check of a first step
     found = [planned(model, "auto", 64, memory=m) for m in (two - 1, two, 2 * two)]
     sizes = [p.batch_size for p in found]
     assert sizes[0] == 1 < sizes[1] and sizes == sorted(sizes) and sizes[-1] > 2
