@@ -14,6 +14,7 @@ from transformers.models.deberta.modeling_deberta import DebertaLayerNorm
 import dpft
 from dpft.clipping.factors import ClipRule
 from dpft.clipping.passes import KeepPass, NormPass, Trace, WeightedPass
+from dpft.kernels.linear import linear_sq_norm
 from dpft.rules.base import EmbeddingUse, LinearUse
 
 
@@ -148,3 +149,40 @@ def test_a_tied_weight_whose_gradients_cancel_in_bf16() -> None:
         parts = (weighted.matrix(head, h, g_head, weight), weighted.matrix(embedding, ids, g_embedding, weight))
         assert parts[0] is not None and parts[1] is not None
         assert float((parts[0] + parts[1]).norm()) <= 1.0
+
+
+def test_a_third_use_is_noticed_whatever_was_noted() -> None:
+    """What a forward noted of its uses is a hint: a head used twice and its embedding leave no cross term out."""
+    ids, h, g_head, g_embedding = (t if t.dtype == torch.int64 else t.float() for t in cancelling())
+    head, embedding, weight = LinearUse("w", 64, 32), EmbeddingUse("w", 64, 32), torch.zeros(64, 32)
+    trace = Trace()
+    trace.uses["w"], trace.ids["w"] = 2, ids
+    shared: set[str] = set()
+    for repetition in range(2):
+        norms = NormPass(2, torch.device("cpu"), None, trace, shared)
+        norms.matrix(head, h, g_head, weight)
+        norms.matrix(head, h, g_head, weight)
+        norms.matrix(embedding, ids, g_embedding, weight)
+        unresolved = norms.finish()
+        assert unresolved == ({"w"} if repetition == 0 else set())
+        shared = shared | unresolved
+    exact = 2 * h.mT.double() @ g_head.double()
+    exact[:, 0, 0] += g_embedding[:, 0, 0].double()  # token 0's row
+    torch.testing.assert_close(norms.sq, exact.square().sum((1, 2)))
+
+
+def test_a_norm_of_rounded_tiles_is_not_understated() -> None:
+    """The two bf16 numbers whose product bf16 rounds down the most."""
+    numbers = 1 + torch.arange(128, dtype=torch.float64) / 128
+    products = numbers[:, None] * numbers
+    lost = 1 - products.to(torch.bfloat16).double() / products
+    i, j = divmod(int(lost.argmax()), 128)
+    x, g = (torch.full((1, 1, 1), float(numbers[k]), dtype=torch.bfloat16) for k in (i, j))
+    exact = float(products[i, j])
+    assert float(linear_sq_norm(x, g, "feature").sqrt()) < exact * (1 - 3e-3), "nothing was lost: the test is void"
+    norms = NormPass(1, torch.device("cpu"), "feature", Trace(), set())
+    norms.matrix(LinearUse("w", 1, 1), x, g, torch.zeros(1, 1))
+    norms.finish()
+    weighted = WeightedPass(ClipRule(1.0).factors(norms.sq))
+    released = weighted.matrix(LinearUse("w", 1, 1), x, g, torch.zeros(1, 1))
+    assert released is not None and float(released.norm()) <= 1.0
