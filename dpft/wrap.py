@@ -18,7 +18,7 @@ from dpft.clipping.strategies import guard_parameters
 from dpft.errors import ClippingError, UnsupportedModuleError, WrapError
 from dpft.kernels.impl import Impl
 from dpft.models.causal_lm import find_causal_lm, flattening_parameters, per_example_causal_lm_losses
-from dpft.models.forward import clipped_forward, refuse_unsaved_rng
+from dpft.models.forward import COMPILED, clipped_forward, refuse_unsaved_rng
 from dpft.models.head import Head, leaves_logits_alone
 from dpft.rules.base import EmbeddingUse, LinearUse, MatrixUse, Rule, full_shape
 from dpft.rules.embedding import EmbeddingRule
@@ -84,7 +84,7 @@ def wrap(
     for path, module in model.named_modules():
         if _STATE in module.__dict__ or _SITE in module.__dict__:
             raise WrapError(f"{path or 'the model'!r} is wrapped already; call dpft.unwrap on it first")
-    if type(model).__name__ == "OptimizedModule":
+    if type(model).__name__ == COMPILED:
         raise UnsupportedModuleError("the model is compiled (torch.compile); wrap the model it was made from instead")
     if not (loss_chunk in ("auto", None) or (type(loss_chunk) is int and loss_chunk > 0)):
         raise ValueError(f"loss_chunk is {loss_chunk!r}; expected a number of tokens >= 1, 'auto', or None")

@@ -69,12 +69,12 @@ def method_flops(method: Method, seq_len: int, p: int, d: int) -> int:
     return 2 * seq_len * p * d
 
 
-def gram_cost(x: Tensor) -> float:
-    """What a FLOP of the Gram method, which is made in float64, costs in those of a product of x's dtype.
+def gram_cost(itemsize: int, gpu: bool) -> float:
+    """What a FLOP of the Gram method, which is made in float64, costs in those of a product of ``itemsize`` bytes.
 
     On a GPU the ratio of an H100's data sheet for 16-bit products (989 to 67 TFLOP/s); elsewhere that of the widths.
     """
-    return 15.0 if on_gpu(x) and x.element_size() == 2 else 2.0
+    return 15.0 if gpu and itemsize == 2 else 2.0
 
 
 def choose_method(seq_len: int, p: int, d: int, cost: float = 2.0) -> Method:
@@ -190,7 +190,7 @@ def linear_sq_norm(
             "first. Call torch.set_float32_matmul_precision('highest'), or take impl='torch'."
         )
     if method == "auto":
-        method = choose_method(x.shape[1], x.shape[2], g.shape[2], gram_cost(x))
+        method = choose_method(x.shape[1], x.shape[2], g.shape[2], gram_cost(x.element_size(), on_gpu(x)))
     if method not in ("gram", "gram_full", "feature", "materialise"):
         raise ValueError(f"method is {method!r}; expected 'auto', 'gram', 'gram_full', 'feature' or 'materialise'")
     if taken == "triton":

@@ -15,7 +15,7 @@ from dpft.clipping.strategies import guard_parameters
 from dpft.errors import ClippingError
 from dpft.models.head import joined
 
-_COMPILED = "OptimizedModule"
+COMPILED = "OptimizedModule"  # by name, so that torch._dynamo need not be imported for it
 # Not inputs of the batch, whatever their length happens to be.
 _NOT_BATCHED = frozenset({"cache_position", "num_items_in_batch"})
 
@@ -97,7 +97,7 @@ def refuse_compiled(state: ClipState, model: nn.Module) -> None:
     if state.strategy == "per_example" or state.clipping == "none":
         return
     for name, module in model.named_modules():
-        if (module._compiled_call_impl is not None and module is not model) or type(module).__name__ == _COMPILED:
+        if (module._compiled_call_impl is not None and module is not model) or type(module).__name__ == COMPILED:
             raise ClippingError(
                 f"{name!r} is compiled (torch.compile), so its backward is fixed before anyone can take a norm in it. "
                 "Leave the model's parts uncompiled, or wrap with strategy='per_example'."

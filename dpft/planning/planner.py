@@ -18,6 +18,7 @@ from dpft.clipping.planner import (
     use_details,
 )
 from dpft.errors import UnsupportedModuleError
+from dpft.kernels.linear import gram_cost
 from dpft.planning.hardware import Hardware
 from dpft.planning.memory import OptimizerName
 from dpft.planning.result import LayerPlan, Plan, Prediction
@@ -192,7 +193,7 @@ class Planner:
 
     def _layers(self, strategy: Strategy, batch_size: int) -> list[LayerPlan]:
         kinds: dict[tuple[str, str, str], list[int]] = {}
-        cost = 15.0 if self.machine.asynchronous and self.itemsize == 2 else 2.0  # as dpft.kernels.linear.gram_cost
+        cost = gram_cost(self.itemsize, self.machine.asynchronous)
         for detail in use_details(self.uses, strategy, batch_size, self.seq_len, self.itemsize, cost):
             name = re.sub(r"(?<=\.)\d+(?=\.)", "*", detail.key)
             sums = kinds.setdefault((name, detail.shape, detail.method), [0, 0, 0])
