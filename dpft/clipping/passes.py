@@ -6,7 +6,7 @@ A pass is made for one traversal of one graph and thrown away; nothing here outl
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -249,9 +249,19 @@ class WeightedPass:
 
     weighted, probing = True, False
 
-    def __init__(self, factors: Tensor, deliver: Callable[[str, Tensor], None] | None = None) -> None:
-        """``deliver``: takes each weighted gradient by name, and autograd gets none; None leaves it to autograd."""
+    def __init__(
+        self,
+        factors: Tensor,
+        deliver: Callable[[str, Tensor], None] | None = None,
+        parameters: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """``deliver``: takes each weighted gradient by name, and autograd gets none; None leaves it to autograd.
+
+        ``parameters``: by name. What a site has saved of one stands for it in its values alone: a checkpoint, or
+        another hook on saved tensors, gives it back as a tensor without ``grad_dtype``.
+        """
         self.batch_size, self.factors, self._deliver = len(factors), factors, deliver
+        self._parameters = {} if parameters is None else parameters
         self.seen = torch.zeros((2, len(factors)), dtype=torch.float64, device=factors.device)
 
     def _hand_over(self, key: str, grad: Tensor) -> Tensor | None:
@@ -265,10 +275,12 @@ class WeightedPass:
 
     def matrix(self, use: MatrixUse, x: Tensor, g: Tensor, weight: Tensor) -> Tensor | None:
         self.seen += checksum(g)
-        return self._hand_over(use.key, use.weighted_grad(x, g, self.factors, None, self._dtype(weight)))
+        dtype = self._dtype(self._parameters.get(use.key, weight))
+        return self._hand_over(use.key, use.weighted_grad(x, g, self.factors, None, dtype))
 
     def vector(self, key: str, grad: Tensor, weight: Tensor) -> Tensor | None:
         self.seen += checksum(grad)
+        weight = self._parameters.get(key, weight)
         weighted = weighted_vector(grad, self.factors).to(self._dtype(weight))
         return self._hand_over(key, weighted.view(full_shape(weight)))
 

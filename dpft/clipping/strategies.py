@@ -218,7 +218,7 @@ def run_two_pass(job: Job, scale: Tensor) -> None:
     else:
         raise ClippingError(f"the uses of {sorted(unresolved)} changed between two traversals of one graph")
     factors = job.factors(norms.sq) * scale.to(norms.sq)
-    weighted = WeightedPass(factors, None if state.engine is None else state.engine.add)
+    weighted = WeightedPass(factors, None if state.engine is None else state.engine.add, state.parameters)
     job.traverse(weighted, losses, seeds, retain_graph=False)
     _check_same_gradients(state, norms.seen, weighted.seen, factors)
 

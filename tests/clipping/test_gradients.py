@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
 import dpft
 from tests import zoo
-from tests.clipping.checks import CHECKPOINTING, MODES, STRATEGIES, autocast, case_of, check, check_grads
+from tests.clipping.checks import (
+    CHECKPOINTING,
+    MODES,
+    STRATEGIES,
+    autocast,
+    case_of,
+    check,
+    check_grads,
+    set_checkpointing,
+)
 
 BF16_MODELS = (zoo.LLAMA_TIED, zoo.LLAMA_GQA, zoo.GEMMA, zoo.GPT2, zoo.OPT, zoo.BERT, zoo.LORA, zoo.MLP_TOKENS)
 STRATEGY_OF_MODE = {"ghost": "two_pass", "fast": "two_pass", "per_sample": "one_pass"}
@@ -118,3 +129,24 @@ def test_modes_agree_with_each_other() -> None:
         norms.append(dpft.stats(model).norms)
     for other in norms[1:]:
         torch.testing.assert_close(other, norms[0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("kept", ["checkpointed", "on the CPU"])
+def test_a_hook_on_saved_tensors_does_not_round_the_sum(strategy: str, kept: str) -> None:
+    """A float32 gradient of bf16 weights is the same to the bit, though the site's saved weight has lost its wish."""
+    found = []
+    for hooked in (False, True):
+        model = zoo.LLAMA.build().bfloat16()
+        for p in model.parameters():
+            p.grad_dtype = torch.float32  # as DPOptimizer sets it
+        if hooked and kept == "checkpointed":
+            set_checkpointing(model, "non-reentrant")
+        dpft.wrap(model, strategy=strategy, loss_chunk=None)
+        with torch.autograd.graph.save_on_cpu() if hooked and kept == "on the CPU" else contextlib.nullcontext():
+            loss = model(**case_of(zoo.LLAMA).batch).loss
+        loss.backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert found[0].dtype == torch.float32
+    assert torch.equal(*found)
+    assert strategy == "per_example" or not torch.equal(found[0], found[0].bfloat16().float())
