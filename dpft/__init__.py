@@ -1,5 +1,6 @@
 """dpft: fine-tuning of Hugging Face language models under differential privacy, at long context."""
 
+from dpft.clipping.passes import BookKeeping
 from dpft.clipping.state import ClipStats
 from dpft.errors import (
     AccountingError,
@@ -22,10 +23,11 @@ from dpft.planning.result import Plan
 from dpft.prepare import prepare
 from dpft.privacy import PrivacyConfig, PrivacyPlan, privacy_report, privacy_statement_markdown
 from dpft.run import PrivacyRun
-from dpft.wrap import clipped_loss, explain, stats, unwrap, wrap
+from dpft.wrap import book_keeping, clipped_loss, explain, stats, unwrap, wrap
 
 __all__ = [
     "AccountingError",
+    "BookKeeping",
     "BudgetExceededError",
     "ClipStats",
     "ClippingError",
@@ -44,6 +46,7 @@ __all__ = [
     "PrivateDataLoader",
     "UnsupportedModuleError",
     "WrapError",
+    "book_keeping",
     "clipped_loss",
     "explain",
     "plan",

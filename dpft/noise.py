@@ -89,6 +89,8 @@ class GaussianNoise:
         raise TypeError("GaussianNoise cannot be copied or pickled; make a new one, which the system seeds anew")
 
     def _source(self, device: torch.device) -> Callable[[int, torch.dtype], Tensor]:
+        if device.type == "meta":  # a plan: there are no values to add noise to
+            return lambda count, dtype: torch.empty(count, device=device, dtype=dtype)
         if device.type == "cpu":
             return self._draw_on_host
         generator = self._devices.get(device)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dpft.clipping.boundary import clip_boundary
 from dpft.clipping.factors import ClipFunction, ClipRule
+from dpft.clipping.passes import BookKeeping
 from dpft.clipping.planner import Strategy, describe_uses
 from dpft.clipping.state import Clipping, ClipState, ClipStats
 from dpft.clipping.strategies import guard_parameters
@@ -207,6 +208,17 @@ def stats(model: nn.Module) -> ClipStats:
     if last is None:
         raise WrapError("no clipped backward has run yet; call backward on the loss first")
     return last
+
+
+def book_keeping(model: nn.Module) -> BookKeeping:
+    """The tensors that a private backward holds beyond what plain training would; for measuring, from inside of one.
+
+    Outside of a backward only the last one's norms and factors are left. They depend on private data.
+
+    Raises:
+        WrapError: the model is not wrapped.
+    """
+    return get_state(model).book_keeping()
 
 
 def explain(model: nn.Module, batch_size: int, seq_len: int) -> str:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import functools
 import gc
 import warnings
+from typing import Any
 
 import pytest
 import torch
 import transformers as hf
-from torch import nn
+from torch import Tensor, nn
 
 import dpft
 from tests.memory_meter import MemoryMeter
@@ -141,3 +142,32 @@ def test_per_example_of_a_batch() -> None:
     """At most one gradient more than plain training of the same batch."""
     plain, private = (peaks(how, True, 4, 128, 1)[0] for how in ("plain", "per_example"))
     assert private <= 1.01 * plain + gradient_bytes(), f"{private / MIB:.1f} MiB, plain {plain / MIB:.1f}"
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"clipping": "per_sample"}, {(2, 256, 704), (2, 704, 256), (2, 256, 256)}),  # of all layers above
+        ({"strategy": "two_pass"}, set()),
+        ({"strategy": "per_example"}, set()),  # its gradients exist when the traversal of an example has ended
+    ],
+    ids=str,
+)
+def test_book_keeping_says_what_is_held(options: dict[str, Any], kept: set[tuple[int, ...]]) -> None:
+    model = dpft.wrap(model_of(False, layers=2), **options)
+    found: list[dpft.BookKeeping] = []
+
+    def ask(module: nn.Module, arguments: Any, output: Tensor) -> None:
+        output.register_hook(lambda _: found.append(dpft.book_keeping(model)))
+
+    model.get_submodule("model.layers.0").register_forward_hook(ask)
+    ids = torch.randint(0, 300, (2, 64))
+    model(input_ids=ids, labels=ids).loss.backward()
+    held = [tuple(t.shape) for t in found[-1].kept]
+    assert kept <= set(held), held
+    assert len(found[-1].norms) > 0 or options.get("strategy") == "per_example"
+    if not kept:
+        assert held == []
+    after = dpft.book_keeping(model)
+    assert after.kept == []
+    assert any(t is dpft.stats(model).norms for t in after.norms)

@@ -46,6 +46,20 @@ def checksum(g: Tensor) -> Tensor:
     return torch.stack([flat.sum(1, dtype=dtype), torch.linalg.vector_norm(flat, 1, dim=1, dtype=dtype)]).double()
 
 
+@dataclass(frozen=True)
+class BookKeeping:
+    """The tensors that a private backward holds for its own sake, at the moment of asking.
+
+    Attributes:
+        norms: squared norms, norms and factors, ``[B]`` and smaller.
+        kept: per-example gradients, or what they will be made of: an input and an output gradient of a layer may be
+            among them, which autograd holds as well until that layer's backward has ended.
+    """
+
+    norms: list[Tensor] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list)
+
+
 @dataclass
 class Trace:
     """What one forward used: filled by the sites, taken by the boundary that the forward's losses go through.
@@ -81,6 +95,11 @@ class NormPass:
         self._summed: dict[str, Tensor] = {}
         self._heads: dict[str, Tensor] = {}
         self._kinds: dict[str, list[type]] = {}
+
+    def holds(self) -> BookKeeping:
+        """What is kept until the norms are complete."""
+        kept = [*self._vectors.values(), *self._summed.values(), *self._heads.values()]
+        return BookKeeping([self.sq, self.seen], kept)
 
     def vector(self, key: str, grad: Tensor, weight: Tensor) -> None:
         self.order.append(key)
@@ -156,6 +175,13 @@ class KeepPass:
     def vector(self, key: str, grad: Tensor, weight: Tensor) -> None:
         grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
         self._vectors[key] = self._vectors[key] + grad if key in self._vectors else grad
+
+    def holds(self) -> BookKeeping:
+        """What is kept until its weighted gradient is released."""
+        pairs = [t for kept in self._kept.values() for _, x, g in kept.pairs for t in (x, g)]
+        grads = [kept.grad for kept in self._kept.values() if kept.grad is not None]
+        norms = [kept.sq for kept in self._kept.values()]
+        return BookKeeping([self.sq, *norms], [*self._vectors.values(), *grads, *pairs])
 
     def _materialise(self, use: MatrixUse, x: Tensor, g: Tensor) -> bool:
         # At B = 1 the product is the gradient itself, which has to exist in the end.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dpft.clipping.factors import ClipRule
 from dpft.clipping.findings import Findings
-from dpft.clipping.passes import Trace
+from dpft.clipping.passes import BookKeeping, Trace
 from dpft.clipping.planner import Choice, Strategy, choose_strategy
 from dpft.errors import WrapError
 from dpft.kernels.impl import Impl
@@ -112,6 +112,7 @@ class ClipState:
         engine: takes the clipped sums, where several processes train; None leaves them in ``.grad``.
         decided: the strategy of every batch, where all ranks had to agree on one beforehand.
         head: computes a causal LM's losses in chunks; None where the model's own head and loss are used.
+        holds: says what the clipped backward that is running keeps; None while there is none.
     """
 
     clipping: Clipping
@@ -142,6 +143,7 @@ class ClipState:
     engine: Engine | None = None
     decided: Choice | None = None
     head: Head | None = None
+    holds: Callable[[], BookKeeping] | None = None
 
     def hold(self, weight: Tensor) -> AbstractContextManager[None]:
         """See :class:`dpft.rules.base.Host`."""
@@ -163,6 +165,12 @@ class ClipState:
             yield
         finally:
             self.trace = trace
+
+    def book_keeping(self) -> BookKeeping:
+        """See :func:`dpft.book_keeping`."""
+        held = BookKeeping() if self.holds is None else self.holds()
+        last = [] if self.last is None else [self.last.norms, self.last.clip_factors, self.last.example_weights]
+        return BookKeeping([*held.norms, *last], held.kept)
 
     def begin(self, shape: torch.Size) -> None:
         """A forward of the whole model starts, on an input of this shape."""

@@ -7,6 +7,7 @@ gradient that did not come through here is never mistaken for a clipped one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from dpft.clipping.audit import audit_graph, has_reentrant
 from dpft.clipping.factors import row_weights
-from dpft.clipping.passes import KeepPass, NormPass, ProbePass, Trace, WeightedPass, grad_dtype, sum_dtype
+from dpft.clipping.passes import BookKeeping, KeepPass, NormPass, ProbePass, Trace, WeightedPass, grad_dtype, sum_dtype
 from dpft.clipping.state import ClipState, ClipStats
 from dpft.errors import ClippingError
 from dpft.kernels.linear import Method, sq_norm
@@ -58,7 +59,10 @@ class Job:
             scale: ``[]``, the gradient of the boundary's output: a factor of the result, not of the norms.
         """
         self.state.delivering = set()
-        grads = self._run(scale)
+        try:
+            grads = self._run(scale)
+        finally:
+            self.state.holds = None
         if self.state.engine is not None:
             self.state.engine.settle()
         if grads is not None:
@@ -178,6 +182,7 @@ def run_one_pass(job: Job, scale: Tensor) -> list[Tensor | None] | None:
         job.batch_size, job.losses.device, "gradients" if job.state.clipping == "per_sample" else "smaller"
     )
     losses, job.losses = job.losses, ()
+    job.state.holds = keep.holds
     job.traverse(keep, losses, torch.ones_like(losses), retain_graph=False)
     keep.finish()
     factors = job.factors(keep.sq) * scale.to(keep.sq)
@@ -204,6 +209,7 @@ def run_two_pass(job: Job, scale: Tensor) -> None:
     seeds = torch.ones_like(losses)
     for _ in range(2):
         norms = NormPass(job.batch_size, losses.device, _METHODS[state.clipping], job.trace, state.shared)
+        state.holds = norms.holds
         job.traverse(norms, losses, seeds, retain_graph=True)
         unresolved = norms.finish()
         words = "\n".join([*norms.order, "", *sorted(unresolved)])
@@ -259,12 +265,14 @@ def run_per_example(job: Job, scale: Tensor) -> list[Tensor | None] | None:
     engine = job.state.engine
     names, parameters = list(job.state.parameters), list(job.state.parameters.values())
     leaves: list[Tensor] = [job.leaves.get(name, p) for name, p in job.state.parameters.items()]
-    squares, all_factors = [], []
+    squares: list[Tensor] = []
+    all_factors = []
     result: list[Tensor | None] = [None] * len(parameters)
     losses, job.losses = list(job.losses), ()
     for i in range(job.batch_size):
         loss, losses[i] = losses[i], torch.empty(0)
         grads = _example_gradient(job.state, loss, leaves)
+        job.state.holds = functools.partial(_held, squares, grads)
         loss_device = loss.device
         del loss
         sq = torch.zeros(1, dtype=torch.float64, device=job.weights.device)
@@ -309,6 +317,10 @@ def run_per_example(job: Job, scale: Tensor) -> list[Tensor | None] | None:
         strategy=job.strategy,
     )
     return result if engine is None else None
+
+
+def _held(squares: list[Tensor], grads: list[Tensor | None]) -> BookKeeping:
+    return BookKeeping(squares, [grad for grad in grads if grad is not None])
 
 
 def _is_ours(grad: Tensor) -> bool:

@@ -6,10 +6,10 @@ import contextlib
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 from unittest import mock
 
 import torch
@@ -23,7 +23,7 @@ from dpft.planning.meter import Operation, StepMeter
 from dpft.planning.twin import on_meta
 from dpft.wrap import get_state, unwrap, wrap
 
-__all__ = ["ENGINES", "EngineName", "Sharding", "Simulation", "simulate"]
+__all__ = ["ENGINES", "EngineName", "Meter", "Sharding", "Simulation", "ready_on_meta", "simulate", "simulated"]
 
 EngineName = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
@@ -142,9 +142,8 @@ def _prepared(
     rank = None if sharding.engine == "single" else _Rank(sharding, batch_size)
     hooks = []
     if strategy is not None:
-        state = get_state(wrap(twin, strategy=strategy, loss_chunk=loss_chunk))
-        state.probed_at, state.engine = _NEVER, rank
-        state.findings.deferred = True  # there is nothing to read
+        ready_on_meta(wrap(twin, strategy=strategy, loss_chunk=loss_chunk))
+        get_state(twin).engine = rank
     elif rank is not None and sharding.gradients:
         named = [(name, p) for name, p in twin.named_parameters() if p.requires_grad]
         hooks = [p.register_post_accumulate_grad_hook(rank.take(name)) for name, p in named]
@@ -184,9 +183,9 @@ def simulate(
     ids = torch.empty((batch_size, seq_len), dtype=torch.int64, device="meta")
     found: list[tuple[int, Counter[Operation]]] = []
     prepared = _prepared(twin, strategy, sharding or Sharding(), batch_size, loss_chunk)
-    with on_meta(), warnings.catch_warnings(), prepared, mock.patch.object(impl, "simulated_gpu", gpu):
+    with warnings.catch_warnings(), prepared:
         warnings.simplefilter("ignore")  # of models, about what they are asked: the real step will repeat them
-        with StepMeter([*twin.parameters(), *twin.buffers(), ids]) as meter, _norms_once(meter):
+        with StepMeter([*twin.parameters(), *twin.buffers(), ids]) as meter, simulated(meter, gpu):
             for _ in range(2):
                 meter.reset()
                 _step(twin, ids)
@@ -197,8 +196,27 @@ def simulate(
     return Simulation(found[0][0] + held, found[1][0] + held, found[0][1])
 
 
-def _norms_once(meter: StepMeter) -> AbstractContextManager[None]:
-    """Inside, a layer's norm is run once for each shape, and counted whenever it is asked for."""
+class Meter(Protocol):
+    """What counts a simulated step."""
+
+    def once(self, key: Hashable, run: Callable[[], Tensor]) -> Tensor:
+        """``run()`` the first time; for the same ``key`` again what it cost, and a result of the same shape."""
+        ...
+
+
+def ready_on_meta(model: nn.Module) -> None:
+    """Let a wrapped model of meta tensors step: without the isolation check, and without a look at what was found."""
+    state = get_state(model)
+    state.probed_at = _NEVER
+    state.findings.deferred = True  # there is nothing to read
+
+
+@contextlib.contextmanager
+def simulated(meter: Meter, gpu: bool) -> Iterator[None]:
+    """Inside, models of meta tensors take steps, their kernels as on a GPU or not.
+
+    A layer's norm is run once for each shape, and counted whenever it is asked for.
+    """
 
     def counted(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*args: Any) -> Tensor:
@@ -209,7 +227,8 @@ def _norms_once(meter: StepMeter) -> AbstractContextManager[None]:
 
     names = ("linear_sq_norm", "embedding_sq_norm")
     replaced: dict[str, Any] = {name: counted(getattr(kernels, name)) for name in names}
-    return mock.patch.multiple(kernels, **replaced)
+    with on_meta(), mock.patch.object(impl, "simulated_gpu", gpu), mock.patch.multiple(kernels, **replaced):
+        yield
 
 
 def _step(twin: nn.Module, ids: Tensor) -> None:
