@@ -21,14 +21,15 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from benchmark_meter import describe_device, reason_of
+from benchmark_meter import describe_device, out_of_memory, reason_of
 from benchmark_report import conditions
 from profile_result import SCHEMA
 from profile_setup import EXPERIMENTS, Setup
-from profile_worker import TASKS, spread
+from profile_worker import measure_memory, measure_time, spread
 
 PRELOAD = ["torch", "transformers.models.llama.modeling_llama", "opacus", "dpft", "profile_worker"]
 KILLED = -signal.SIGKILL
+Task = Callable[[Setup, str, Callable[[str], None]], dict[str, Any]]
 
 
 def prepare_environment(threads: int) -> None:
@@ -39,7 +40,7 @@ def prepare_environment(threads: int) -> None:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
-def _serve(connection: Connection, task: str, setup: Setup, name: str) -> None:
+def _serve(connection: Connection, task: Task, setup: Setup, name: str) -> None:
     """Do one task and send ``("result", fields)``; before it, ``("at", words)`` as it goes on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its children
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for as long as the process lives: libraries print
@@ -50,11 +51,11 @@ def _serve(connection: Connection, task: str, setup: Setup, name: str) -> None:
     threading.Thread(target=_end_with_parent, args=(connection,), daemon=True).start()
     torch.set_num_threads(setup.threads)
     try:
-        fields = TASKS[task](setup, name, lambda words: connection.send(("at", words)))
+        fields = task(setup, name, lambda words: connection.send(("at", words)))
         if not setup.simulate:
             fields["device"] = describe_device(setup.device)
     except Exception as error:  # a model that cannot be built is an answer too
-        fields = {"status": "failed", "reason": reason_of(error)}
+        fields = {"status": "out_of_memory" if out_of_memory(error) else "failed", "reason": reason_of(error)}
     with contextlib.suppress(BrokenPipeError):
         connection.send(("result", fields))
 
@@ -66,12 +67,12 @@ def _end_with_parent(connection: Connection) -> None:
     os._exit(1)
 
 
-def ask(task: str, setup: Setup, name: str, say: Callable[[str], None]) -> dict[str, Any]:
-    """The fields that a fresh process answers; where it dies, a failure that says in which phase."""
+def ask(task: Task, setup: Setup, name: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """The fields that a task answers in a fresh process; where that dies, a failure that says in which phase."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, task, setup, name), name=f"{name}_{task}", daemon=True)
+    process = context.Process(target=_serve, args=(theirs, task, setup, name), name=name, daemon=True)
     process.start()
     theirs.close()
     at = "start"
@@ -127,7 +128,7 @@ def run_experiment(name: str, setup: Setup, repetitions: int, say: Callable[[str
     for i in range(repetitions):
         each = replace(setup, seed=setup.seed + i)
         ordinal = f"{i + 1}/{repetitions} " if repetitions > 1 else ""
-        memory = ask("memory", each, name, functools.partial(_tell, say, f"{name}: {ordinal}memory"))
+        memory = ask(measure_memory, each, name, functools.partial(_tell, say, f"{name}: {ordinal}memory"))
         found = found or memory
         if memory["status"] != "ok":
             failed = memory
@@ -135,7 +136,7 @@ def run_experiment(name: str, setup: Setup, repetitions: int, say: Callable[[str
         peaks.append(memory["peak_memory_mb"])
         if setup.simulate:
             continue
-        timed = ask("time", each, name, functools.partial(_tell, say, f"{name}: {ordinal}time"))
+        timed = ask(measure_time, each, name, functools.partial(_tell, say, f"{name}: {ordinal}time"))
         if timed["status"] != "ok":
             failed = timed
             break

@@ -156,6 +156,8 @@ def measure_memory(setup: Setup, name: str, say: Say) -> dict[str, Any]:
                 run.step(functools.partial(_mark_iteration, mark, i))
         except Exception as caught:  # whatever a library raises is a result of the profile
             error = caught
+        if setup.memory_limit is not None:
+            lift_limit(setup.device)  # for what the profilers do with what they have
     say("events")
     profile = Profile(tracker, readings, shares_of(setup, model, experiment.library))
     found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
@@ -218,11 +220,19 @@ def limit_memory(device: str, free: int) -> None:
     else:
         import resource
 
-        data = psutil.Process().memory_info().data + free
-        resource.setrlimit(resource.RLIMIT_DATA, (data, data))
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (psutil.Process().memory_info().data + free, hard))
 
 
-TASKS: dict[str, Callable[[Setup, str, Say], dict[str, Any]]] = {"memory": measure_memory, "time": measure_time}
+def lift_limit(device: str) -> None:
+    """Let the process allocate what the machine has."""
+    if device == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    else:
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
 
 
 def spread(values: Iterable[float]) -> dict[str, Any]:

@@ -104,7 +104,8 @@ class StandardTrainer(Trainer):
 class OpacusTrainer(Trainer):
     """What the three of Opacus share: ``PrivacyEngine.make_private`` over a loader of one batch, and the model's call.
 
-    It makes the module and the optimiser in one. The loader is not sampled from, since every trainer is given its batches; it tells Opacus the batch size.
+    It makes the module and the optimiser in one. The loader is not sampled from, since every trainer is given its
+    batches; it tells Opacus the batch size.
     """
 
     reentrant = True
