@@ -14,6 +14,7 @@ from profile_tables import (
     Table,
     added_table,
     component_table,
+    highest_table,
     instants_table,
     largest_table,
     lost_table,
@@ -96,7 +97,7 @@ def html_page(results: Results, pictures: Sequence[Path]) -> str:
         OSError: a picture cannot be read.
     """
     first = [peak_table(results), component_table(results), added_table(results), lost_table(results)]
-    second = [where_table(results), largest_table(results), quality_table(results)]
+    second = [highest_table(results), where_table(results), largest_table(results), quality_table(results)]
     lost = {result["experiment"]: why_not(result) for result in results if result["status"] != "ok"}
     said = "".join(f"<li>{html.escape(line)}</li>" for line in remarks(results))
     parts = [

@@ -34,11 +34,13 @@ from profile_setup import (
     EXPERIMENTS,
     Setup,
     add_setup,
+    check_model,
     find_experiments,
     positive,
     setup_of,
 )
 from profile_suite import prepare_environment, run_experiment
+from profile_words import unit_for
 
 RESULTS = Path("memory_profiling_results")
 
@@ -73,11 +75,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     plot.add_argument("--input-dir", type=Path, required=True)
     plot.add_argument("--output-dir", type=Path, required=True)
 
-    against = commands.add_parser("compare", help="fail where B takes more memory than A")
+    words = "fail where B takes more memory than A: at its peak, or of any component there, even if the peak falls"
+    against = commands.add_parser("compare", help=words, description=words)
     against.add_argument("before", type=Path, metavar="A", help="a result, or the folder of a run")
     against.add_argument("after", type=Path, metavar="B")
-    against.add_argument("--threshold", type=float, default=5.0, metavar="PERCENT", help="that B may be above A")
-    against.add_argument("--least-mb", type=float, default=1.0, metavar="MIB", help="a smaller difference is none")
+    above = "that B may be above A; default 5"
+    against.add_argument("--threshold", type=float, default=5.0, metavar="PERCENT", help=above)
+    least = "a smaller difference is none; default 1"
+    against.add_argument("--least-mb", type=float, default=1.0, metavar="MIB", help=least)
     against.add_argument("--json", action="store_true")
     return parser.parse_args(arguments)
 
@@ -93,6 +98,8 @@ def run_directory(parent: Path) -> Path:
     Raises:
         OSError: nothing can be written there.
     """
+    if parent.exists() and not parent.is_dir():
+        raise OSError(f"--output-dir {parent} is a file; expected a folder")
     parent.mkdir(parents=True, exist_ok=True)
     stamp = time.strftime("run_%Y%m%d_%H%M%S")
     for attempt in range(100):
@@ -112,9 +119,9 @@ def brief(result: dict[str, Any]) -> str:
         at = ", ".join(str(where[key]) for key in ("phase", "module") if where.get(key))
         status = result["status"].replace("_", " ") + (f" in {at}" if at else "")
         return f"{result['experiment']}: {status}: {result['reason']}"
-    spread = result["time_ms"]
-    taken = f", {spread['median']:.0f} ms a step" if spread else ""
-    return f"{result['experiment']}: peak {result['peak_memory_mb']:.1f} MiB{taken}"
+    spread, unit = result["time_ms"], unit_for([result["peak_memory_mb"]])
+    taken = f", median {spread['median']:.0f} ms a step" if spread else ""
+    return f"{result['experiment']}: peak {unit.text(result['peak_memory_mb'])} {unit.name}{taken}"
 
 
 def run(args: argparse.Namespace, setup: Setup) -> int:
@@ -129,7 +136,11 @@ def run(args: argparse.Namespace, setup: Setup) -> int:
             results.append(result)
             print(brief(result), file=sys.stderr, flush=True)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; what was finished is in {directory}", file=sys.stderr)
+        if results:
+            print(f"\ninterrupted; what was finished is in {directory}", file=sys.stderr)
+        else:
+            directory.rmdir()
+            print("\ninterrupted; nothing was finished", file=sys.stderr)
         return 130
     say("pictures")
     write_report(results, directory)
@@ -176,6 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.command == "plot":
             return plot(args)
         setup = setup_of(args)
+        check_model(setup)
         prepare_environment(setup.threads)
         return run(args, setup) if args.command == "run" else single(args, setup)
     except (ValueError, OSError) as error:  # ResultError is a ValueError

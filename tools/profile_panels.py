@@ -43,7 +43,8 @@ def _draw_timeline(axis: Any, result: dict[str, Any], unit: Unit, colour: str) -
         axis.axhline(unit.of(peak), color="black", linewidth=0.9, linestyle="--")
         text = f"peak {unit.text(peak)} {unit.name}"
         place = {"xycoords": axis.get_yaxis_transform(), "textcoords": "offset points", "va": "bottom", "ha": "right"}
-        axis.annotate(text, (1, unit.of(peak)), (-3, 2), fontsize=SMALL, **place)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+        axis.annotate(text, (1, unit.of(peak)), (-3, 2), fontsize=SMALL, bbox=box, **place)
     words = []
     for (start, name), (end, _) in pairwise([*sorted(timeline["marks"]), (max(ends), "")]):
         axis.axvline(start, color="0.25", linewidth=0.9, linestyle=":")

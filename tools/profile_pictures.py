@@ -21,6 +21,7 @@ from profile_style import COLOURS, SMALL, VISIBLE, Results, caption, ink, legend
 from profile_words import (
     Unit,
     added_over,
+    failed_amounts,
     grouped,
     milliseconds,
     times_of,
@@ -86,6 +87,7 @@ def _draw_peaks(axis: Any, results: Results, unit: Unit, colours: dict[str, str]
             text = unit.text(result["breakdown"]["total_allocated_mb"])
             axis.text(at, max(high, peak), text, ha="center", va="bottom", fontsize=9, fontweight="bold")
         else:
+            _stack(axis, at, failed_amounts(result), unit)
             axis.bar(at, lost[at] or top, 0.72, fill=False, hatch="//", edgecolor="0.7", linestyle="--")
             words = textwrap.fill(textwrap.shorten(why_not(result), 150, placeholder=" ..."), 44)
             box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
@@ -93,7 +95,7 @@ def _draw_peaks(axis: Any, results: Results, unit: Unit, colours: dict[str, str]
             axis.text(at, 0.5, words, fontsize=7, bbox=box, **place)
     axis.set_ylabel(f"memory at the peak, {unit.name}", fontsize=9)
     axis.set_title("What the peak consists of", fontsize=10)
-    if not any(peaks):
+    if not any(peaks) and not any(lost):
         axis.set_yticks([])
     _names(axis, results, colours)
 
@@ -122,13 +124,16 @@ def _draw_added(axis: Any, vanilla: dict[str, Any], others: Results, unit: Unit,
 
 def _worth_a_legend(results: Results, vanilla: dict[str, Any] | None) -> list[str]:
     """The components that can be seen in one of the bars."""
-    most = max((max(amounts(r).values()) for r in results if r["breakdown"]), default=0.0)
+    failed = [failed_amounts(result) for result in results]
+    drawn = [*(amounts(result) for result in results), *failed]
+    most = max((mb for parts in drawn for mb in parts.values()), default=0.0)
     base = amounts(vanilla) if vanilla else {}
     slight = SLIGHT * sum(base.values())
     keys = []
     for key in WORDS:
-        values = [amounts(result)[key] for result in results if result["breakdown"]]
-        added = [abs(value - base[key]) for value in values] if base else []
+        measured = [amounts(result)[key] for result in results if result["breakdown"]]
+        added = [abs(value - base[key]) for value in measured] if base else []
+        values = [*measured, *(lost.get(key, 0.0) for lost in failed)]
         spans = [sum(abs(mb - base[k]) for k, mb in amounts(r).items()) for r in results if base and r["breakdown"]]
         seen = any(abs(value) > VISIBLE * most for value in values)
         if seen or any(value > VISIBLE * max(slight, *spans) for value in added):
@@ -142,7 +147,7 @@ def breakdown_figure(results: Results) -> Figure:
     others = [r for r in results if vanilla and r is not vanilla and r["breakdown"]]
     figure = Figure(figsize=(4.6 + 0.95 * len(results) + (1.2 + 0.95 * len(others)) * bool(others), 5.8))
     figure.set_layout_engine("constrained")
-    unit = unit_for(mb for r in results for mb in [sum(amounts(r).values())])
+    unit = unit_for(mb for r in results for mb in (sum(amounts(r).values()), *failed_amounts(r).values()))
     notes = []
     keys = _worth_a_legend(results, vanilla)
     if vanilla and others:
@@ -153,7 +158,7 @@ def breakdown_figure(results: Results) -> Figure:
         _draw_added(right, vanilla, others, unit_for(differences), colours)
     else:
         left = figure.subplots()
-        why = "nothing else was measured" if vanilla else "vanilla was not measured"
+        why = "nothing else has a peak" if vanilla else "vanilla has no peak"
         notes.append(f"What is added over vanilla is not drawn: {why}.")
     _draw_peaks(left, results, unit, colours)
     hidden = [WORDS[key] for key in WORDS if key not in keys and any(amounts(r).get(key) for r in results)]
@@ -224,14 +229,14 @@ def tradeoff_figure(results: Results) -> Figure:
     axis = figure.subplots()
     unit = unit_for(result["peak_memory_mb"] for result in drawn)
     points, bars, corners = [], [], []
-    for number, result in enumerate(drawn):
+    for result in drawn:
         name, x, y = result["experiment"], milliseconds(result) or 0.0, unit.of(result["peak_memory_mb"])
         times = result["time_ms"] or {"min": x, "max": x}
         peaks = (result["repetitions"] or {}).get("peak_memory_mb") or dict.fromkeys(("min", "max"), unit.mb * y)
         across = (min(times["min"], x), max(times["max"], x))
         along = (min(unit.of(peaks["min"]), y), max(unit.of(peaks["max"]), y))
         errors: dict[str, Any] = {"xerr": [[x - across[0]], [across[1] - x]], "yerr": [[y - along[0]], [along[1] - y]]}
-        marker = MARKERS[number % len(MARKERS)]
+        marker = MARKERS[list(colours).index(name) % len(MARKERS)]
         axis.errorbar([x], [y], **errors, color=colours[name], marker=marker, capsize=3, linestyle="none")
         points.append((name, x, y, colours[name]))
         bars += [[(across[0], y), (across[1], y)], [(x, along[0]), (x, along[1])]]
@@ -244,7 +249,8 @@ def tradeoff_figure(results: Results) -> Figure:
     axis.tick_params(labelsize=SMALL)
     axis.grid(color="0.9", linewidth=0.6)
     axis.set_axisbelow(True)
-    notes += ["The axis of memory does not start at 0."] if axis.get_ylim()[0] > 0 else []
+    short = [word for word, low in (("memory", axis.get_ylim()[0]), ("time", axis.get_xlim()[0])) if low > 0]
+    notes += [f"Axes that do not start at 0: {' and '.join(short)}."] if short else []
     caption(figure, results, notes)
     _label_points(figure, axis, points, bars)
     return figure

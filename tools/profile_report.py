@@ -12,6 +12,7 @@ from profile_result import WORDS, amounts, write_text
 from profile_tables import (
     added_table,
     component_table,
+    highest_table,
     largest_table,
     lost_table,
     peak_table,
@@ -60,7 +61,7 @@ def summary(results: Results) -> str:
         results: in the order that they are shown in.
     """
     tables = [peak_table(results), component_table(results), added_table(results), lost_table(results)]
-    tables += [where_table(results), largest_table(results), quality_table(results)]
+    tables += [highest_table(results), where_table(results), largest_table(results), quality_table(results)]
     said = remarks(results)
     blocks = [f"{conditions(results)}\n{unit_sentence(results)}"]
     lost = failures(results)

@@ -200,6 +200,9 @@ def validate(data: object) -> None:
             raise ResultError(f"{where}.component is {_short(entry['component'])}; expected one of {', '.join(WORDS)}")
         _amount(entry, "mb", where)
         _field(entry, "shape", (list,), where, null=True)
+    highest = _field({"highest": None, **data}, "highest", (dict,), null=True) or {}
+    for name in highest:
+        _amount(highest, name, "highest")
     _timeline(data)
     profiling = _field(data, "profiling", (dict,), null=failed) or {}
     for name in ("time_ratio", "independent_peak_mb", "tracked_peak_mb"):

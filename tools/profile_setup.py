@@ -142,7 +142,7 @@ def _opacus(kind: type[Trainer]) -> Callable[[Any, Setup, Made], Trainer]:
 EXPERIMENTS: dict[str, Experiment] = {
     "vanilla": Experiment(_plain, "plain training", "plain"),
     "ghost": Experiment(_ours("ghost"), "ghost clipping as published, by dpft: two passes, whole Grams", "dpft"),
-    "flash_clip": Experiment(_ours("flash"), "dpft's own way", "dpft"),
+    "flash_clip": Experiment(_ours("flash"), "dpft: norms without [T, T] matrices, head and loss in chunks", "dpft"),
     "fast": Experiment(_ours("fast"), "one layer's per-example gradients at a time, by dpft", "dpft"),
     "per_sample": Experiment(_ours("per_sample"), "all per-example gradients, by dpft", "dpft"),
     "opacus_ghost": Experiment(_opacus(DPGhostClippingTrainer), "Opacus' ghost clipping", "opacus"),
@@ -209,19 +209,19 @@ def make_batch(setup: Setup, model: Any, tokens: int | None = None) -> Tensor:
 # The command line
 
 
+def _whole(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+    return int(text)
+
+
 def positive(text: str) -> int:
     """A whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return value
+    return _whole(text, 1)
 
 
 def _not_negative(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
-    return value
+    return _whole(text, 0)
 
 
 def _dtype(text: str) -> str:
@@ -286,6 +286,8 @@ def setup_of(args: argparse.Namespace) -> Setup:
         raise ValueError("--engine and --world-size are of --simulate; tools/measure_engines.py measures real ones")
     if args.engine == "single" and args.world_size != 1:
         raise ValueError(f"--world-size {args.world_size} and --engine single is one process; name the engine")
+    if args.engine != "single" and args.world_size == 1:
+        raise ValueError(f"--engine {args.engine} needs --world-size of at least 2")
     if args.memory_limit is not None and not args.memory_limit > 0:
         raise ValueError(f"--memory-limit is {args.memory_limit}; expected GiB above 0")
     sizes = {name: getattr(args, name) for name in (*SIZES, "seq_len") if getattr(args, name) is not None}
@@ -303,6 +305,18 @@ def setup_of(args: argparse.Namespace) -> Setup:
         others[name] = others[name] or (1 if args.simulate else count)
     limit = int(args.memory_limit * 2**30) if args.memory_limit else None
     return Setup(**chosen, **others, device=device, memory_limit=limit)
+
+
+def check_model(setup: Setup) -> None:
+    """Find out before anything is measured that there is no such model.
+
+    Raises:
+        OSError: there is none, or the hub cannot be reached.
+    """
+    if setup.model is not None:
+        from transformers import AutoConfig
+
+        AutoConfig.from_pretrained(setup.model)
 
 
 def find_experiments(names: list[str]) -> list[str]:

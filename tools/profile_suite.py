@@ -160,6 +160,7 @@ def run_experiment(name: str, setup: Setup, repetitions: int, say: Callable[[str
         "snapshots": found.get("snapshots", []),
         "phases": found.get("phases", []),
         "largest": found.get("largest", []),
+        "highest": found.get("highest"),
         "timeline": found.get("timeline"),
         "notes": found.get("notes", []),
         "profiling": {

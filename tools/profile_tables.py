@@ -117,7 +117,7 @@ def peak_table(results: Results) -> Table:
         "repetitions",
         "added MiB",
         "x vanilla",
-        "ms a step",
+        "median ms a step",
     )
     return Table("Peak and time", header, tuple(rows), left=2)
 
@@ -147,7 +147,7 @@ def quality_table(results: Results) -> Table:
         "independent count by",
         "unattributed",
         "its peak MiB",
-        "tracker's own",
+        "tracker against it",
         "most reserved MiB",
         "step while profiled",
     )
@@ -161,7 +161,16 @@ def where_table(results: Results) -> Table | None:
         phase = peak_phase(result)
         if phase is not None:
             rows.append((result["experiment"], phase["name"], place(phase), _mb(phase["peak_mb"])))
-    return Table("Where the peak is", ("experiment", "phase", "module", "MiB"), tuple(rows), left=3) if rows else None
+    header = ("experiment", "phase", "module (operator)", "MiB")
+    return Table("Where the peak is", header, tuple(rows), left=3) if rows else None
+
+
+def highest_table(results: Results) -> Table | None:
+    """The most MiB of each component at any instant of the measured steps, a column for each experiment."""
+    known = [r for r in results if r.get("highest")]
+    rows = [(words, *(_mb(r["highest"].get(f"{key}_mb")) for r in known)) for key, words in WORDS.items()]
+    title = "Most of each at any instant of the measured steps, MiB (not the same instant: no sums)"
+    return Table(title, ("", *(r["experiment"] for r in known)), tuple(rows[:-1])) if known else None
 
 
 def largest_table(results: Results, most: int = LARGEST) -> Table | None:

@@ -77,6 +77,7 @@ class Timeline:
         phases: one for each mark, from it to the next; the name is the mark's.
         marks: the instant of each mark.
         end: the last instant.
+        highest: the most bytes of each component from the first mark of an iteration on.
         wanted: instants by the event that they are after, where they were asked for.
     """
 
@@ -87,6 +88,7 @@ class Timeline:
     phases: list[Phase] = field(default_factory=list)
     marks: list[Instant] = field(default_factory=list)
     wanted: dict[int, Instant] = field(default_factory=dict)
+    highest: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COLUMNS, 0))
 
 
 @dataclass(frozen=True)
@@ -181,11 +183,16 @@ def replay(
     """
     state = Replay(tracker.storages, shares)
     timeline = Timeline(tracker.storages, tracker.events, shares, state.instant(0))
+    measured = False
     for i, event in enumerate(tracker.events[:count]):
         state.apply(event)
+        if measured and event.kind != Kind.DEATH:
+            for name, size in state.components.items():
+                timeline.highest[name] = max(timeline.highest[name], size)
         if i in wanted:
             timeline.wanted[i] = state.instant(i)
         if event.kind == Kind.MARK:
+            measured = measured or tracker.marks[event.storage].startswith("iter")
             timeline.marks.append(state.instant(i))
             timeline.phases.append(Phase(tracker.marks[event.storage], i, i, state.instant(i)))
         elif timeline.phases:

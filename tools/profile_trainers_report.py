@@ -77,8 +77,10 @@ def explain(row: dict[str, Any], plain: dict[str, Any] | None) -> str:
     private = [f"{_mib(row['classes'][c]['bytes'])} MiB in {WORDS[c]}" for c in ("norm", "clip", "einsum")]
     return (
         f"{name} takes {seconds / before:.2f} x the time of {BASELINE}: {_ms(seconds)} against {_ms(before)} ms a "
-        f"step, a difference of {_signed(seconds - before)} ms, of which {_changes(phase, PHASE_WORDS)}. By what "
-        f"operators do: {_changes(classes, WORDS)}. The profiler's largest changes: {_changes(grown, {})}. It moves "
+        f"step, a difference of {_signed(seconds - before)} ms, of which {_changes(phase, PHASE_WORDS)}. In a "
+        f"step in which each operator is timed by itself, {_ms(total_of(row).seconds)} against "
+        f"{_ms(total_of(plain).seconds)} ms in all: {_changes(classes, WORDS)}. The profiler's largest "
+        f"changes: {_changes(grown, {})}. It moves "
         f"{total_of(row).bytes / total_of(plain).bytes:.2f} x the bytes, of them {_listed(private)}. Peak memory is "
         f"{row['peak_bytes'] / plain['peak_bytes']:.2f} x ({_mib(row['peak_bytes'])} against "
         f"{_mib(plain['peak_bytes'])} MiB); {memory}."

@@ -96,6 +96,12 @@ def why_not(result: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def failed_amounts(result: Mapping[str, Any]) -> dict[str, float]:
+    """MiB by component when an experiment failed; empty where that is not known, or it did not."""
+    components = (result["failure"] or {}).get("components") or {}
+    return {name.removesuffix("_mb"): mb for name, mb in components.items()}
+
+
 def peak_phase(result: Mapping[str, Any]) -> dict[str, Any] | None:
     """The phase of a measured iteration with the highest peak, the first among equals; None where there is none."""
     measured = [phase for phase in result["phases"] if phase["name"].startswith("iter")]
@@ -149,7 +155,7 @@ def _distinct(values: Iterable[Any]) -> str:
 def _model(config: Mapping[str, Any]) -> str:
     if config.get("model"):
         return f"model {config['model']}"
-    words = {"hidden_dim": "hidden {}", "num_layers": "{} layers", "num_heads": "{} heads", "vocab_size": "V={}"}
+    words = {"hidden_dim": "hidden {}", "num_layers": "layers {}", "num_heads": "heads {}", "vocab_size": "V={}"}
     return ", ".join(text.format(config[key]) for key, text in words.items() if key in config)
 
 
@@ -184,6 +190,11 @@ def conditions(results: Sequence[Mapping[str, Any]]) -> str:
         parts += [f"{name}{value}"] if value else []
     kinds = _distinct("checkpointed" if c.get("gradient_checkpointing") else "not checkpointed" for c in configs)
     parts += [kinds] if kinds != "not checkpointed" else []
+    for key, usual in (("strategy", "auto"), ("loss_chunk", "auto"), ("engine", "single")):
+        value = _distinct(str(config.get(key, usual)) for config in configs)
+        parts += [f"{key.replace('_', ' ')} {value}"] if value != usual else []
+    limits = _distinct(f"{c['memory_limit'] / 2**30:g}" for c in configs if c.get("memory_limit"))
+    parts += [f"at most {limits} GiB beyond the model"] if limits else []
     for key in ("lora", "world_size"):
         value = _distinct(config.get(key) for config in configs if config.get(key) not in (0, 1, None))
         parts += [f"{key.replace('_', ' ')} {value}"] if value else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -14,9 +15,10 @@ import torch
 from benchmark_meter import out_of_memory, reason_of
 from profile_allocator import allocator_of
 from profile_events import Owners, Role
-from profile_fields import Profile, Readings, phase_of
+from profile_fields import PARTS, Profile, Readings, phase_of
 from profile_setup import EXPERIMENTS, Experiment, Setup, make_batch, make_model
 from profile_simulate import make_ready, resolved, shares_of, simulation
+from profile_timeline import MIB
 from profile_tracker import Tracker
 from torch import Tensor, nn
 from trainers import DPFlashClippingTrainer
@@ -131,11 +133,18 @@ def measure_memory(setup: Setup, name: str, say: Say) -> dict[str, Any]:
     names = {id(module): path for path, module in model.named_modules()}
     device = "meta" if setup.simulate else setup.device
     error: Exception | None = None
+    at = "model"
+    gc.collect()  # what is in a cycle would die in the middle of something else
     tracker = Tracker(device, owners, names, allocator, readings.take)
     with allocator.running(), tracker, simulation(setup, tracker):
 
+        def go_on(words: str) -> None:
+            nonlocal at
+            at = words
+            say(words)
+
         def mark(point: str) -> None:
-            say(phase_of(point) or point)
+            go_on(phase_of(point) or point)
             tracker.mark(point)
 
         try:
@@ -149,10 +158,11 @@ def measure_memory(setup: Setup, name: str, say: Say) -> dict[str, Any]:
                     p.register_post_accumulate_grad_hook(tracker.is_gradient)
             make_ready(setup, model, experiment.library)
             for _ in range(setup.warmup_iter):
-                run.step()
+                run.step(lambda point: go_on(f"warmup, {PARTS.get(point, 'end')}"))
             mark("3_after_warmup")
             for i in range(setup.num_iter):
                 run.settle()
+                gc.collect()
                 run.step(functools.partial(_mark_iteration, mark, i))
         except Exception as caught:  # whatever a library raises is a result of the profile
             error = caught
@@ -163,8 +173,14 @@ def measure_memory(setup: Setup, name: str, say: Say) -> dict[str, Any]:
     found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
     found |= {"snapshots": profile.snapshots(), "phases": profile.phase_fields()}
     if error is not None:
-        status = "out_of_memory" if out_of_memory(error) else "failed"
-        return {**found, "status": status, "reason": reason_of(error), "failure": profile.failure()}
+        lost = out_of_memory(error)
+        failure = profile.failure()
+        return {
+            **found,
+            "status": "out_of_memory" if lost else "failed",
+            "reason": missing_memory(error, setup) if lost else reason_of(error),
+            "failure": None if failure is None else {**failure, "phase": at},
+        }
     breakdown = profile.breakdown()
     return {
         **found,
@@ -172,11 +188,31 @@ def measure_memory(setup: Setup, name: str, say: Say) -> dict[str, Any]:
         "peak_memory_mb": breakdown["peak_allocated_mb"],
         "breakdown": breakdown,
         "largest": profile.largest(),
+        "highest": {f"{name}_mb": size / MIB for name, size in profile.timeline.highest.items()},
+        "notes": taken(run),
         "timeline": profile.timeline_fields(setup.num_iter - 1),
         "tracked_step_ms": profile.step_ms(),
         "independent_peak_mb": None if setup.simulate else breakdown["peak_allocated_mb"],
         "tracked_peak_mb": profile.tracked_peak(),
     }
+
+
+def taken(run: Run) -> list[str]:
+    """What was decided during the run."""
+    if not isinstance(run.trainer, DPFlashClippingTrainer):
+        return []
+    return [f"strategy taken: {dpft.stats(run.trainer.model).strategy}"]
+
+
+def missing_memory(error: Exception, setup: Setup) -> str:
+    """What a failed allocation asked for, where torch says so."""
+    asked = re.search(r"tried to allocate ([\d.]+) (bytes|[KMGT]iB)", str(error), re.IGNORECASE)
+    if asked is None:
+        return reason_of(error)
+    size, unit = float(asked[1]), asked[2]
+    words = f"{size / MIB:.1f} MiB" if unit == "bytes" else f"{asked[1]} {unit}"
+    limit = f"; the limit is {setup.memory_limit / 2**30:g} GiB beyond the model" if setup.memory_limit else ""
+    return f"out of memory: an operation asked for {words} more{limit}"
 
 
 def measure_time(setup: Setup, name: str, say: Say) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def test_bars_end_at_the_measured_peak() -> None:
 def test_what_is_missing_is_said() -> None:
     lost = [example("ghost"), out_of_memory(), failed()]
     texts = " ".join(" ".join(text.split()) for text, _ in texts_of(breakdown_figure(lost)))
-    assert "What is added over vanilla is not drawn: vanilla was not measured." in texts
+    assert "What is added over vanilla is not drawn: vanilla has no peak." in texts
     assert "out of memory in warmup at model.layers.3.mlp.down_proj, 584 MiB allocated" in texts
     assert "NotImplementedError: <RMSNorm> & co." in texts
     for draw, words in (
@@ -118,7 +118,7 @@ def test_what_is_missing_is_said() -> None:
 
 
 def test_an_axis_that_is_cut_says_so() -> None:
-    words = "The axis of memory does not start at 0."
+    words = "Axes that do not start at 0: memory"
     for results, cut in (([example()], True), ([example(), example("ghost", scale=9.0)], False)):
         figure = tradeoff_figure(results)
         assert (figure.axes[0].get_ylim()[0] > 0) == cut == any(words in text for text, _ in texts_of(figure))
@@ -213,7 +213,7 @@ def test_conditions_name_what_differs() -> None:
     second["config"] |= {"seq_len": 1024, "gradient_checkpointing": True, "lora": 8, "device": "cuda"}
     second["environment"] |= {"gpu": "Example GPU", "dirty": True, "commit": None}
     assert conditions([first, second]) == (
-        "Example CPU 2.0, 2 threads / Example GPU, torch 2.13.0, hidden 256, 4 layers, 4 heads, V=4000, 13,107,200 "
+        "Example CPU 2.0, 2 threads / Example GPU, torch 2.13.0, hidden 256, layers 4, heads 4, V=4000, 13,107,200 "
         "parameters, T=512 / 1024, B=2, float32, not checkpointed / checkpointed, lora 8, "
         "commit 01234567 / commit unknown with changes"
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 from collections import deque
 from dataclasses import replace
 from typing import Any
@@ -321,3 +323,34 @@ def test_simulated_ranks_divide_what_their_engine_divides() -> None:
             factor *= copies if component == "optimizer_states" else 1.0
             assert rank[f"{component}_mb"] == pytest.approx(factor * whole[f"{component}_mb"], rel=0.01), component
         assert found["peak_memory_mb"] == pytest.approx(found["breakdown"]["total_allocated_mb"])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["vanilla", "flash_clip", "opacus_ghost"])
+def test_the_tracker_changes_nothing(name: str, checkpointing: bool) -> None:
+    """The allocator's peak of a step, and what the step leaves in the parameters, with it and without it."""
+    setup = replace(TINY, gradient_checkpointing=checkpointing, batch_size=2)
+    peaks, left = [], []
+    for tracked in (False, True):
+        model = make_model(setup, EXPERIMENTS[name])
+        trainer = EXPERIMENTS[name].trainer(model, setup, lambda _: None)
+        if name != "vanilla":
+            trainer.optimizer.noise_multiplier = 0.0  # type: ignore[attr-defined]  # both libraries' optimisers have it
+        ids = make_batch(setup, model)
+        for _ in range(2):
+            trainer.train_step(ids)
+        gc.collect()  # Opacus leaves cycles, which die when they are found
+        allocator = CpuAllocator()
+        tracker = Tracker("cpu", Owners(lambda: [], lambda: []), {}, allocator, allocator.mark)
+        with allocator.running(), tracker if tracked else contextlib.nullcontext():
+            mark: Any = functools.partial(tracker.mark, "x") if tracked else allocator.mark
+            mark()
+            trainer.train_step(ids)
+            mark()
+        allocator.finish(0)
+        height = allocator.readings[0].height
+        assert height is not None
+        peaks.append(height.total)
+        left.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert peaks[0] == peaks[1] > 0
+    assert torch.equal(*left)

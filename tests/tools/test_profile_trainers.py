@@ -285,7 +285,7 @@ def test_answer_names_the_largest_changes() -> None:
     text = explain(slower, a_row("StandardTrainer"))
     assert "takes 1.50 x the time of StandardTrainer: 6000.0 against 4000.0 ms" in text
     assert "difference of +2000.0 ms, of which +1500.0 ms in the backward" in text
-    assert "By what operators do: +2000.0 ms in norms" in text and "changes: -500.0 ms in aten::mm." in text
+    assert "ms in all: +2000.0 ms in norms" in text and "changes: -500.0 ms in aten::mm." in text
 
 
 def test_without_plain_training_nothing_is_compared() -> None:
