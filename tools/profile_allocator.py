@@ -130,8 +130,10 @@ class CudaAllocator(Allocator):
     @contextlib.contextmanager
     def operation(self) -> Iterator[None]:
         self._operation += 1
-        yield
-        self._read()
+        try:
+            yield
+        finally:
+            self._read()
 
     def _read(self) -> None:
         counted = torch.cuda.memory_stats_as_nested_dict()["allocated_bytes"]["all"]

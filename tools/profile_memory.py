@@ -125,7 +125,7 @@ def brief(result: dict[str, Any]) -> str:
 
 
 def run(args: argparse.Namespace, setup: Setup) -> int:
-    names = find_experiments(args.experiments)
+    names = find_experiments(args.experiments, args.simulate)
     directory = run_directory(args.output_dir)
     start = time.monotonic()
     results = []
@@ -156,7 +156,7 @@ def run(args: argparse.Namespace, setup: Setup) -> int:
 
 
 def single(args: argparse.Namespace, setup: Setup) -> int:
-    (name,) = find_experiments([args.experiment])
+    (name,) = find_experiments([args.experiment], args.simulate)
     try:
         result = run_experiment(name, setup, args.repetitions, say)
     except KeyboardInterrupt:

@@ -180,16 +180,13 @@ def _load(setup: Setup, device: str) -> Any:
 
     dtype = getattr(torch, setup.dtype)
     if setup.simulate:
-        config = AutoConfig.from_pretrained(setup.model)
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with torch.device("meta"):
-                model: Any = AutoModelForCausalLM.from_config(config)
-        finally:
-            torch.set_default_dtype(before)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(setup.model), dtype=dtype)
     else:
         model = AutoModelForCausalLM.from_pretrained(setup.model, dtype=dtype).to(device)
+        for t in (*model.parameters(), *model.buffers()):
+            if device == "cpu" and not t.untyped_storage().resizable():
+                t.data = t.data.clone()  # a part of the file, mapped into memory, which no allocator has counted
     model.config.use_cache = False
     return model
 
@@ -288,8 +285,12 @@ def setup_of(args: argparse.Namespace) -> Setup:
         raise ValueError(f"--world-size {args.world_size} and --engine single is one process; name the engine")
     if args.engine != "single" and args.world_size == 1:
         raise ValueError(f"--engine {args.engine} needs --world-size of at least 2")
-    if args.memory_limit is not None and not args.memory_limit > 0:
-        raise ValueError(f"--memory-limit is {args.memory_limit}; expected GiB above 0")
+    if args.memory_limit is not None and args.simulate:
+        raise ValueError("--memory-limit is of real runs; a simulated one takes no memory")
+    if args.memory_limit is not None and not 0 < args.memory_limit < 2**30:
+        raise ValueError(f"--memory-limit is {args.memory_limit}; expected GiB above 0, and fewer than 2**30")
+    if args.seed + args.repetitions > 2**63:
+        raise ValueError(f"--seed is {args.seed}; expected a number below 2**63")
     sizes = {name: getattr(args, name) for name in (*SIZES, "seq_len") if getattr(args, name) is not None}
     chosen = {**PRESETS[device], **sizes}
     if chosen["hidden_dim"] % chosen["num_heads"] or chosen["hidden_dim"] // chosen["num_heads"] % 2:
@@ -319,12 +320,14 @@ def check_model(setup: Setup) -> None:
         AutoConfig.from_pretrained(setup.model)
 
 
-def find_experiments(names: list[str]) -> list[str]:
+def find_experiments(names: list[str], simulate: bool = False) -> list[str]:
     """The names, each once.
 
     Raises:
-        ValueError: an unknown one.
+        ValueError: an unknown one, or one that cannot be simulated.
     """
+    if simulate and "opacus_ghost" in names:
+        raise ValueError("opacus_ghost reads token ids to take an embedding's norm; it cannot be simulated")
     for name in names:
         if name not in EXPERIMENTS:
             raise ValueError(f"experiment {name!r} is unknown; expected one of {', '.join(EXPERIMENTS)}")

@@ -18,6 +18,7 @@ import contextlib
 import functools
 import itertools
 import sys
+import threading
 import time
 import weakref
 from bisect import bisect_right
@@ -57,9 +58,15 @@ _ASK_EVERY = 16
 
 @dataclass
 class _Modules:
-    """Where a forward is, and which module made the nodes of autograd with which numbers."""
+    """Where a forward is, and which module made the nodes of autograd with which numbers.
+
+    The numbers are each thread's own. A GPU's backward has a thread of its own, and what a checkpoint recomputes there
+    is not noted: the nodes that run are those of the forward, but for a reentrant checkpoint's, whose module may then
+    be a wrong one.
+    """
 
     names: dict[int, str]
+    thread: int = field(default_factory=threading.get_ident)
     stack: list[str] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
     makers: list[str] = field(default_factory=list)
@@ -74,6 +81,8 @@ class _Modules:
         self._note()
 
     def _note(self) -> None:
+        if threading.get_ident() != self.thread:
+            return
         self.numbers.append(torch._C._autograd._get_sequence_nr())
         self.makers.append(self.stack[-1] if self.stack else "")
 
@@ -99,7 +108,7 @@ class Tracker(TorchDispatchMode):
         operations: in order.
         inside: bytes that an operation takes inside itself, by the operator and its arguments: where nothing is
             computed, and it is not to be seen.
-        failed: where the first error was raised; None while there is none.
+        failed: where the last error was raised, which a library may have caught; None while there is none.
 
     Args:
         device: type of the device whose storages are followed.
@@ -157,8 +166,8 @@ class Tracker(TorchDispatchMode):
             with self._allocator.operation():
                 out = func(*args, **(kwargs or {}))
         except Exception:
-            if self.failed is None:
-                self.failed = Operation(len(self.events), self._modules.now(), str(func))
+            self.failed = Operation(len(self.events), self._modules.now(), _name(func))
+            self.operations.append(self.failed)  # the allocator counts it too
             raise
         given = itertools.chain(args, kwargs.values()) if kwargs else args
         for t in itertools.chain(_tensors((out,)), _tensors(given)):

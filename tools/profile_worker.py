@@ -7,6 +7,7 @@ import gc
 import re
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -124,8 +125,6 @@ def measure_memory(setup: Setup, name: str, say: Say) -> dict[str, Any]:
     experiment = EXPERIMENTS[name]
     say("model")
     model = make_model(setup, experiment)
-    if setup.memory_limit is not None:
-        limit_memory(setup.device, setup.memory_limit)
     allocator = allocator_of(setup.device, setup.simulate)
     readings = Readings(allocator, setup.simulate)
     batch: list[Tensor] = []
@@ -149,6 +148,8 @@ def measure_memory(setup: Setup, name: str, say: Say) -> dict[str, Any]:
 
         try:
             mark("0_model_loaded")
+            if setup.memory_limit is not None:
+                limit_memory(setup.device, setup.memory_limit)
             run = Run(resolved(setup), experiment, model, lambda what: mark(MADE[what]))
             batch += [run.ids, run.tiny]
             optimizer = run.trainer.optimizer
@@ -166,6 +167,7 @@ def measure_memory(setup: Setup, name: str, say: Say) -> dict[str, Any]:
                 run.step(functools.partial(_mark_iteration, mark, i))
         except Exception as caught:  # whatever a library raises is a result of the profile
             error = caught
+            traceback.clear_frames(caught.__traceback__)  # which hold what the step had made
         if setup.memory_limit is not None:
             lift_limit(setup.device)  # for what the profilers do with what they have
     say("events")
@@ -220,9 +222,9 @@ def measure_time(setup: Setup, name: str, say: Say) -> dict[str, Any]:
     say("model")
     experiment = EXPERIMENTS[name]
     model = make_model(setup, experiment)
-    if setup.memory_limit is not None:
-        limit_memory(setup.device, setup.memory_limit)
     try:
+        if setup.memory_limit is not None:
+            limit_memory(setup.device, setup.memory_limit)
         run = Run(setup, experiment, model)
         say("warmup")
         for _ in range(setup.warmup_iter):

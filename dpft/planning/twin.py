@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dpft.clipping.state import ClipState
 from dpft.errors import UnsupportedModuleError
+from dpft.kernels import impl
 from dpft.wrap import unwrap
 
 __all__ = ["make_twin", "on_meta"]
@@ -122,7 +123,7 @@ def _fused_attention(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        if query.device.type != "meta":
+        if query.device.type != "meta" or (dropout_p > 0 and not impl.simulated_gpu):  # a CPU has no fused dropout
             return plain(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         aten = torch.ops.aten
         if attn_mask is None:

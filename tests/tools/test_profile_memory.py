@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -165,6 +167,12 @@ def test_a_process_that_is_killed_is_a_result() -> None:
         (["run", "--engine", "zero2", "--world-size", "2"], "--simulate"),
         (["run", "--simulate", "--world-size", "2"], "engine"),
         (["run", "--memory-limit", "-1"], "--memory-limit"),
+        (["run", "--memory-limit", "inf"], "--memory-limit"),
+        (["run", "--memory-limit", "1", "--simulate"], "--memory-limit"),
+        (["run", "--engine", "zero2", "--simulate"], "--world-size"),
+        (["run", "--experiments", "opacus_ghost", "--simulate"], "opacus_ghost"),
+        (["run", "--seed", "9" * 20], "--seed"),
+        (["run", "--loss-chunk", "1.5"], "1.5"),
         (["run", "--output-dir", "OUT/file/below"], "file"),
         (["single", "--experiment", "vanilla", "--output", "OUT/x.txt"], ".json"),
         (["single", "--experiment", "vanilla", "--output", "OUT/file/x.json"], "cannot be written"),
@@ -204,27 +212,12 @@ def test_what_cannot_be_done_is_one_line_and_status_2(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.fixture(scope="module")
-def endless(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[subprocess.Popen[str], Path]]:
-    """Two profilers that are in the middle of an experiment, and where they write."""
-    started = {}
-    for name, command in (("run", ["run"]), ("single", ["single", "--experiment", "vanilla"])):
-        place = tmp_path_factory.mktemp(name)
-        output = ["--output-dir", str(place)] if name == "run" else ["--output", str(place / "x.json")]
-        arguments = [sys.executable, str(TOOLS / "profile_memory.py"), *command, *SIZE, "--num-iter", "1000", *output]
-        parent = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        started[name] = parent, place
-    for parent, _ in started.values():
-        assert parent.stderr is not None
-        assert any("warmup" in line for line in parent.stderr)
-    return started
-
-
-Endless = dict[str, tuple[subprocess.Popen[str], Path]]
-
-
-def test_ctrl_c_ends_the_children(endless: Endless) -> None:
-    parent, place = endless["run"]
+def test_ctrl_c_ends_the_children(tmp_path: Path) -> None:
+    command = [sys.executable, str(TOOLS / "profile_memory.py"), "run", *SIZE, "--num-iter", "1000"]
+    command += ["--output-dir", str(tmp_path)]
+    parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert parent.stderr is not None
+    assert any("warmup" in line for line in parent.stderr)
     children = psutil.Process(parent.pid).children(recursive=True)
     assert children
     os.killpg(parent.pid, signal.SIGINT)
@@ -232,14 +225,24 @@ def test_ctrl_c_ends_the_children(endless: Endless) -> None:
     assert parent.returncode == 130
     assert "interrupted" in rest
     assert not psutil.wait_procs(children, timeout=30)[1]
-    assert not list(place.iterdir())  # nothing was finished, and nothing is half there
+    assert not list(tmp_path.iterdir())  # nothing was finished, and nothing is half there
 
 
-def test_a_parent_that_is_killed_leaves_no_child(endless: Endless) -> None:
-    parent, place = endless["single"]
-    children = psutil.Process(parent.pid).children(recursive=True)
-    assert children
-    parent.kill()
-    parent.communicate()
-    assert not psutil.wait_procs(children, timeout=30)[1]
-    assert not list(place.iterdir())
+def _endless(setup: Setup, name: str, say: Any) -> dict[str, Any]:
+    say("iter0_forward")
+    time.sleep(1000)
+    return {}
+
+
+def test_a_parent_that_is_killed_leaves_no_child() -> None:
+    """All that a child notices of it is that the pipe is closed."""
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe()
+    setup = profile_memory.setup_of(profile_memory.parse(["run", *SHORT]))
+    child = context.Process(target=profile_suite._serve, args=(theirs, _endless, setup, "vanilla"))
+    child.start()
+    theirs.close()
+    assert ours.recv() == ("at", "iter0_forward")
+    ours.close()
+    child.join(30)
+    assert child.exitcode == 1

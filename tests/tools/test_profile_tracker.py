@@ -14,33 +14,22 @@ import torch
 from profile_allocator import Allocator, CpuAllocator
 from profile_events import Event, Kind, Owners, Role, Storage
 from profile_fields import Profile, Readings
-from profile_setup import EXPERIMENTS, Setup, make_batch, make_model
+from profile_setup import EXPERIMENTS, make_batch, make_model
 from profile_timeline import COLUMNS, Replay, Shares, replay
 from profile_tracker import Tracker
-from profile_worker import measure_memory
 from torch import Tensor, nn
 
-import dpft
-
-MIB = 2**20
-WIDTH, LAYERS, VOCAB, TOKENS = 64, 2, 320, 96
-TINY = Setup(VOCAB, WIDTH, LAYERS, num_heads=2, seq_len=TOKENS, intermediate_dim=96, num_iter=2, warmup_iter=1)
-PARAMETERS = 2 * VOCAB * WIDTH + LAYERS * (4 * WIDTH**2 + 3 * WIDTH * 96 + 2 * WIDTH) + WIDTH
-NUMBER_OF_PARAMETERS = 3 + LAYERS * 9
-
-
-@functools.cache
-def measured(name: str, **changes: Any) -> dict[str, Any]:
-    """What one process would answer, here in the process of the test."""
-    found = measure_memory(replace(TINY, **changes), name, lambda _: None)
-    assert found["status"] == "ok", found["reason"]
-    return found
-
-
-def at(found: dict[str, Any], name: str) -> dict[str, float]:
-    """The components of a snapshot, in bytes."""
-    (snapshot,) = [s for s in found["snapshots"] if s["name"] == name]
-    return {key.removesuffix("_mb"): mb * MIB for key, mb in snapshot["components"].items()}
+from tests.tools.profile_measured import (
+    LAYERS,
+    MIB,
+    NUMBER_OF_PARAMETERS,
+    PARAMETERS,
+    TINY,
+    TOKENS,
+    WIDTH,
+    at,
+    measured,
+)
 
 
 @pytest.mark.parametrize("name", ["vanilla", "flash_clip", "ghost", "per_sample", "opacus_ghost"])
@@ -206,6 +195,29 @@ def test_the_allocators_height_is_that_of_the_largest_moment() -> None:
     assert profile.snapshots()[-1]["allocated_mb"] == 0
 
 
+class _Raises(torch.utils._python_dispatch.TorchDispatchMode):
+    """Below the tracker: an operation takes memory, then fails."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.sin.default:
+            torch.empty(1 << 20)
+            raise RuntimeError("planted")
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_operation_that_failed_and_was_caught_is_counted() -> None:
+    def run() -> None:
+        x = torch.ones(8)
+        with contextlib.suppress(RuntimeError):
+            torch.sin(x)
+        torch.exp(x)
+
+    with _Raises():
+        profile = follow(CpuAllocator(), run)
+    (peak,) = [p for p in profile.peaks if p.name == "wrap"]
+    assert (peak.operator, peak.inside) == ("sin.default", 1 << 22)
+
+
 def test_a_storage_counts_once_whatever_views_there_are() -> None:
     held: list[Tensor] = []
 
@@ -271,58 +283,6 @@ def test_an_operation_that_fails_is_remembered() -> None:
     assert tracker.failed is not None
     assert tracker.failed.module == "the.layer"
     assert replay(tracker, count=tracker.failed.events).end.total == MIB + 4 * (3 * 5 + 4 * 4)  # held, x, the weight
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Simulation
-
-
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        ("vanilla", {}),
-        ("ghost", {"batch_size": 2}),
-        ("flash_clip", {}),
-        ("flash_clip", {"batch_size": 2, "gradient_checkpointing": True}),
-        ("flash_clip", {"batch_size": 2, "dtype": "bfloat16", "strategy": "two_pass"}),
-        ("opacus_per_sample", {"batch_size": 2}),
-    ],
-    ids=str,
-)
-def test_simulated_as_real(name: str, changes: dict[str, Any]) -> None:
-    """Within 5 %, in the whole and in each component."""
-    real = measured(name, **changes)["breakdown"]
-    simulated = measured(name, **changes, simulate=True, num_iter=1)["breakdown"]
-    assert simulated["total_allocated_mb"] == pytest.approx(real["total_allocated_mb"], rel=0.05)
-    for key, mb in real.items():
-        assert simulated[key] == pytest.approx(mb, abs=0.05 * real["total_allocated_mb"]), key
-
-
-def test_simulated_as_planned() -> None:
-    """`dpft.plan` counts the same steps with another meter."""
-    model = make_model(TINY, EXPERIMENTS["vanilla"])
-    plan = dpft.plan(model, batch_size=1, seq_len=TOKENS, optimizer="adamw")
-    for name, expected in (("vanilla", plan.plain), ("flash_clip", plan.predictions["one_pass"])):
-        phases = measured(name, simulate=True, num_iter=1, strategy="one_pass")["phases"]
-        peak = max(p["peak_mb"] for p in phases if p["name"] in ("iter0_forward", "iter0_backward")) * MIB
-        assert peak == pytest.approx(sum(plan.resting.values()) + expected.peak_bytes, rel=0.01)
-
-
-def test_simulated_ranks_divide_what_their_engine_divides() -> None:
-    whole = measured("flash_clip", simulate=True, num_iter=1)["snapshots"][-1]["components"]
-    for engine, divided in (
-        ("zero1", ["optimizer_states"]),
-        ("zero2", ["optimizer_states", "gradients"]),
-        ("fsdp2", ["optimizer_states", "gradients"]),
-    ):
-        found = measured("flash_clip", simulate=True, num_iter=1, engine=engine, world_size=4)
-        rank = found["snapshots"][-1]["components"]
-        copies = 1.5 if engine.startswith("zero") else 1.0  # DeepSpeed steps on a float32 copy besides two moments
-        for component in ("optimizer_states", "gradients", "activation_hooks"):
-            factor = 0.25 if component in divided else 1.0
-            factor *= copies if component == "optimizer_states" else 1.0
-            assert rank[f"{component}_mb"] == pytest.approx(factor * whole[f"{component}_mb"], rel=0.01), component
-        assert found["peak_memory_mb"] == pytest.approx(found["breakdown"]["total_allocated_mb"])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
