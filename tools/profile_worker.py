@@ -133,7 +133,7 @@ def measure_memory(setup: Setup, name: str, say: Say) -> dict[str, Any]:
     device = "meta" if setup.simulate else setup.device
     error: Exception | None = None
     at = "model"
-    gc.collect()  # what is in a cycle would die in the middle of something else
+    gc.freeze()  # what was left in cycles before does not die in the middle of a step; what steps leave is collected
     tracker = Tracker(device, owners, names, allocator, readings.take)
     with allocator.running(), tracker, simulation(setup, tracker):
 
@@ -170,6 +170,7 @@ def measure_memory(setup: Setup, name: str, say: Say) -> dict[str, Any]:
             traceback.clear_frames(caught.__traceback__)  # which hold what the step had made
         if setup.memory_limit is not None:
             lift_limit(setup.device)  # for what the profilers do with what they have
+    gc.unfreeze()
     say("events")
     profile = Profile(tracker, readings, shares_of(setup, model, experiment.library))
     found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}

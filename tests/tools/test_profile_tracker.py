@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -103,7 +104,7 @@ def test_saved_activations_are_those_of_autograd(name: str) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", ["vanilla", "flash_clip", "fast", "opacus_ghost", "opacus_per_sample"])
+@pytest.mark.parametrize("name", ["vanilla", "flash_clip", "opacus_ghost", "opacus_per_sample"])
 def test_components_and_the_unattributed_are_the_allocators_total(name: str, checkpointing: bool) -> None:
     found = measured(name, batch_size=2, gradient_checkpointing=checkpointing)
     peak = found["breakdown"]["total_allocated_mb"]
@@ -285,6 +286,15 @@ def test_an_operation_that_fails_is_remembered() -> None:
     assert replay(tracker, count=tracker.failed.events).end.total == MIB + 4 * (3 * 5 + 4 * 4)  # held, x, the weight
 
 
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """Opacus leaves cycles, which die when they are found."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collection")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", ["vanilla", "flash_clip", "opacus_ghost"])
 def test_the_tracker_changes_nothing(name: str, checkpointing: bool) -> None:
@@ -299,7 +309,6 @@ def test_the_tracker_changes_nothing(name: str, checkpointing: bool) -> None:
         ids = make_batch(setup, model)
         for _ in range(2):
             trainer.train_step(ids)
-        gc.collect()  # Opacus leaves cycles, which die when they are found
         allocator = CpuAllocator()
         tracker = Tracker("cpu", Owners(lambda: [], lambda: []), {}, allocator, allocator.mark)
         with allocator.running(), tracker if tracked else contextlib.nullcontext():
