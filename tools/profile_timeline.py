@@ -186,7 +186,7 @@ def replay(
     measured = False
     for i, event in enumerate(tracker.events[:count]):
         state.apply(event)
-        if measured and event.kind != Kind.DEATH:
+        if measured and event.kind not in (Kind.DROP, Kind.DEATH):  # what is let go of most often dies next
             for name, size in state.components.items():
                 timeline.highest[name] = max(timeline.highest[name], size)
         if i in wanted:

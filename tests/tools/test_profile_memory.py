@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -215,7 +216,10 @@ def test_what_cannot_be_done_is_one_line_and_status_2(
 def test_ctrl_c_ends_the_children(tmp_path: Path) -> None:
     command = [sys.executable, str(TOOLS / "profile_memory.py"), "run", *SIZE, "--num-iter", "1000"]
     command += ["--output-dir", str(tmp_path)]
-    parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job is started to ignore it
+    parent = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed
+    )
     assert parent.stderr is not None
     assert any("warmup" in line for line in parent.stderr)
     children = psutil.Process(parent.pid).children(recursive=True)
