@@ -321,5 +321,7 @@ def test_the_tracker_changes_nothing(name: str, checkpointing: bool) -> None:
         assert height is not None
         peaks.append(height.total)
         left.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    assert peaks[0] == peaks[1] > 0
+    # But for one number, of 8 bytes, which dies a moment earlier or later from run to run.
+    assert abs(peaks[0] - peaks[1]) <= 8
+    assert peaks[0] > 4 * PARAMETERS
     assert torch.equal(*left)
