@@ -27,6 +27,7 @@ from tests.tools.profile_measured import (
     PARAMETERS,
     TINY,
     TOKENS,
+    VOCAB,
     WIDTH,
     at,
     measured,
@@ -139,6 +140,16 @@ def test_per_example_gradients_are_book_keeping() -> None:
     assert most["fast"] < 4 * 4 * 4 * WIDTH * (1 + 2 * LAYERS)  # only the norms' weights
     theirs = measured("opacus_per_sample", batch_size=4)
     assert at(theirs, "iter1_after_backward")["book_keeping"] >= 4 * 4 * PARAMETERS
+
+
+def test_what_is_held_longer_than_autograd_holds_it_is_book_keeping() -> None:
+    """One-pass of a short text keeps each layer's input, a saved activation until then, and its output gradient."""
+    rows, tokens = 4, 16
+    found = measured("flash_clip", batch_size=rows, seq_len=tokens, strategy="one_pass")
+    inputs = 3 * WIDTH + 96  # of q, k and v together, of o, of gate and up together, of down
+    gradients = 5 * WIDTH + 2 * 96
+    pairs = LAYERS * (inputs + gradients) + VOCAB  # and the head's gradient of the logits
+    assert found["highest"]["book_keeping_mb"] * MIB >= 4 * rows * tokens * pairs
 
 
 def test_the_place_of_a_peak_is_a_module_of_the_model() -> None:
