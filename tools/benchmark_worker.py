@@ -19,10 +19,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import benchmark_oracle
-import psutil
 import torch
 from benchmark_cases import Shape, Step, build_model, find_method, input_ids, make_optimizer
 from benchmark_meter import Meter, describe_device, digest, out_of_memory, reason_of
+from processes import end_process, limit_memory
 from torch import Tensor
 
 import dpft
@@ -125,14 +125,7 @@ class Case:
 
     def limit(self, free: int) -> None:
         """Let the process allocate at most so many bytes more than it has now."""
-        if self.device == "cuda":
-            total = torch.cuda.get_device_properties(0).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_allocated() + free) / total))
-        else:
-            import resource
-
-            data = psutil.Process().memory_info().data + free
-            resource.setrlimit(resource.RLIMIT_DATA, (data, data))
+        limit_memory(self.device, free)
 
     def park(self, device: str) -> None:
         """Move the model aside while others have their turn, or back."""
@@ -254,11 +247,7 @@ class Worker:
     def end(self) -> None:
         """End the process, whatever it is doing."""
         self._connection.close()
-        self._process.terminate()
-        self._process.join(5)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
+        end_process(self._process)
 
 
 def end_all(workers: Iterable[Worker]) -> None:

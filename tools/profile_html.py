@@ -10,20 +10,7 @@ from typing import Any
 
 from profile_result import WORDS
 from profile_style import COLOURS
-from profile_tables import (
-    Table,
-    added_table,
-    component_table,
-    highest_table,
-    instants_table,
-    largest_table,
-    lost_table,
-    peak_table,
-    quality_table,
-    remarks,
-    unit_sentence,
-    where_table,
-)
+from profile_tables import Table, instants_table, remarks, tables_of, unit_sentence
 from profile_words import MEANINGS, conditions, grouped, why_not
 
 Results = Sequence[dict[str, Any]]
@@ -96,8 +83,7 @@ def html_page(results: Results, pictures: Sequence[Path]) -> str:
     Raises:
         OSError: a picture cannot be read.
     """
-    first = [peak_table(results), component_table(results), added_table(results), lost_table(results)]
-    second = [highest_table(results), where_table(results), largest_table(results), quality_table(results)]
+    first, second = tables_of(results)
     lost = {result["experiment"]: why_not(result) for result in results if result["status"] != "ok"}
     said = "".join(f"<li>{html.escape(line)}</li>" for line in remarks(results))
     parts = [
@@ -109,9 +95,9 @@ def html_page(results: Results, pictures: Sequence[Path]) -> str:
         f"<p>{html.escape(conditions(results))}. {html.escape(unit_sentence(results))}</p>",
         f"<ul>{said}</ul>" if said else "",
         f"<p><strong>Without a result:</strong> {html.escape(grouped(lost))}.</p>" if lost else "",
-        *(_table(table) for table in first if table is not None),
+        *map(_table, first),
         *map(_picture, pictures),
-        *(_table(table) for table in second if table is not None),
+        *map(_table, second),
         *map(_details, results),
         "<h2>What each component is</h2>",
         "<p>A storage counts once, for the first of its holders in the order of this table.</p>",

@@ -9,18 +9,7 @@ from typing import Any
 from profile_html import html_page
 from profile_pictures import draw_all
 from profile_result import WORDS, amounts, write_text
-from profile_tables import (
-    added_table,
-    component_table,
-    highest_table,
-    largest_table,
-    lost_table,
-    peak_table,
-    quality_table,
-    remarks,
-    unit_sentence,
-    where_table,
-)
+from profile_tables import remarks, tables_of, unit_sentence
 from profile_words import conditions, milliseconds, times_of, vanilla_of, why_not
 
 Results = Sequence[dict[str, Any]]
@@ -60,14 +49,12 @@ def summary(results: Results) -> str:
     Args:
         results: in the order that they are shown in.
     """
-    tables = [peak_table(results), component_table(results), added_table(results), lost_table(results)]
-    tables += [highest_table(results), where_table(results), largest_table(results), quality_table(results)]
     said = remarks(results)
     blocks = [f"{conditions(results)}\n{unit_sentence(results)}"]
     lost = failures(results)
     blocks += ["Experiments\n" + "\n".join(f"  {line}" for line in said)] if said else []
     blocks += ["Without a result\n" + "\n".join(f"  {line}" for line in lost)] if lost else []
-    blocks += [table.text() for table in tables if table is not None]
+    blocks += [table.text() for part in tables_of(results) for table in part]
     return "\n\n".join(blocks) + "\n"
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from benchmark_meter import describe_device, out_of_memory, reason_of
 from benchmark_report import conditions
+from processes import end_process
 from profile_result import SCHEMA
 from profile_setup import EXPERIMENTS, Setup
 from profile_worker import measure_memory, measure_time, spread
@@ -93,11 +94,7 @@ def ask(task: Task, setup: Setup, name: str, say: Callable[[str], None]) -> dict
         return {"status": status, "reason": f"its process ended in {at}: {why}", "failure": phase}
     finally:
         ours.close()
-        process.terminate()
-        process.join(5)
-        if process.is_alive():
-            process.kill()
-            process.join()
+        end_process(process)
 
 
 def _tell(say: Callable[[str], None], what: str, words: str) -> None:

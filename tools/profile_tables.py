@@ -212,3 +212,10 @@ def remarks(results: Results) -> list[str]:
     """What each experiment is, and what is to be known of its measurement, as far as it says so."""
     lines = [f"{result['experiment']}: {result['words']}" for result in results if result.get("words")]
     return lines + [f"{result['experiment']}: {note}" for result in results for note in result.get("notes", [])]
+
+
+def tables_of(results: Results) -> tuple[list[Table], list[Table]]:
+    """Every table that there is something in: what was measured, and what explains it."""
+    first = (peak_table(results), component_table(results), added_table(results), lost_table(results))
+    second = (highest_table(results), where_table(results), largest_table(results), quality_table(results))
+    return [table for table in first if table], [table for table in second if table]

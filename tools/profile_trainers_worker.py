@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from benchmark_cases import Method, Shape, build_model, input_ids, plain
 from benchmark_meter import Meter, describe_device, out_of_memory, reason_of
+from processes import end_process
 from profile_trainers_operators import OperatorCounter
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -271,9 +272,5 @@ def measure_apart(job: Job) -> dict[str, Any]:
         row = {"status": "failed", "reason": f"its process ended with status {process.exitcode}{killed}"}
     finally:
         ours.close()
-        process.terminate()
-        process.join(5)
-        if process.is_alive():
-            process.kill()
-            process.join()
+        end_process(process)
     return {"trainer": job.trainer, **row}

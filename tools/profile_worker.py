@@ -11,9 +11,9 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import psutil
 import torch
 from benchmark_meter import out_of_memory, reason_of
+from processes import lift_limit, limit_memory
 from profile_allocator import allocator_of
 from profile_events import Owners, Role
 from profile_fields import PARTS, Profile, Readings, phase_of
@@ -249,29 +249,6 @@ def synchronize(setup: Setup) -> None:
     """Wait for the GPU."""
     if setup.device == "cuda":
         torch.cuda.synchronize()
-
-
-def limit_memory(device: str, free: int) -> None:
-    """Let the process allocate at most so many bytes more than it has now."""
-    if device == "cuda":
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_allocated() + free) / total))
-    else:
-        import resource
-
-        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-        resource.setrlimit(resource.RLIMIT_DATA, (psutil.Process().memory_info().data + free, hard))
-
-
-def lift_limit(device: str) -> None:
-    """Let the process allocate what the machine has."""
-    if device == "cuda":
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    else:
-        import resource
-
-        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
 
 
 def spread(values: Iterable[float]) -> dict[str, Any]:
