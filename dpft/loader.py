@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dpft.errors import PrivacyConfigError
 from dpft.privacy.sampler import PhysicalBatch, PhysicalBatchSampler
+from dpft.workers import worker_context
 
 Collate = Callable[[list[Any]], Mapping[str, Any]]
 
@@ -96,6 +97,7 @@ class PrivateDataLoader:
             sampler=batches,
             batch_size=None,
             num_workers=num_workers,
+            multiprocessing_context=worker_context() if num_workers else None,
             pin_memory=torch.device(device).type == "cuda",
         )
         self.device, self.num_steps, self.privacy = torch.device(device), batches.num_steps, privacy

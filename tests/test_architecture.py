@@ -24,7 +24,7 @@ MAX_LINES = 400
 _LOW = {"errors"}
 _ARITHMETIC = _LOW | {"kernels", "rules"}
 _GRADIENT = _ARITHMETIC | {"clipping", "models", "wrap"}
-_MECHANISM = _LOW | {"privacy", "noise", "optimizer", "loader"}
+_MECHANISM = _LOW | {"privacy", "noise", "optimizer", "loader", "workers"}
 
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
@@ -37,7 +37,8 @@ LAYERS: dict[str, set[str]] = {
     "planning": _GRADIENT,
     "noise": _LOW,
     "optimizer": _LOW | {"noise", "privacy", "clipping"},
-    "loader": _LOW | {"privacy"},
+    "workers": _LOW,
+    "loader": _LOW | {"privacy", "workers"},
     "engines": _GRADIENT | _MECHANISM,
     "run": _GRADIENT | _MECHANISM | {"engines"},
     "prepare": _GRADIENT | _MECHANISM | {"engines", "run", "planning"},

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import psutil
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "recipes" / "accelerate"
@@ -34,6 +39,7 @@ def environment(scratch: Path) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
+        "PYTHONFAULTHANDLER": "1",
         "PYTHONWARNINGS": "ignore",
         "TORCH_EXTENSIONS_DIR": str(scratch / "torch_extensions"),
     }
@@ -46,19 +52,38 @@ def launch(
     scratch: Path,
     processes: int = 2,
     options: tuple[str, ...] = (),
-    timeout: float = 300,
+    timeout: float = 240,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a worker to its end; its output is in ``stdout``, both streams together."""
-    return subprocess.run(
-        command(engine, script, *args, processes=processes, options=options),
-        cwd=scratch,
-        env=environment(scratch),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    """Run a worker to its end; its output is in ``stdout``, both streams together.
+
+    One that does not end in ``timeout`` seconds, which are fewer than pytest leaves to a test, is ended with all its
+    children, and the test fails with where each of their threads stood.
+    """
+    words = command(engine, script, *args, processes=processes, options=options)
+    log = scratch / f"launch_{time.monotonic_ns()}.log"
+    with open(log, "w") as stream:
+        launcher = subprocess.Popen(
+            words, cwd=scratch, env=environment(scratch), stdout=stream, stderr=subprocess.STDOUT
+        )
+        try:
+            returncode = launcher.wait(timeout)
+        except subprocess.TimeoutExpired:
+            end_with_stacks(psutil.Process(launcher.pid))
+            pytest.fail(f"{engine} did not end in {timeout:g} s:\n{log.read_text()[-20000:]}", pytrace=False)
+        finally:
+            launcher.kill()
+            launcher.wait()
+    return subprocess.CompletedProcess(words, returncode, log.read_text())
+
+
+def end_with_stacks(launcher: psutil.Process) -> None:
+    """End a launcher and its children; each of them first prints the stacks of its threads, as faulthandler does."""
+    children = launcher.children(recursive=True)
+    launcher.kill()  # first, or it would end the others
+    for child in children:
+        child.send_signal(signal.SIGABRT)
+    for child in psutil.wait_procs(children, timeout=10)[1]:
+        child.kill()
 
 
 def succeed(done: subprocess.CompletedProcess[str]) -> str:

@@ -1,0 +1,100 @@
+"""Worker processes of the loader: a child that stops before its first instruction is forked again."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import dpft.workers
+from tests.test_loader import batches, plan
+from tests.training import examples
+
+STOPPING: list[Path] = []
+
+
+def stop_once_a_file() -> None:
+    """Stops this child for every file that is left, as the interpreter's own lock can."""
+    for file in STOPPING:
+        if file.exists():
+            file.write_text(str(os.getpid()))
+            file.rename(file.with_suffix(".stopped"))
+            time.sleep(600)
+
+
+os.register_at_fork(after_in_child=stop_once_a_file)
+
+
+@pytest.fixture
+def stopping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    monkeypatch.setattr(dpft.workers, "REPORT_WITHIN", 0.5)
+    monkeypatch.setattr(dpft.workers, "fork_may_stop", lambda version: True)
+    files = [tmp_path / f"child_{i}.waiting" for i in range(2)]
+    for file in files:
+        file.touch()
+    monkeypatch.setattr(f"{__name__}.STOPPING", files)
+    return files
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.timeout(60)
+def test_children_that_stop_are_forked_again(stopping: list[Path]) -> None:
+    """Two children stop; every example still arrives once, and nothing of the two is left."""
+    p = plan()
+    loader = dpft.PrivateDataLoader(examples(12), batches(p, 4), None, num_workers=2)
+    without = dpft.PrivateDataLoader(examples(12), batches(p, 4), None)
+    for found, expected in zip(loader, without, strict=True):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), name
+    for file in stopping:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(file.with_suffix(".stopped").read_text()), 0)
+
+
+@pytest.mark.timeout(60)
+def test_a_machine_on_which_no_child_starts_says_so(
+    stopping: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dpft.workers, "TRIES", 2)
+    context = dpft.workers.ReportingForkContext()
+    before = descriptors()
+    process = context.Process(target=time.sleep, args=(600,))
+    with pytest.raises(RuntimeError, match=r"2 worker processes in a row did not start within 0\.5 s.*num_workers=0"):
+        process.start()
+    assert descriptors() == before
+    data = TensorDataset(torch.arange(3))
+    assert len(list(DataLoader(data, num_workers=1, multiprocessing_context=context))) == 3, "the next one starts"
+
+
+@pytest.mark.parametrize(
+    "version, may_stop",
+    [
+        ((3, 10, 0), True),
+        ((3, 10, 14), True),
+        ((3, 10, 15), False),
+        ((3, 11, 0), True),
+        ((3, 11, 9), True),
+        ((3, 11, 10), False),
+        ((3, 12, 0), False),
+        ((3, 14, 1), False),
+    ],
+)
+def test_versions_that_need_it(version: tuple[int, int, int], may_stop: bool) -> None:
+    assert dpft.workers.fork_may_stop(version) is may_stop
+
+
+def test_elsewhere_torch_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dpft.workers, "fork_may_stop", lambda version: False)
+    assert dpft.workers.worker_context() is None
+    monkeypatch.setattr(dpft.workers, "fork_may_stop", lambda version: True)
+    assert isinstance(dpft.workers.worker_context(), dpft.workers.ReportingForkContext)
+    monkeypatch.setattr(dpft.workers.multiprocessing, "get_start_method", lambda allow_none: "spawn")
+    assert dpft.workers.worker_context() is None, "a start method that its user chose stands"
