@@ -9,11 +9,12 @@ one. So on these versions a child has to report, and one that does not is ended 
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
-import select
 import signal
 import sys
+from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext, ForkContext, ForkProcess
 from multiprocessing.popen_fork import Popen
 from typing import Any
@@ -37,16 +38,20 @@ def worker_context() -> BaseContext | None:
 
 
 class _Reporting:
-    """Stands in for a process in its child: says that it lives, and then does what it was made for."""
+    """Stands in for a process in its child: says that it lives, and once it may, does what it was made for."""
 
-    def __init__(self, process: Any, report: int, report_to: int) -> None:
-        self._process, self._report, self._report_to = process, report, report_to
+    def __init__(self, process: Any, report_to: int, go_from: int, parents: tuple[int, int]) -> None:
+        self._process, self._report_to, self._go_from, self._parents = process, report_to, go_from, parents
 
     def _bootstrap(self, **given: Any) -> int:
+        for fd in self._parents:
+            os.close(fd)
         os.write(self._report_to, b"1")
         os.close(self._report_to)
-        os.close(self._report)
-        return int(self._process._bootstrap(**given))
+        # One that was given up must not begin: it would be ended while it holds the lock of a queue.
+        may_go = os.read(self._go_from, 1)
+        os.close(self._go_from)
+        return int(self._process._bootstrap(**given)) if may_go else 1
 
 
 class ReportingPopen(Popen):
@@ -54,24 +59,46 @@ class ReportingPopen(Popen):
 
     def _launch(self, process_obj: Any) -> None:
         for _ in range(TRIES):
-            report, report_to = os.pipe()
-            try:
-                super()._launch(_Reporting(process_obj, report, report_to))  # type: ignore[misc]  # typeshed lacks it
-            finally:
-                os.close(report_to)
-                reported = select.select([report], [], [], REPORT_WITHIN)[0]
-                os.close(report)
-            if reported:
-                return  # it lives; or it has ended, which its owner will see
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-            if self.finalizer is not None:
-                self.finalizer()  # closes the pipes of the child that is gone
+            if self._reports(process_obj):
+                return
         raise RuntimeError(
             f"{TRIES} worker processes in a row did not start within {REPORT_WITHIN:g} s each; the machine has no "
             "time or memory for them, or a handler of os.register_at_fork waits. Pass num_workers=0 to load the "
             "examples in the training's own process."
         )
+
+    def _reports(self, process_obj: Any) -> bool:
+        """Fork once; a child that has not reported is gone when this returns, or raises."""
+        self.pid, reported = 0, False
+        report, report_to = os.pipe()
+        go_from, go = os.pipe()
+        child = _Reporting(process_obj, report_to, go_from, (report, go))
+        try:
+            try:
+                super()._launch(child)  # type: ignore[misc]  # typeshed lacks it
+            finally:
+                os.close(report_to)
+                os.close(go_from)
+            reported = bool(wait([report], REPORT_WITHIN))
+            if reported:
+                with contextlib.suppress(BrokenPipeError):  # it has ended, which its owner will see
+                    os.write(go, b"1")
+        finally:
+            os.close(report)
+            os.close(go)
+            if not reported:
+                self._give_up()
+        return reported
+
+    def _give_up(self) -> None:
+        """End the child: one that is stuck keeps what it has inherited, the ledger's lock for one, for ever."""
+        if self.pid > 0:
+            self._send_signal(signal.SIGKILL)  # type: ignore[attr-defined]  # typeshed lacks it
+            self.poll(0)  # which bears that somebody else has reaped it
+            self.returncode = None
+        if self.finalizer is not None:
+            self.finalizer()  # closes the pipes that multiprocessing made
+            self.finalizer = None
 
 
 class ReportingForkProcess(ForkProcess):

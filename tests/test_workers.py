@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
 
 import dpft.workers
 from tests.test_loader import batches, plan
@@ -54,9 +56,15 @@ def test_children_that_stop_are_forked_again(stopping: list[Path]) -> None:
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             assert torch.equal(found[name], value), name
-    for file in stopping:
-        with pytest.raises(ProcessLookupError):
-            os.kill(int(file.with_suffix(".stopped").read_text()), 0)
+    assert all(gone(file) for file in stopping)
+
+
+def gone(file: Path) -> bool:
+    try:
+        os.kill(int(file.with_suffix(".stopped").read_text()), 0)
+    except ProcessLookupError:
+        return True
+    return False
 
 
 @pytest.mark.timeout(60)
@@ -70,8 +78,73 @@ def test_a_machine_on_which_no_child_starts_says_so(
     with pytest.raises(RuntimeError, match=r"2 worker processes in a row did not start within 0\.5 s.*num_workers=0"):
         process.start()
     assert descriptors() == before
-    data = TensorDataset(torch.arange(3))
-    assert len(list(DataLoader(data, num_workers=1, multiprocessing_context=context))) == 3, "the next one starts"
+    assert all(gone(file) for file in stopping)
+
+
+@pytest.mark.timeout(60)
+def test_an_interrupted_start_leaves_no_child(stopping: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any) -> Any:
+        while not stopping[0].with_suffix(".stopped").exists():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dpft.workers, "wait", interrupted)
+    before = descriptors()
+    with pytest.raises(KeyboardInterrupt):
+        dpft.workers.ReportingForkContext().Process(target=time.sleep, args=(600,)).start()
+    assert descriptors() == before and gone(stopping[0])
+
+
+@pytest.mark.timeout(60)
+def test_children_that_others_reap(stopping: list[Path]) -> None:
+    previous = signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
+    try:
+        process = dpft.workers.ReportingForkContext().Process(target=time.sleep, args=(600,))
+        process.start()
+        assert process.is_alive()
+        process.kill()
+    finally:
+        signal.signal(signal.SIGCHLD, previous)
+
+
+@pytest.mark.timeout(60)
+def test_a_child_that_was_given_up_never_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reports late: it could be ended within a queue, and leave the next one waiting for that queue's lock."""
+    begun = tmp_path / "begun"
+    waits: list[Any] = []
+
+    def late(report: Any, within: float) -> Any:
+        waits.append(within)
+        time.sleep(0.2)  # it lives, has reported, and is not told so
+        return [] if len(waits) == 1 else report
+
+    monkeypatch.setattr(dpft.workers, "wait", late)
+    process = dpft.workers.ReportingForkContext().Process(target=append, args=(begun,))
+    process.start()
+    process.join()
+    assert len(waits) == 2 and process.exitcode == 0 and begun.read_text() == "begun "
+
+
+def append(file: Path) -> None:
+    with open(file, "a") as stream:
+        stream.write("begun ")
+
+
+@pytest.mark.timeout(60)
+def test_more_files_than_select_knows() -> None:
+    """Descriptors from 1,024 on."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard if soft < 2048 else soft, hard))
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        process = dpft.workers.ReportingForkContext().Process(target=time.sleep, args=(0,))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+    finally:
+        for fd in files:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize(

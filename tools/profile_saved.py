@@ -45,10 +45,21 @@ class Book(Protocol):
 class _Saved:
     """What autograd holds in the place of a tensor."""
 
-    __slots__ = ("_book", "_held", "tensor")
+    __slots__ = ("_book", "_held", "_version", "tensor")
 
     def __init__(self, tensor: Tensor, book: Book, held: Held | None) -> None:
         self.tensor, self._book, self._held = tensor, book, held
+        self._version = _version(tensor)
+
+    def unchanged(self) -> Tensor:
+        """The tensor; autograd does not look at the version of one that a hook gives back."""
+        if _version(self.tensor) != self._version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
+                f"tensor of shape {list(self.tensor.shape)} is at version {_version(self.tensor)}; expected version "
+                f"{self._version}"
+            )
+        return self.tensor
 
     def __del__(self) -> None:
         if self._held is not None:
@@ -75,7 +86,7 @@ class _Hooks:
 
     @staticmethod
     def unpack(saved: _Saved) -> Tensor:
-        return saved.tensor
+        return saved.unchanged()
 
     def enter(self, hooks: Any) -> None:
         """In the place of ``saved_tensors_hooks.__enter__``.
@@ -111,6 +122,10 @@ class _Hooks:
                 yield
         finally:
             self._enter(self.hooks)
+
+
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version  # which inference tensors do not count
 
 
 @contextlib.contextmanager

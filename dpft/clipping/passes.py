@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dpft.errors import ClippingError
 from dpft.kernels.linear import Method, sq_norm
 from dpft.kernels.weighted import scale_, weighted_sum_, weighted_vector
 from dpft.rules.base import EmbeddingUse, LinearUse, MatrixUse, full_shape
@@ -37,6 +38,12 @@ def _upper_sq_norm(use: MatrixUse, x: Tensor, g: Tensor, method: Method | None) 
     """``[B]``, not below the square of what is released of this use. Before cross terms, which may cancel it."""
     sq = use.sq_norm(x, g, method)
     return sq * (1 + LOW_PRECISION_SLACK) ** 2 if g.dtype.itemsize < 4 else sq
+
+
+def _add_vector(vectors: dict[str, Tensor], key: str, grad: Tensor) -> None:
+    """Add ``[B, ...]`` in at least float32: a copy, as at T = 1 it may be autograd's own, which others write into."""
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    vectors[key] = vectors[key] + grad.to(wide) if key in vectors else grad.to(wide, copy=True)
 
 
 def checksum(g: Tensor) -> Tensor:
@@ -104,8 +111,7 @@ class NormPass:
     def vector(self, key: str, grad: Tensor, weight: Tensor) -> None:
         self.order.append(key)
         self.seen += checksum(grad)
-        grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
-        self._vectors[key] = self._vectors[key] + grad if key in self._vectors else grad
+        _add_vector(self._vectors, key, grad)
 
     def matrix(self, use: MatrixUse, x: Tensor, g: Tensor, weight: Tensor) -> None:
         self.order.append(use.key)
@@ -152,6 +158,22 @@ class _Kept:
     sq: Tensor
     grad: Tensor | None = None
     pairs: list[tuple[MatrixUse, Tensor, Tensor]] = field(default_factory=list)
+    versions: list[tuple[int, int]] = field(default_factory=list)  # of the pairs, when their norm was taken
+
+    def keep(self, use: MatrixUse, x: Tensor, g: Tensor) -> None:
+        self.pairs.append((use, x, g))
+        self.versions.append((x._version, g._version))
+
+    def check(self) -> None:
+        """Raise if another operation's backward has written into what is kept here, of which the norm was taken."""
+        for (use, x, g), versions in zip(self.pairs, self.versions, strict=True):
+            if (x._version, g._version) != versions:
+                raise ClippingError(
+                    f"the input or the output gradient of the layer of {use.key!r} was changed in place by another "
+                    "operation's backward after its norm was taken, so that another gradient than the clipped one "
+                    "would be released. Use operations that leave their output gradient as it is, or "
+                    "strategy='two_pass', which keeps neither."
+                )
 
 
 class KeepPass:
@@ -173,8 +195,7 @@ class KeepPass:
         self._vectors: dict[str, Tensor] = {}
 
     def vector(self, key: str, grad: Tensor, weight: Tensor) -> None:
-        grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
-        self._vectors[key] = self._vectors[key] + grad if key in self._vectors else grad
+        _add_vector(self._vectors, key, grad)
 
     def holds(self) -> BookKeeping:
         """What is kept until its weighted gradient is released."""
@@ -193,21 +214,24 @@ class KeepPass:
             grad, sq = use.grad_sq_norm(x, g)
             self._kept[use.key] = _Kept(sq, grad)
         elif kept is None:
-            self._kept[use.key] = _Kept(_upper_sq_norm(use, x, g, None), pairs=[(use, x, g)])
+            kept = self._kept[use.key] = _Kept(_upper_sq_norm(use, x, g, None))
+            kept.keep(use, x, g)
         elif kept.grad is None and (cross := _tied_cross(kept, use, x, g)) is not None:
             kept.sq = kept.sq + _upper_sq_norm(use, x, g, None) + cross
-            kept.pairs.append((use, x, g))
+            kept.keep(use, x, g)
         else:
             # Used again: gradients add up before they are squared.
+            kept.check()
             for pair in kept.pairs:
                 kept.grad = pair[0].add_grad(pair[1], pair[2], kept.grad)
-            kept.pairs = []
+            kept.pairs, kept.versions = [], []
             kept.grad = use.add_grad(x, g, kept.grad)
             kept.sq = sq_norm(kept.grad)
 
     def finish(self) -> set[str]:
         """Complete :attr:`sq`; returns the empty set: whatever a matrix's uses, they were combined."""
         for kept in self._kept.values():
+            kept.check()
             self.sq += kept.sq
         for grad in self._vectors.values():
             self.sq += sq_norm(grad)

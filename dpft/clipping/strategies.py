@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from dpft.clipping.audit import audit_graph, has_reentrant
 from dpft.clipping.factors import row_weights
+from dpft.clipping.ownership import is_the_only_owner
 from dpft.clipping.passes import BookKeeping, KeepPass, NormPass, ProbePass, Trace, WeightedPass, grad_dtype, sum_dtype
 from dpft.clipping.state import ClipState, ClipStats
 from dpft.errors import ClippingError
@@ -275,10 +275,8 @@ def run_per_example(job: Job, scale: Tensor) -> list[Tensor | None] | None:
         job.state.holds = functools.partial(_held, squares, grads)
         loss_device = loss.device
         del loss
-        sq = torch.zeros(1, dtype=torch.float64, device=job.weights.device)
-        for grad in grads:
-            if grad is not None:
-                sq += sq_norm(grad.unsqueeze(0))
+        owned = [is_the_only_owner(grads, k) for k in range(len(grads))]  # before anything here has one, too
+        sq = _sq_norm_of(grads, job.weights.device)
         factor = job.state.rule.factors(sq, job.weights[i : i + 1].to(sq.device))
         if job.state.clipping == "none":
             factor = row_weights(job.weights[i : i + 1])
@@ -295,8 +293,8 @@ def run_per_example(job: Job, scale: Tensor) -> list[Tensor | None] | None:
             else:
                 wide = torch.promote_types(grad.dtype, torch.float32)
                 part = grad.to(wide)
-                # Autograd may give two parameters one tensor, or one that a Function has saved: those are copied.
-                part = part.mul_(multiplier) if part is not grad or _is_ours(grad) else part * multiplier
+                # Autograd may give two parameters one tensor, or one that a Function has kept: those are copied.
+                part = part.mul_(multiplier) if part is not grad or owned[k] else part * multiplier
                 part.masked_fill_(multiplier == 0, 0)
             if engine is not None:
                 engine.add(names[k], part.to(sum_dtype(p)))
@@ -323,12 +321,12 @@ def _held(squares: list[Tensor], grads: list[Tensor | None]) -> BookKeeping:
     return BookKeeping(squares, [grad for grad in grads if grad is not None])
 
 
-def _is_ours(grad: Tensor) -> bool:
-    """Whether nothing besides this tensor, and no other owner of it, has the memory of a gradient."""
-    tensor: Any = grad  # torch does not type what it counts
-    storage = grad.untyped_storage()  # itself the second that holds it
-    alone = tensor._use_count() == 1 and torch._C._storage_Use_Count(storage._cdata) == 2
-    return bool(alone) and grad.is_contiguous()
+def _sq_norm_of(grads: list[Tensor | None], device: torch.device) -> Tensor:
+    sq = torch.zeros(1, dtype=torch.float64, device=device)
+    for grad in grads:
+        if grad is not None:
+            sq += sq_norm(grad.unsqueeze(0))
+    return sq
 
 
 def _example_gradient(state: ClipState, loss: Tensor, parameters: list[Tensor]) -> list[Tensor | None]:

@@ -23,25 +23,114 @@ class OneGradientForTwo(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(2, 2))
+        self.a, self.b = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(2, 2))
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x * (self.a + self.b.view(4))).sum(-1)
+        return (x @ (self.a + self.b)).sum((1, 2))
+
+
+class OneMemoryForTwo(nn.Module):
+    """Autograd hands them two tensors of one memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * (self.a + self.b.view(2))).sum((1, 2))
+
+
+class ConstantGradient(torch.autograd.Function):
+    """Gives out a tensor that it keeps."""
+
+    kept = torch.ones(4)
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor) -> Tensor:
+        return w.sum()[None]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return ConstantGradient.kept
+
+
+class KeepsItsGradient(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ConstantGradient.apply(self.w)  # type: ignore[no-any-return]  # torch does not type apply
 
 
 @pytest.mark.parametrize("function", ["abadi", "automatic"])
-def test_parameters_that_share_a_gradient(function: Any) -> None:
+@pytest.mark.parametrize(
+    "build",
+    [OneGradientForTwo, OneMemoryForTwo, KeepsItsGradient],
+    ids=["one tensor", "one memory", "a constant"],
+)
+def test_parameters_that_share_a_gradient(build: Any, function: Any) -> None:
     """Each further example adds its own contribution and nothing else."""
 
     def clipped(count: int) -> Tensor:
-        model = dpft.wrap(OneGradientForTwo(), strategy="per_example", clip_function=function)
-        dpft.clipped_loss(model, [model(torch.full((1, 4), 0.35)).squeeze() for _ in range(count)]).backward()
+        model = dpft.wrap(build(), strategy="per_example", clip_function=function)
+        dpft.clipped_loss(model, [model(torch.full((1, 1, 2), 3.5e-3)).squeeze() for _ in range(count)]).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     one = clipped(1)
     assert float(one.norm()) <= 1.0
     for count in (2, 3):
         torch.testing.assert_close(clipped(count), count * one)
+    assert bool((ConstantGradient.kept == 1).all()), "a tensor of the model's was written to"
+
+
+class OverItsOutputGradient(torch.autograd.Function):
+    """Multiplies, and in the backward writes over the output gradient, as nothing may."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, by: float) -> Tensor:
+        ctx.by = by
+        return x * by
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].mul_(ctx.by), None
+
+
+class BesideALayer(nn.Module):
+    """A layer whose output gradient is that of its neighbour, which writes over it once the layer has used it."""
+
+    def __init__(self, layer: nn.Module, width: int, by: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.low, self.layer, self.by = nn.Linear(width, width), layer, by
+        self.low.weight.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.low(x)
+        return (OverItsOutputGradient.apply(h, self.by) + self.layer(20 * h)).square().sum((1, 2))
+
+
+@pytest.mark.parametrize("strategy", ["one_pass", "two_pass", "per_example"])
+@pytest.mark.parametrize("what", ["pair", "vector"])
+def test_a_gradient_that_is_written_over_after_its_norm_was_taken(what: str, strategy: str) -> None:
+    """What is kept from a layer's backward to the release: never another one than that of the norm."""
+    pair = what == "pair"
+    width, tokens = (32, 3) if pair else (8, 1)
+    model = dpft.wrap(
+        BesideALayer(nn.Linear(32, 32) if pair else DebertaLayerNorm(8, 1e-5), width, 30.0), strategy=strategy
+    )
+    x = torch.randn(2, tokens, width, generator=torch.Generator().manual_seed(1))
+    losses: Any = model(x) if strategy != "per_example" else [model(x[i : i + 1])[0] for i in range(2)]
+    loss = dpft.clipped_loss(model, losses, torch.tensor([1.0, 0.0]))
+    if pair and strategy == "one_pass":
+        with pytest.raises(dpft.ClippingError, match=r"'layer\.weight' was changed in place.*strategy='two_pass'"):
+            loss.backward()
+        assert all(p.grad is None for p in model.parameters())
+        return
+    loss.backward()
+    contribution = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    assert 0.99 < float(contribution.norm()) <= 1.0 * (1 + 1e-6)
 
 
 class NormsOfOneToken(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -67,23 +68,27 @@ def launch(
         )
         try:
             returncode = launcher.wait(timeout)
-        except subprocess.TimeoutExpired:
-            end_with_stacks(psutil.Process(launcher.pid))
+        except BaseException as error:  # also pytest's own time limit, and Ctrl-C
+            end_with_stacks(launcher)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
             pytest.fail(f"{engine} did not end in {timeout:g} s:\n{log.read_text()[-20000:]}", pytrace=False)
-        finally:
-            launcher.kill()
-            launcher.wait()
     return subprocess.CompletedProcess(words, returncode, log.read_text())
 
 
-def end_with_stacks(launcher: psutil.Process) -> None:
+def end_with_stacks(launcher: subprocess.Popen[bytes]) -> None:
     """End a launcher and its children; each of them first prints the stacks of its threads, as faulthandler does."""
-    children = launcher.children(recursive=True)
+    children: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        children = psutil.Process(launcher.pid).children(recursive=True)
     launcher.kill()  # first, or it would end the others
+    launcher.wait()
     for child in children:
-        child.send_signal(signal.SIGABRT)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.send_signal(signal.SIGABRT)
     for child in psutil.wait_procs(children, timeout=10)[1]:
-        child.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 def succeed(done: subprocess.CompletedProcess[str]) -> str:

@@ -230,6 +230,19 @@ def test_an_operation_that_failed_and_was_caught_is_counted() -> None:
     assert (peak.operator, peak.inside) == ("sin.default", 1 << 22)
 
 
+def test_a_saved_tensor_that_was_changed_in_place_is_refused_as_ever() -> None:
+    def run() -> None:
+        y = torch.ones(3, requires_grad=True).exp()
+        total = y.sum()
+        y.add_(1)
+        (total + y.sum()).backward()
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        run()
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation.*shape \[3\].*expected version 0"):
+        follow(CpuAllocator(), run)
+
+
 def test_a_storage_counts_once_whatever_views_there_are() -> None:
     held: list[Tensor] = []
 
