@@ -13,6 +13,7 @@ from profile_words import milliseconds
 # They change how well a peak is known, not what it is.
 NOT_COMPARED = ("repetitions", "seed", "num_iter", "warmup_iter")
 MACHINE = ("gpu", "cpu")
+LIBRARIES = ("torch", "transformers", "opacus", "peft")
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Comparison:
     """What :func:`compare` found.
 
     Attributes:
-        rows: the peak, each component at the peak instant and the time, of every experiment that both sides have.
+        rows: the peak, each component at the peak instant, the highest of a component at any instant where it has
+            changed, and the time, of every experiment that both sides have.
         failures: experiments that were ok and no longer are, or that are missing; each of them is a regression.
         warnings: what makes the two sides less comparable, or is new; none of them is a regression.
     """
@@ -88,7 +90,8 @@ def _settings(result: dict[str, Any]) -> dict[str, Any]:
     config = {f"config.{key}": value for key, value in result["config"].items() if key not in NOT_COMPARED}
     environment = result["environment"]
     machine = {key: environment.get(key) for key in MACHINE}
-    return {**config, **machine, "torch": (environment.get("versions") or {}).get("torch")}
+    versions = environment.get("versions") or {}
+    return {**config, **machine, **{name: versions.get(name) for name in LIBRARIES}}
 
 
 def _warnings(label: str, before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -100,19 +103,20 @@ def _warnings(label: str, before: dict[str, Any], after: dict[str, Any]) -> list
 def compare(before: Path, after: Path, threshold_percent: float = 5.0, least_mb: float = 1.0) -> Comparison:
     """Hold one result, or one run's folder, against an earlier one.
 
-    Two files are compared whatever their experiments are; folders by experiment. The peak or a component is a
-    regression where it is both more than ``threshold_percent`` and more than ``least_mb`` above what it was; one that
-    was 0, where it is more than ``least_mb``. The time is shown and never a regression.
+    Two files are compared whatever their experiments are; folders by experiment. The peak or a component, at the peak
+    instant or at its own highest, is a regression where it is both more than ``threshold_percent`` and more than
+    ``least_mb`` above what it was; one that was 0, where it is more than ``least_mb``. The time is shown and never a
+    regression. An experiment that was not ok before is left out with a warning.
 
     Args:
-        before: a result's file or a run's folder, every experiment of which is ok.
+        before: a result's file or a run's folder, of which at least one experiment is ok.
         after: the same.
         threshold_percent: 0 or more.
         least_mb: MiB, 0 or more.
 
     Raises:
         ResultError: a file or folder that :func:`profile_result.load_result` refuses; a file against a folder; an
-            experiment that was not ok before; a threshold that is negative or no number.
+            nothing that was ok before; a threshold that is negative or no number.
     """
     for name, value in (("threshold", threshold_percent), ("least difference", least_mb)):
         if not (math.isfinite(value) and value >= 0):
@@ -121,13 +125,14 @@ def compare(before: Path, after: Path, threshold_percent: float = 5.0, least_mb:
         folder, file = (before, after) if before.is_dir() else (after, before)
         raise ResultError(f"{folder} is a folder and {file} a file; expected two files or two folders")
     first, second = _side(before), _side(after)
-    for name, result in first.items():
-        if result["status"] != "ok":
-            came = f"{name} is {result['status']} ({result['reason']})"
-            raise ResultError(f"{before}: {came}; expected one that is ok to compare with")
+    broken = {name: f"{r['status']} ({r['reason']})" for name, r in first.items() if r["status"] != "ok"}
+    if len(broken) == len(first):
+        came = "; ".join(f"{name} is {why}" for name, why in broken.items())
+        raise ResultError(f"{before}: {came}; expected one that is ok to compare with")
     found = Comparison(threshold_percent, least_mb)
+    found.warnings += [f"{name} was {why} before: nothing to compare with" for name, why in broken.items()]
     if before.is_dir():
-        pairs = [(name, result, second.get(name)) for name, result in first.items()]
+        pairs = [(name, result, second.get(name)) for name, result in first.items() if name not in broken]
         found.warnings += [f"{name} is new" for name in second if name not in first]
     else:
         ((old, result),), ((new, other),) = first.items(), second.items()
@@ -148,6 +153,9 @@ def _rows(label: str, before: dict[str, Any], after: dict[str, Any], threshold: 
     old, new = amounts(before), amounts(after)
     triples = [("peak", before["peak_memory_mb"], after["peak_memory_mb"])]
     triples += [(WORDS[key], old[key], new[key]) for key in WORDS]
+    old, new = before.get("highest") or {}, after.get("highest") or {}
+    ever = [(f"{WORDS[key]}, ever", old.get(f"{key}_mb", 0.0), new.get(f"{key}_mb", 0.0)) for key in WORDS]
+    triples += [one for one in ever if old and new and abs(one[2] - one[1]) > least_mb]
     rows = []
     for what, was, now in triples:
         change = 100 * (now - was) / was if was > 0 else None

@@ -85,6 +85,12 @@ def _components(instant: Instant, total: int | None) -> dict[str, float]:
     return {**found, "unattributed_mb": 0.0 if total is None else (total - instant.total) / MIB}
 
 
+def _insert(points: list[list[float]], span: list[list[float]]) -> None:
+    """Put the points of two neighbouring events where their time is."""
+    before = [point for point in points if point[0] <= span[0][0]]
+    points[:] = [*before, *span, *points[len(before) :]]
+
+
 class Profile:
     """The finished measurement of one process, as the fields of a result."""
 
@@ -131,6 +137,12 @@ class Profile:
                 }
             )
         return found
+
+    @functools.cached_property
+    def _named(self) -> list[int]:
+        """The events after which the phases of :attr:`peaks` were highest."""
+        phases = zip(self.timeline.phases, self._at, strict=True)
+        return [at for phase, at in phases if phase_of(phase.name) is not None]
 
     @functools.cached_property
     def peaks(self) -> list[Peak]:
@@ -198,7 +210,20 @@ class Profile:
         ]
         words = ("forward", "backward", "step", "end")
         marks = [[(self.tracker.events[p.first].at - start) / 1e6, w] for p, w in zip(inside, words, strict=False)]
+        for peak, event in zip(self.peaks, self._named, strict=True):
+            if peak.inside and peak.name.startswith(prefix):
+                _insert(points, self._inside_an_operation(peak, event, start))
         return {"unit": "ms", "columns": [f"{name}_mb" for name in COLUMNS], "points": points, "marks": marks}
+
+    def _inside_an_operation(self, peak: Peak, event: int, start: int) -> list[list[float]]:
+        """The operation of a peak that takes memory inside itself, from the event before it to the next."""
+        events, parts = self.tracker.events, peak.instant.components
+        until = events[min(event + 1, len(events) - 1)].at
+        with_it = {**parts, TEMPORARY: parts[TEMPORARY] + peak.inside}
+        return [
+            [(at - start) / 1e6, *(components[name] / MIB for name in COLUMNS)]
+            for at, components in ((events[event].at, with_it), (until, parts))
+        ]
 
     def step_ms(self) -> float:
         """Median time of a measured step under the tracker."""

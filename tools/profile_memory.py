@@ -28,7 +28,7 @@ from typing import Any, NoReturn
 from benchmark_report import json_path
 from profile_compare import compare
 from profile_report import summary, write_report
-from profile_result import SUMMARY, load_results, write_result, write_text
+from profile_result import SUMMARY, load_results, ordered, write_result, write_text
 from profile_setup import (
     DEFAULT_EXPERIMENTS,
     EXPERIMENTS,
@@ -75,7 +75,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     plot.add_argument("--input-dir", type=Path, required=True)
     plot.add_argument("--output-dir", type=Path, required=True)
 
-    words = "fail where B takes more memory than A: at its peak, or of any component there, even if the peak falls"
+    words = "fail where B takes more memory than A: at its peak, or of any component, even if the peak falls"
     against = commands.add_parser("compare", help=words, description=words)
     against.add_argument("before", type=Path, metavar="A", help="a result, or the folder of a run")
     against.add_argument("after", type=Path, metavar="B")
@@ -135,6 +135,7 @@ def run(args: argparse.Namespace, setup: Setup) -> int:
             write_result(directory / f"{name}.json", result)
             results.append(result)
             print(brief(result), file=sys.stderr, flush=True)
+        return report(args, ordered(results), directory, start)
     except KeyboardInterrupt:
         if results:
             print(f"\ninterrupted; what was finished is in {directory}", file=sys.stderr)
@@ -142,9 +143,14 @@ def run(args: argparse.Namespace, setup: Setup) -> int:
             directory.rmdir()
             print("\ninterrupted; nothing was finished", file=sys.stderr)
         return 130
+
+
+def report(args: argparse.Namespace, results: list[dict[str, Any]], directory: Path, start: float) -> int:
+    """Pictures, tables and the summary of a run that began at ``start``; returns the exit status."""
     say("pictures")
     write_report(results, directory)
     options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    names = [result["experiment"] for result in results]
     suite = {"arguments": options, "experiments": names, "seconds": round(time.monotonic() - start, 1)}
     write_text(directory / SUMMARY, json.dumps(suite, indent=1) + "\n")
     if args.json:
@@ -190,6 +196,9 @@ def main(arguments: list[str] | None = None) -> int:
         check_model(setup)
         prepare_environment(setup.threads)
         return run(args, setup) if args.command == "run" else single(args, setup)
+    except KeyboardInterrupt:  # in what comes after the measurements, or in between
+        print("\nprofile_memory: interrupted", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:  # ResultError is a ValueError
         print(f"profile_memory: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -34,6 +34,7 @@ ORDER = ("vanilla", "ghost", "flash_clip", "fast", "per_sample")
 ABSOLUTE_MB = 1e-3
 RELATIVE = 1e-4
 NUMBER = (int, float)
+HUGE = 1e30  # beyond it, a whole number may be too large to be shown or divided
 
 
 class ResultError(ValueError):
@@ -54,10 +55,10 @@ def _field(data: Mapping[str, Any], name: str, kinds: tuple[type, ...], where: s
     value = data[name]
     if value is None and null:
         return value
-    if not isinstance(value, kinds) or isinstance(value, bool):
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         raise ResultError(f"{label} is {_short(value)}; expected {expected}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ResultError(f"{label} is {value}; expected a finite number")
+    if isinstance(value, NUMBER) and not -HUGE < value < HUGE:
+        raise ResultError(f"{label} is {_short(value)}; expected a finite number below {HUGE:g}")
     return value
 
 
@@ -136,9 +137,15 @@ def _breakdown(data: Mapping[str, Any], null: bool) -> None:
     if breakdown is None:
         return
     total, peak = (_amount(breakdown, name, "breakdown") for name in ("total_allocated_mb", "peak_allocated_mb"))
+    known = {*(f"{key}_mb" for key in WORDS), "total_allocated_mb", "peak_allocated_mb"}
+    if unknown := sorted(set(breakdown) - known):
+        raise ResultError(f"breakdown has {_short(unknown[0])}; expected only {', '.join(sorted(known))}")
     _sums(breakdown, total, "breakdown", "total_allocated_mb")
     if abs(total - peak) > max(ABSOLUTE_MB, RELATIVE * peak):
         raise ResultError(f"breakdown.total_allocated_mb is {total}; expected peak_allocated_mb, {peak}")
+    whole = data.get("peak_memory_mb")
+    if whole is not None and abs(whole - peak) > max(ABSOLUTE_MB, RELATIVE * peak):
+        raise ResultError(f"peak_memory_mb is {whole}; expected breakdown.peak_allocated_mb, {peak}")
 
 
 def _failure(data: Mapping[str, Any]) -> None:
@@ -174,7 +181,10 @@ def validate(data: object) -> None:
     if failed and not reason:
         raise ResultError(f"reason is {_short(reason)} and status {status}; expected the reason in words")
     for name in ("config", "environment"):
-        _field(data, name, (dict,))
+        for key, value in _field(data, name, (dict,)).items():
+            if isinstance(value, NUMBER):
+                _field({key: value}, key, (*NUMBER, bool), name)
+    _field({"memory_limit": None, **data["config"]}, "memory_limit", NUMBER, "config", null=True)
     _field({"versions": None, **data["environment"]}, "versions", (dict,), "environment", null=True)
     _field({"words": None, **data}, "words", (str,), null=True)
     for number, note in enumerate(_field({"notes": [], **data}, "notes", (list,))):

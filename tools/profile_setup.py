@@ -304,6 +304,8 @@ def setup_of(args: argparse.Namespace) -> Setup:
     others = {name: getattr(args, name) for name in names}
     for name, count in (("num_iter", 3), ("warmup_iter", 2)):
         others[name] = others[name] or (1 if args.simulate else count)
+    if args.model is not None and args.model.startswith("~"):
+        others["model"] = str(Path(args.model).expanduser())
     limit = int(args.memory_limit * 2**30) if args.memory_limit else None
     return Setup(**chosen, **others, device=device, memory_limit=limit)
 
@@ -313,11 +315,20 @@ def check_model(setup: Setup) -> None:
 
     Raises:
         OSError: there is none, or the hub cannot be reached.
+        ValueError: its table of positions is shorter than T, which a simulation would not notice.
     """
-    if setup.model is not None:
-        from transformers import AutoConfig
+    if setup.model is None:
+        return
+    from transformers import AutoConfig
 
-        AutoConfig.from_pretrained(setup.model)
+    config = AutoConfig.from_pretrained(setup.model)
+    rows = getattr(config, "max_position_embeddings", None)
+    rotary = any(getattr(config, name, None) is not None for name in ("rope_parameters", "rope_theta", "rope_scaling"))
+    if rows is not None and not rotary and setup.seq_len > rows:
+        raise ValueError(
+            f"--seq-len is {setup.seq_len}, and --model {setup.model} has learned {rows} positions; expected at most "
+            f"--seq-len {rows}"
+        )
 
 
 def find_experiments(names: list[str], simulate: bool = False) -> list[str]:

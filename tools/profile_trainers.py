@@ -28,7 +28,7 @@ import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from benchmark_cases import Shape
@@ -36,6 +36,7 @@ from benchmark_report import conditions, json_path, write_json
 from profile_result import write_text
 from profile_trainers_report import BASELINE, complete, tables
 from profile_trainers_worker import Job, find_trainer, measure_apart
+from profile_words import counted
 from trainers import TRAINERS
 
 SCHEMA = "dpft.trainers_profile/1"
@@ -55,9 +56,17 @@ SETTLED = {
 STEPS = {"test": 10, "single": 5, "profile": 10}
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the command line in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        self.exit(2, f"profile_trainers: {message}\n")
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; ends with status 2 and one line where it is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mode", required=True, choices=tuple(STEPS))
     parser.add_argument("--trainer", nargs="+", help="names, or module:Class of your own, with --mode single")
     parser.add_argument("--batch-size", type=int, help="B (default 1)")
@@ -183,7 +192,7 @@ def run(args: argparse.Namespace, device: str, directory: Path) -> dict[str, Any
 
 
 def _heading(found: dict[str, Any]) -> str:
-    device = found.get("gpu") or f"{found['cpu']}, {found['threads']} threads"
+    device = found.get("gpu") or f"{found['cpu']}, {counted(found['threads'], 'thread')}"
     libraries = ", ".join(f"{name} {found['versions'][name]}" for name in ("torch", "transformers", "opacus"))
     return f"{device}; {libraries}; {_commit(found)}; load {found['load_before']}"
 

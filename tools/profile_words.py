@@ -148,6 +148,11 @@ def wrapped_name(name: str, width: int = 13) -> str:
     return "\n".join(line.replace("_ ", "_") for line in lines)
 
 
+def counted(number: int, word: str) -> str:
+    """``1 thread``, ``2 threads``."""
+    return f"{number} {word}{'s' * (number != 1)}"
+
+
 def _distinct(values: Iterable[Any]) -> str:
     return " / ".join(dict.fromkeys(str(value) for value in values if value not in (None, "")))
 
@@ -165,7 +170,7 @@ def _device(result: Mapping[str, Any]) -> str:
         return "simulated with fake tensors"
     if config.get("device") != "cpu" and environment.get("gpu"):
         return str(environment["gpu"])
-    threads = f", {environment['threads']} threads" if environment.get("threads") else ""
+    threads = f", {counted(environment['threads'], 'thread')}" if environment.get("threads") else ""
     return f"{environment.get('cpu') or 'unknown machine'}{threads}"
 
 

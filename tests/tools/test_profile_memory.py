@@ -72,7 +72,8 @@ def test_a_run_leaves_everything(folder: Path) -> None:
         assert result["avg_time_ms"] == pytest.approx(sum(result["time_ms"]["values"]) / 3)
         assert result["profiling"]["time_ratio"] > 0
         assert {"cpu", "commit", "versions", "date", "threads"} <= result["environment"].keys()
-        assert result["timeline"]["points"]
+        drawn = max(sum(point[1:]) for point in result["timeline"]["points"])
+        assert drawn == pytest.approx(result["peak_memory_mb"], rel=0.02), "what is drawn ends below the peak"
 
 
 def test_the_pictures_are_pictures(folder: Path) -> None:
@@ -165,6 +166,7 @@ def test_a_process_that_is_killed_is_a_result() -> None:
         (["run", "--one-pass", "--two-pass"], "not allowed"),
         (["run", "--model", "./nowhere"], "nowhere"),
         (["run", "--model", "m", "--hidden-dim", "64"], "--hidden-dim"),
+        (["run", "--model", "OUT/gpt2", "--seq-len", "129", "--simulate"], "128 positions"),
         (["run", "--engine", "zero2", "--world-size", "2"], "--simulate"),
         (["run", "--simulate", "--world-size", "2"], "engine"),
         (["run", "--memory-limit", "-1"], "--memory-limit"),
@@ -195,6 +197,8 @@ def test_what_cannot_be_done_is_one_line_and_status_2(
     (tmp_path / "file").write_text("a file")
     for name in ("cut", "foreign", "good"):
         (tmp_path / name).mkdir()
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2/config.json").write_text('{"model_type": "gpt2", "n_positions": 128}')
     whole = (folder / "vanilla.json").read_text()
     (tmp_path / "cut/vanilla.json").write_text(whole[: len(whole) // 2])
     (tmp_path / "foreign/other.json").write_text('{"some": "thing"}')
@@ -230,6 +234,24 @@ def test_ctrl_c_ends_the_children(tmp_path: Path) -> None:
     assert "interrupted" in rest
     assert not psutil.wait_procs(children, timeout=30)[1]
     assert not list(tmp_path.iterdir())  # nothing was finished, and nothing is half there
+
+
+def test_an_interruption_after_the_measurements(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    result = json.loads((folder / "vanilla.json").read_text())
+    monkeypatch.setattr(profile_memory, "run_experiment", lambda *args: result)
+    monkeypatch.setattr(profile_memory, "write_report", interrupted)
+    words = ["run", *SIZE, "--experiments", "vanilla", "--output-dir", str(tmp_path / "runs")]
+    assert profile_memory.main(words) == 130
+    (made,) = (tmp_path / "runs").iterdir()
+    assert f"interrupted; what was finished is in {made}" in capsys.readouterr().err
+    assert [path.name for path in made.iterdir()] == ["vanilla.json"]
+    assert profile_memory.main(["plot", "--input-dir", str(made), "--output-dir", str(tmp_path / "plots")]) == 130
+    assert capsys.readouterr().err.strip() == "profile_memory: interrupted"
 
 
 def _endless(setup: Setup, name: str, say: Any) -> dict[str, Any]:

@@ -52,6 +52,11 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("peak_memory_mb", None, "peak_memory_mb is None"),
     ("peak_memory_mb", float("nan"), "peak_memory_mb is nan; expected a finite number"),
     ("peak_memory_mb", -1.0, "peak_memory_mb is -1.0; expected 0 or more"),
+    ("peak_memory_mb", 999.0, "peak_memory_mb is 999.0; expected breakdown.peak_allocated_mb, 421.8"),
+    ("peak_memory_mb", 10**400, "peak_memory_mb is 1000"),
+    ("breakdown.heap_mb", 0.0, "breakdown has 'heap_mb'; expected only"),
+    ("config.memory_limit", "x", "config.memory_limit is 'x'; expected int or float or null"),
+    ("config.lora", float("inf"), "config.lora is inf; expected a finite number"),
     ("avg_time_ms", True, "avg_time_ms is True"),
     ("parameters", 1.5, "parameters is 1.5; expected int"),
     ("breakdown", None, "breakdown is None; expected dict"),
@@ -260,8 +265,11 @@ def test_missing_new_and_failed_experiments(tmp_path: Path) -> None:
         found.failures[0].startswith("ghost is missing") and "per_sample was ok and is out_of_memory" in found.text()
     )
     assert found.warnings == ["flash_clip is new"]
+    back = compare(b, a)
+    assert "per_sample was out_of_memory" in back.warnings[0] and "flash_clip is missing" in back.failures[0]
+    assert {row.experiment for row in back.rows} == {"vanilla"}
     with pytest.raises(ResultError, match=r"per_sample is out_of_memory .* expected one that is ok"):
-        compare(b, a)
+        compare(b / "per_sample.json", a / "per_sample.json")
     with pytest.raises(ResultError, match="expected two files or two folders"):
         compare(a, b / "vanilla.json")
     with pytest.raises(ResultError, match="cannot be read"):
@@ -269,6 +277,23 @@ def test_missing_new_and_failed_experiments(tmp_path: Path) -> None:
     for threshold, least in ((-1.0, 1.0), (float("nan"), 1.0), (1.0, float("inf"))):
         with pytest.raises(ResultError, match="expected a finite number, 0 or more"):
             compare(a, a, threshold, least)
+
+
+def test_a_component_that_grows_away_from_the_peak(tmp_path: Path) -> None:
+    """What the private step keeps may be large where the whole is not."""
+    sides = [example("ghost"), example("ghost")]
+    for side, kept in zip(sides, (3.0, 7.0), strict=True):
+        side["highest"] = {"book_keeping_mb": kept, "gradients_mb": 5.0}
+    a, b = (stored(tmp_path / name, side) / "ghost.json" for name, side in zip("ab", sides, strict=True))
+    assert [row.what for row in compare(a, b).rows if row.regressed] == ["book-keeping of the private step, ever"]
+    assert not compare(b, a).regressed and not compare(a, a).regressed
+
+
+def test_versions_that_decide_the_bytes_are_named(tmp_path: Path) -> None:
+    other = example("ghost")
+    other["environment"]["versions"] |= {"transformers": "9.9", "opacus": "9.9"}
+    a, b = (stored(tmp_path / name, side) / "ghost.json" for name, side in (("a", example("ghost")), ("b", other)))
+    assert [text.split()[1] for text in compare(a, b).warnings] == ["opacus", "transformers"]
 
 
 def test_simulated_results_are_compared_without_time(tmp_path: Path) -> None:

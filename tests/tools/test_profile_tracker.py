@@ -167,14 +167,16 @@ def test_the_place_of_a_peak_is_a_module_of_the_model() -> None:
 # Parts
 
 
-def follow(allocator: Allocator, run: Any) -> Profile:
+def follow(
+    allocator: Allocator, run: Any, marks: tuple[str, str] = ("0_model_loaded", "1_wrapped_with_dp")
+) -> Profile:
     """What a tracker and an allocator say of a function between two marks."""
     readings = Readings(allocator, simulate=False)
     tracker = Tracker("cpu", Owners(lambda: [], lambda: []), {}, allocator, readings.take)
     with allocator.running(), tracker:
-        tracker.mark("0_model_loaded")
+        tracker.mark(marks[0])
         run()
-        tracker.mark("1_wrapped_with_dp")
+        tracker.mark(marks[1])
     return Profile(tracker, readings)
 
 
@@ -191,6 +193,26 @@ def test_what_an_operation_takes_inside_itself_is_a_temporary_matrix() -> None:
     components = peak.components()
     assert components["temp_matrices_mb"] * MIB == 1000 * 500 * (4 + 2 + 4)
     assert components["unattributed_mb"] == 0
+
+
+def test_the_picture_over_time_has_what_an_operation_takes_inside_itself() -> None:
+    def run() -> None:
+        kept = torch.zeros(1000, 500)
+        kept.add_(torch.ones(1000, 500, dtype=torch.bfloat16))
+        kept.exp()
+
+    profile = follow(CpuAllocator(), run, ("iter0_before_forward", "iter0_after_forward"))
+    (peak,) = profile.peaks[:1]
+    timeline = profile.timeline_fields(0)
+    assert timeline is not None and peak.inside == 1000 * 500 * 4
+    points = timeline["points"]
+    assert max(sum(point[1:]) for point in points) * MIB == peak.total == 1000 * 500 * (4 + 2 + 4)
+    assert [point[0] for point in points] == sorted(point[0] for point in points)
+    assert points[-1][1:] == drawn(profile.timeline.end)
+
+
+def drawn(instant: Any) -> list[float]:
+    return [instant.components[name] / MIB for name in COLUMNS]
 
 
 def test_the_allocators_height_is_that_of_the_largest_moment() -> None:
