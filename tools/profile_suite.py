@@ -38,7 +38,7 @@ def prepare_environment(threads: int) -> None:
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # their locks are left behind by processes that are ended
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ended processes leave their locks
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
