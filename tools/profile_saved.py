@@ -76,6 +76,7 @@ class _Hooks:
         self._enter = torch.autograd.graph.saved_tensors_hooks.__enter__
         self._exit = torch.autograd.graph.saved_tensors_hooks.__exit__
         self._disable = torch.autograd.graph.disable_saved_tensors_hooks
+        self._random_state = torch.get_rng_state
 
     def pack(self, t: Tensor) -> _Saved:
         held = self.book.hold_saved(t, Role.CHECKPOINT if _called_by_checkpoint() else Role.SAVED)
@@ -87,6 +88,13 @@ class _Hooks:
     @staticmethod
     def unpack(saved: _Saved) -> Tensor:
         return saved.unchanged()
+
+    def random_state(self) -> Tensor:
+        """In the place of ``torch.get_rng_state``, whose result a checkpoint keeps for its recomputation."""
+        state = self._random_state()
+        if _called_by_checkpoint():
+            self.book.hold_saved(state, Role.CHECKPOINT)  # until it dies
+        return state
 
     def enter(self, hooks: Any) -> None:
         """In the place of ``saved_tensors_hooks.__enter__``.
@@ -137,6 +145,7 @@ def watch_saved_tensors(book: Book) -> Iterator[None]:
         mock.patch.object(graph.saved_tensors_hooks, "__enter__", lambda hooks: watch.enter(hooks)),
         mock.patch.object(graph.saved_tensors_hooks, "__exit__", lambda hooks, *error: watch.exit(hooks, *error)),
         mock.patch.object(graph, "disable_saved_tensors_hooks", watch.disabled),
+        mock.patch.object(torch, "get_rng_state", watch.random_state),
     ):
         yield
 
