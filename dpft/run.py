@@ -181,6 +181,11 @@ class LoopGuard:
                 f"{ran} backward passes ran on one physical batch; expected one. Each adds a contribution of "
                 "norm C per example. Add up the per-example losses and call dpft.clipped_loss once."
             )
+        if ran and self._state.last is not None and len(self._state.last.example_weights) > self._rows:
+            raise ClippingError(
+                f"{len(self._state.last.example_weights)} losses were clipped of a physical batch of {self._rows} "
+                "rows: an example that has several contributes C for each. Add an example's losses up first."
+            )
         if ran and self._padding and self._state.last is not None:
             counted = (self._state.last.example_weights > 0).sum()
             self._state.findings.refuse_if(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dpft.errors import ClippingError
-from dpft.kernels.linear import Method, sq_norm
+from dpft.kernels.linear import Method, rounding_of_product, sq_norm
 from dpft.kernels.weighted import scale_, weighted_sum_, weighted_vector
 from dpft.rules.base import EmbeddingUse, LinearUse, MatrixUse, full_shape
 from dpft.rules.head import ProductUse
@@ -37,6 +37,8 @@ def sum_dtype(weight: Tensor) -> torch.dtype:
 def _upper_sq_norm(use: MatrixUse, x: Tensor, g: Tensor, method: Method | None) -> Tensor:
     """``[B]``, not below the square of what is released of this use. Before cross terms, which may cancel it."""
     sq = use.sq_norm(x, g, method)
+    if isinstance(use, LinearUse):
+        sq = sq + rounding_of_product(x, g).square()
     return sq * (1 + LOW_PRECISION_SLACK) ** 2 if g.dtype.itemsize < 4 else sq
 
 
@@ -136,6 +138,7 @@ class NormPass:
             and len(self._kinds[use.key]) == 2  # the trace is a hint: a third use has cross terms of its own
             and use.key in self._heads
             and x.data_ptr() == ids.data_ptr()
+            and x.shape == ids.shape  # a part of them begins at the same place
         ):
             rows = self._heads.pop(use.key)
             if use.padding_idx is not None:

@@ -106,7 +106,7 @@ class ClipState:
         weights: ``[B]`` example weights that a forward without labels was given.
         findings: what the device found out about this logical batch.
         probed_at: the number of the last one before which the isolation check came to a result.
-        delivering: parameters whose clipped gradient autograd is about to accumulate.
+        delivering: address and version of the clipped gradients that autograd is about to accumulate, by parameter.
         guarded: ``id`` of each parameter that has a hook.
         input_dim: number of dimensions of the model's input in the running forward.
         engine: takes the clipped sums, where several processes train; None leaves them in ``.grad``.
@@ -130,7 +130,7 @@ class ClipState:
     trace: Trace = field(default_factory=Trace)
     shared: set[str] = field(default_factory=set)
     probed_at: int = 0
-    delivering: set[str] = field(default_factory=set)
+    delivering: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
     guarded: dict[str, int] = field(default_factory=dict)
     input_dim: int = 1

@@ -58,7 +58,6 @@ class Job:
         Args:
             scale: ``[]``, the gradient of the boundary's output: a factor of the result, not of the norms.
         """
-        self.state.delivering = set()
         try:
             grads = self._run(scale)
         finally:
@@ -66,9 +65,11 @@ class Job:
         if self.state.engine is not None:
             self.state.engine.settle()
         if grads is not None:
-            self.state.delivering = {
-                name for name, grad in zip(self.state.parameters, grads, strict=True) if grad is not None
-            }
+            for name, grad in zip(self.state.parameters, grads, strict=True):
+                if grad is not None:
+                    self.state.delivering.setdefault(name, []).append((grad.data_ptr(), grad._version))
+            # A backward that stops before a parameter leaves nothing behind by which another one could pass.
+            torch.autograd.Variable._execution_engine.queue_callback(self.state.delivering.clear)
         return grads
 
     def _run(self, scale: Tensor) -> list[Tensor | None] | None:
@@ -371,9 +372,20 @@ def guard_parameters(state: ClipState) -> None:
             if grad is None:  # autograd calls the hooks of parameters without a gradient too
                 return
             if state.active is None and name not in state.delivering:
-                running_pass(state, name)  # raises: nothing is running
+                running_pass(state, name)  # raises
+            if len(state.parameters[name]._backward_hooks or ()) > 1:
+                raise ClippingError(
+                    f"{name!r} has a gradient hook besides dpft's, which may change what was clipped. Remove it."
+                )
             if state.active is None:
-                state.delivering.discard(name)
+                given = state.delivering.pop(name)
+                if len(given) == 1 and given[0] != (grad.data_ptr(), grad._version):
+                    state.broken = True
+                    raise ClippingError(
+                        f"something was added to the clipped gradient of {name!r}: the loss has a term besides the "
+                        "clipped losses, which reaches the parameter unclipped. Add it to each example's loss before "
+                        "it is clipped, or give weight decay to the optimiser."
+                    )
             elif not state.active.weighted:
                 raise ClippingError(
                     f"a gradient that no rule has seen reached {name!r} while norms were taken: the parameter is used "

@@ -184,6 +184,13 @@ def _forward_each(
     return type(out)(loss=loss, logits=together)
 
 
+def _may_be_an_example(entry: Any, one_each: bool) -> bool:
+    """Whether an entry of a list may be one example's data, which the others' forwards must not see."""
+    if isinstance(entry, Tensor) and entry.dim() > 0:
+        return entry.shape[0] == 1
+    return isinstance(entry, str | Mapping) or (one_each and isinstance(entry, Tensor | int | float))
+
+
 def _row(value: Any, i: int, batch: int, name: str = "") -> Any:
     """Example i's part of an argument; what stands for all examples as it is.
 
@@ -201,6 +208,12 @@ def _row(value: Any, i: int, batch: int, name: str = "") -> Any:
     elif isinstance(value, Mapping):
         return type(value)({k: _row(v, i, batch, str(k)) for k, v in value.items()})  # type: ignore[call-arg]  # a mapping type is made from a dict
     elif isinstance(value, list | tuple):
+        if batch > 1 and any(_may_be_an_example(v, len(value) == batch) for v in value):
+            raise ClippingError(
+                f"argument {name!r} is a {type(value).__name__} of {len(value)} in a batch of {batch}, which may hold "
+                "an entry for each example: it cannot be cut into rows. Give tensors of one row per example, or use "
+                "physical batches of one example."
+            )
         rows = [_row(v, i, batch, name) for v in value]
         return rows if isinstance(value, list) else tuple(rows)
     elif batch > 1 and not isinstance(value, Tensor | bool | int | float | str | type(None)):

@@ -103,4 +103,6 @@ class LinearRule:
         call: dict[str, Any] = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
         if call["weight"] is not attribute(module, "weight"):
             return None
+        if call.get("bias") is not None and call["bias"] is not attribute(module, "bias"):
+            return None
         return linear_site(host, keys, call["input"], call["weight"], call.get("bias"), self.transposed)
