@@ -55,6 +55,30 @@ def checksum(g: Tensor) -> Tensor:
     return torch.stack([flat.sum(1, dtype=dtype), torch.linalg.vector_norm(flat, 1, dim=1, dtype=dtype)]).double()
 
 
+def _signs(n: int, like: Tensor) -> Tensor:
+    """``[n]`` of 1 and -1 without a pattern, the same every time, made where ``like`` is."""
+    bits = (torch.arange(n, device=like.device) * 2654435761 >> 15) & 1
+    return (1 - 2 * bits).to(like.dtype)
+
+
+def seen_of_matrix(use: MatrixUse, x: Tensor, g: Tensor) -> Tensor:
+    """``[4, B]`` float64: :func:`checksum` of g; of x a sum with signs over tokens and features, and its largest."""
+    if isinstance(use, ProductUse):
+        inputs = torch.zeros((2, len(g)), dtype=torch.float64, device=g.device)  # made in the forward, and kept
+    else:
+        rows = x @ _signs(x.shape[2], x) if x.is_floating_point() else x.double().cos()
+        sizes = torch.linalg.vector_norm(x, dim=2) if x.is_floating_point() else torch.ones_like(rows)
+        rows = rows.double()
+        inputs = torch.stack([(rows * _signs(x.shape[1], rows)).sum(1), sizes.sum(1, dtype=torch.float64)])
+    return torch.cat([checksum(g), inputs])
+
+
+def seen_of_vector(grad: Tensor) -> Tensor:
+    """``[4, B]`` float64, of a site without an input that it keeps."""
+    found = checksum(grad)
+    return torch.cat([found, torch.zeros_like(found)])
+
+
 @dataclass(frozen=True)
 class BookKeeping:
     """The tensors that a private backward holds for its own sake, at the moment of asking.
@@ -98,7 +122,7 @@ class NormPass:
         self.batch_size, self.method = batch_size, method
         self.trace, self.shared = trace, shared
         self.sq = torch.zeros(batch_size, dtype=torch.float64, device=device)
-        self.seen = torch.zeros((2, batch_size), dtype=torch.float64, device=device)
+        self.seen = torch.zeros((4, batch_size), dtype=torch.float64, device=device)
         self.order: list[str] = []  # of the parameters, as their sites reported
         self._vectors: dict[str, Tensor] = {}
         self._summed: dict[str, Tensor] = {}
@@ -112,12 +136,12 @@ class NormPass:
 
     def vector(self, key: str, grad: Tensor, weight: Tensor) -> None:
         self.order.append(key)
-        self.seen += checksum(grad)
+        self.seen += seen_of_vector(grad)
         _add_vector(self._vectors, key, grad)
 
     def matrix(self, use: MatrixUse, x: Tensor, g: Tensor, weight: Tensor) -> None:
         self.order.append(use.key)
-        self.seen += checksum(g)
+        self.seen += seen_of_matrix(use, x, g)
         self._kinds.setdefault(use.key, []).append(type(use))
         if use.key in self.shared:
             # In float32 before they add up: the sum may be smaller than the rounding of its parts.
@@ -315,7 +339,7 @@ class WeightedPass:
         """
         self.batch_size, self.factors, self._deliver = len(factors), factors, deliver
         self._parameters = {} if parameters is None else parameters
-        self.seen = torch.zeros((2, len(factors)), dtype=torch.float64, device=factors.device)
+        self.seen = torch.zeros((4, len(factors)), dtype=torch.float64, device=factors.device)
 
     def _hand_over(self, key: str, grad: Tensor) -> Tensor | None:
         if self._deliver is None:
@@ -327,12 +351,12 @@ class WeightedPass:
         return grad_dtype(weight) if self._deliver is None else sum_dtype(weight)
 
     def matrix(self, use: MatrixUse, x: Tensor, g: Tensor, weight: Tensor) -> Tensor | None:
-        self.seen += checksum(g)
+        self.seen += seen_of_matrix(use, x, g)
         dtype = self._dtype(self._parameters.get(use.key, weight))
         return self._hand_over(use.key, use.weighted_grad(x, g, self.factors, None, dtype))
 
     def vector(self, key: str, grad: Tensor, weight: Tensor) -> Tensor | None:
-        self.seen += checksum(grad)
+        self.seen += seen_of_vector(grad)
         weight = self._parameters.get(key, weight)
         weighted = weighted_vector(grad, self.factors).to(self._dtype(weight))
         return self._hand_over(key, weighted.view(full_shape(weight)))

@@ -231,20 +231,21 @@ def run_two_pass(job: Job, scale: Tensor) -> None:
 
 
 def _check_same_gradients(state: ClipState, norms: Tensor, weighted: Tensor, factors: Tensor) -> None:
-    """Refuse a step whose two traversals saw different gradients: the norms are then of something else.
+    """Refuse a step whose two traversals saw different gradients or inputs: the norms are then of something else.
 
     Args:
         state: whose findings it is noted in.
-        norms: ``[2, B]``, per example the sum over sites of the entries of g, and of their absolute values.
+        norms: ``[4, B]``, per example the sum over sites of :func:`seen_of_matrix`.
         weighted: the same of the second traversal.
         factors: ``[B]``; examples of factor zero do not count.
     """
-    apart = ~((norms - weighted).abs().amax(0) <= 1e-3 * norms[1])  # also where either is NaN
+    by = (norms - weighted).abs()
+    apart = ~((by[:2].amax(0) <= 1e-3 * norms[1]) & (by[2:].amax(0) <= 1e-4 * norms[3]))  # also where one is NaN
     state.findings.refuse_if(
         (apart & (factors != 0)).any(),
-        "the norm pass and the weighted pass saw different gradients: a recomputed forward is not the one that was "
-        "run (dropout in a checkpoint with preserve_rng_state=False, a random generator of its own). Their sum is not "
-        "clipped: drop it. Use preserve_rng_state=True, or strategy='one_pass'.",
+        "the norm pass and the weighted pass saw different gradients or inputs: a recomputed forward is not that "
+        "which was run (dropout in a checkpoint with preserve_rng_state=False, a random generator of its own). Their "
+        "sum is not clipped: drop it. Use preserve_rng_state=True, or strategy='one_pass'.",
     )
 
 
@@ -374,9 +375,7 @@ def guard_parameters(state: ClipState) -> None:
             if state.active is None and name not in state.delivering:
                 running_pass(state, name)  # raises
             if len(state.parameters[name]._backward_hooks or ()) > 1:
-                raise ClippingError(
-                    f"{name!r} has a gradient hook besides dpft's, which may change what was clipped. Remove it."
-                )
+                raise ClippingError(f"{name!r} has a gradient hook besides dpft's, which may change it. Remove it.")
             if state.active is None:
                 given = state.delivering.pop(name)
                 if len(given) == 1 and given[0] != (grad.data_ptr(), grad._version):

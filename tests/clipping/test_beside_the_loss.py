@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
 import dpft
@@ -165,3 +166,34 @@ def test_a_gradient_that_cancels_to_its_rounding(strategy: Any, scale: float, fu
     losses = (model(x.contiguous()) * opposite).sum((1, 2))
     dpft.clipped_loss(model, losses, torch.tensor([1.0, 0.0])).backward()
     assert released(model) <= 1.0
+
+
+class DrawsAgain(nn.Module):
+    """A head whose input is another one in the recomputation, while the gradient of its output is not."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.embedding, self.head, self.how = nn.Embedding(50, 32), nn.Linear(32, 7), how
+        self.draws = torch.Generator().manual_seed(0)
+
+    def block(self, x: Tensor) -> Tensor:
+        if self.how == "dropout":
+            return self.head(F.dropout(x, 0.5))  # type: ignore[no-any-return]  # a module's call is not typed
+        if self.how == "order":
+            return self.head(x[:, torch.randperm(x.shape[1], generator=self.draws)])  # type: ignore[no-any-return]
+        ids = torch.randint(0, 50, x.shape[:2], generator=self.draws)
+        return self.embedding(ids)  # type: ignore[no-any-return]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = checkpoint(self.block, x, use_reentrant=False, preserve_rng_state=False)
+        return (out * torch.arange(out.shape[1]).view(-1, 1)).sum((1, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("how", ["dropout", "order", "ids"])
+def test_two_pass_notices_another_input(how: str, dtype: torch.dtype) -> None:
+    model = dpft.wrap(DrawsAgain(how).to(dtype), strategy="two_pass")
+    x = torch.randn(2, 300, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with pytest.raises(dpft.ClippingError, match="different gradients or inputs"):
+        dpft.clipped_loss(model, model(x)).backward()
+        dpft.clipped_loss(model, model(x))  # what was found is read at the next one
