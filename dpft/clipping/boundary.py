@@ -42,6 +42,12 @@ class ClipBoundary(torch.autograd.Function):
         job = ctx.box.pop()
         job.state.backwards += 1
         job.state.findings.note_scale(scale)
+        if job.state.unfinished and any(p.grad is not None for p in job.state.parameters.values()):
+            raise ClippingError(
+                "an earlier backward failed midway, and what it left in .grad is not known: some of its examples "
+                "would count twice. Call zero_grad() and begin the logical batch again."
+            )
+        job.state.unfinished = True
         job.state.broken, before = True, job.state.broken
         with torch.autocast(ctx.device, enabled=False):
             if job.state.clipping == "none" and job.strategy != "per_example":
@@ -49,7 +55,7 @@ class ClipBoundary(torch.autograd.Function):
                 grads = None
             else:
                 grads = job.run(scale)
-        job.state.broken = before
+        job.state.broken, job.state.unfinished = before, False
         if grads is None:
             grads = [None] * ctx.count
         return None, None, None, *grads

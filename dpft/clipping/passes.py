@@ -6,7 +6,7 @@ A pass is made for one traversal of one graph and thrown away; nothing here outl
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -46,6 +46,15 @@ def _add_vector(vectors: dict[str, Tensor], key: str, grad: Tensor) -> None:
     """Add ``[B, ...]`` in at least float32: a copy, as at T = 1 it may be autograd's own, which others write into."""
     wide = torch.promote_types(grad.dtype, torch.float32)
     vectors[key] = vectors[key] + grad.to(wide) if key in vectors else grad.to(wide, copy=True)
+
+
+def _refuse_both(keys: Iterable[str]) -> None:
+    """Raise for parameters that are a matrix to one layer and a vector to another: no norm has their cross term."""
+    if both := sorted(keys):
+        raise ClippingError(
+            f"{both} are used both as a matrix and entry by entry (a weight tied to another kind of layer's): the "
+            "norm of such a gradient is not known. Wrap with strategy='per_example', or untie them."
+        )
 
 
 def checksum(g: Tensor) -> Tensor:
@@ -172,6 +181,7 @@ class NormPass:
 
     def finish(self) -> set[str]:
         """Complete :attr:`sq`; returns the keys whose uses could not be combined in this traversal."""
+        _refuse_both(self._vectors.keys() & self._kinds.keys())
         for grad in (*self._vectors.values(), *self._summed.values()):
             self.sq += sq_norm(grad)
         self._vectors, self._summed, self._heads = {}, {}, {}
@@ -257,6 +267,7 @@ class KeepPass:
 
     def finish(self) -> set[str]:
         """Complete :attr:`sq`; returns the empty set: whatever a matrix's uses, they were combined."""
+        _refuse_both(self._vectors.keys() & self._kept.keys())
         for kept in self._kept.values():
             kept.check()
             self.sq += kept.sq

@@ -102,7 +102,8 @@ class ClipState:
         impl: of the norm kernels of linear layers.
         flattening: names of parameters in modules that are known to see ``[B * T, ...]`` in order.
         backwards: clipped backward passes so far.
-        broken: one of them failed midway: ``.grad`` may hold a part of it.
+        broken: one of them failed midway: ``.grad`` may hold a part of it. Until a loop begins anew.
+        unfinished: the last one did.
         weights: ``[B]`` example weights that a forward without labels was given.
         findings: what the device found out about this logical batch.
         probed_at: the number of the last one before which the isolation check came to a result.
@@ -138,6 +139,7 @@ class ClipState:
     last: ClipStats | None = None
     backwards: int = 0
     broken: bool = False
+    unfinished: bool = False
     findings: Findings = field(default_factory=Findings)
     weights: Tensor | None = None
     engine: Engine | None = None

@@ -379,7 +379,7 @@ def guard_parameters(state: ClipState) -> None:
             if state.active is None:
                 given = state.delivering.pop(name)
                 if len(given) == 1 and given[0] != (grad.data_ptr(), grad._version):
-                    state.broken = True
+                    state.broken = state.unfinished = True
                     raise ClippingError(
                         f"something was added to the clipped gradient of {name!r}: the loss has a term besides the "
                         "clipped losses, which reaches the parameter unclipped. Add it to each example's loss before "

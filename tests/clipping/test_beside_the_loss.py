@@ -180,9 +180,10 @@ class DrawsAgain(nn.Module):
         if self.how == "dropout":
             return self.head(F.dropout(x, 0.5))  # type: ignore[no-any-return]  # a module's call is not typed
         if self.how == "order":
-            return self.head(x[:, torch.randperm(x.shape[1], generator=self.draws)])  # type: ignore[no-any-return]
+            x = x[:, torch.randperm(x.shape[1], generator=self.draws)]
+            return self.head(x)  # type: ignore[no-any-return]  # a module's call is not typed
         ids = torch.randint(0, 50, x.shape[:2], generator=self.draws)
-        return self.embedding(ids)  # type: ignore[no-any-return]
+        return self.embedding(ids)  # type: ignore[no-any-return]  # a module's call is not typed
 
     def forward(self, x: Tensor) -> Tensor:
         out = checkpoint(self.block, x, use_reentrant=False, preserve_rng_state=False)
@@ -197,3 +198,45 @@ def test_two_pass_notices_another_input(how: str, dtype: torch.dtype) -> None:
     with pytest.raises(dpft.ClippingError, match="different gradients or inputs"):
         dpft.clipped_loss(model, model(x)).backward()
         dpft.clipped_loss(model, model(x))  # what was found is read at the next one
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_backward_that_failed_midway(strategy: Any) -> None:
+    """What it left in .grad is not added to: the examples that were in it would count twice."""
+    model, x = dpft.wrap(mlp(), strategy=strategy), inputs(3)
+    once = dpft.clipped_loss(model, losses_of(model, x, strategy))
+    once.backward()
+    whole = released(model)
+    model.zero_grad()
+
+    def fail(grad: Tensor) -> None:
+        raise RuntimeError("planted")
+
+    losses = losses_of(model, x, strategy)
+    (losses if isinstance(losses, Tensor) else losses[-1]).register_hook(fail)
+    with pytest.raises(RuntimeError, match="planted"):
+        dpft.clipped_loss(model, losses).backward()
+    if strategy == "per_example":  # the others had nothing in .grad yet
+        with pytest.raises(dpft.ClippingError, match="an earlier backward failed midway"):
+            dpft.clipped_loss(model, losses_of(model, x, strategy)).backward()
+        model.zero_grad()
+    for count in (1, 2):  # physical batches
+        dpft.clipped_loss(model, losses_of(model, x, strategy)).backward()
+        assert released(model) == pytest.approx(count * whole)
+
+
+class TiedToANorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm([3, 4]), nn.Linear(4, 3, bias=False)
+        self.linear.weight = self.norm.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x)).sum((1, 2)) + self.norm(x).square().sum((1, 2))
+
+
+@pytest.mark.parametrize("strategy", ["one_pass", "two_pass"])
+def test_a_matrix_that_is_a_norms_weight_too(strategy: Any) -> None:
+    with pytest.raises((dpft.ClippingError, dpft.UnsupportedModuleError), match=r"norm\.weight"):
+        model = dpft.wrap(TiedToANorm(), strategy=strategy)
+        dpft.clipped_loss(model, model(torch.ones(2, 3, 4))).backward()
