@@ -194,16 +194,15 @@ class _Kept:
 
     sq: Tensor
     grad: Tensor | None = None
-    pairs: list[tuple[MatrixUse, Tensor, Tensor]] = field(default_factory=list)
-    versions: list[tuple[int, int]] = field(default_factory=list)  # of the pairs, when their norm was taken
+    # the use, x, g, and the versions of x and g when their norm was taken
+    pairs: list[tuple[MatrixUse, Tensor, Tensor, tuple[int, int]]] = field(default_factory=list)
 
     def keep(self, use: MatrixUse, x: Tensor, g: Tensor) -> None:
-        self.pairs.append((use, x, g))
-        self.versions.append((x._version, g._version))
+        self.pairs.append((use, x, g, (x._version, g._version)))
 
     def check(self) -> None:
         """Raise if another operation's backward has written into what is kept here, of which the norm was taken."""
-        for (use, x, g), versions in zip(self.pairs, self.versions, strict=True):
+        for use, x, g, versions in self.pairs:
             if (x._version, g._version) != versions:
                 raise ClippingError(
                     f"the input or the output gradient of the layer of {use.key!r} was changed in place by another "
@@ -236,7 +235,7 @@ class KeepPass:
 
     def holds(self) -> BookKeeping:
         """What is kept until its weighted gradient is released."""
-        pairs = [t for kept in self._kept.values() for _, x, g in kept.pairs for t in (x, g)]
+        pairs = [t for kept in self._kept.values() for _, x, g, _ in kept.pairs for t in (x, g)]
         grads = [kept.grad for kept in self._kept.values() if kept.grad is not None]
         norms = [kept.sq for kept in self._kept.values()]
         return BookKeeping([self.sq, *norms], [*self._vectors.values(), *grads, *pairs])
@@ -261,7 +260,7 @@ class KeepPass:
             kept.check()
             for pair in kept.pairs:
                 kept.grad = pair[0].add_grad(pair[1], pair[2], kept.grad)
-            kept.pairs, kept.versions = [], []
+            kept.pairs = []
             kept.grad = use.add_grad(x, g, kept.grad)
             kept.sq = sq_norm(kept.grad)
 
@@ -308,7 +307,7 @@ class KeepPass:
             scaled = id(kept.grad) in self._scaled
             return kept.grad[0].to(dtype) if scaled else weighted_sum_(kept.grad, factors, dtype)
         while kept.pairs:
-            use, x, g = kept.pairs.pop(0)  # the head first: its sum is made in the memory of its gradient
+            use, x, g, _ = kept.pairs.pop(0)  # the head first: its sum is made in the memory of its gradient
             out = use.weighted_grad(x, g, factors, out, dtype if out is None else out.dtype)
         return out
 
@@ -327,7 +326,7 @@ def _tied_cross(kept: _Kept, use: MatrixUse, x: Tensor, g: Tensor) -> Tensor | N
     """``[B]``: twice the inner product of a kept head with this embedding's gradient; None if they are not that."""
     if not (len(kept.pairs) == 1 and isinstance(use, EmbeddingUse)):
         return None
-    head, h, g_head = kept.pairs[0]
+    head, h, g_head, _ = kept.pairs[0]
     rows = head.rows_at(x, h, g_head, use.padding_idx)
     return None if rows is None else 2 * (rows.double() * g).sum((1, 2))
 
