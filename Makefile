@@ -3,7 +3,7 @@
 #     make demo      environment in .venv, install, and a Llama fine-tuned privately (outputs/demo)
 #     make test      the same environment with what the tests need; ruff, mypy, pytest
 #     make lint      ruff and mypy alone
-#     make format    sort the imports and repair what ruff can repair by itself
+#     make format    sort the imports, repair what ruff can repair, and format
 #     make clean     remove the environment, outputs, and every cache
 #
 # Another interpreter: `make test PYTHON=python3.12` (after `make clean`). Some tests: `make test PYTEST_ARGS="-k ledger"`.
@@ -52,6 +52,7 @@ demo: $(VENV)/.stamp-demo
 
 lint: $(VENV)/.stamp-test
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(CHECKED)
 
 # No test may reach for the network.
@@ -60,6 +61,7 @@ test: lint
 
 format: $(VENV)/.stamp-test
 	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 clean:
 	rm -rf $(VENV) build dist outputs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -21,7 +21,7 @@ from dpft.planning.hardware import Hardware
 from dpft.planning.plan import plan
 from dpft.planning.result import Plan
 from dpft.prepare import prepare
-from dpft.privacy import PrivacyConfig, PrivacyPlan, privacy_report, privacy_statement_markdown
+from dpft.privacy import PrivacyConfig, PrivacySchedule, privacy_report, privacy_statement_markdown
 from dpft.run import PrivacyRun
 from dpft.wrap import book_keeping, clipped_loss, explain, stats, unwrap, wrap
 
@@ -41,8 +41,8 @@ __all__ = [
     "Plan",
     "PrivacyConfig",
     "PrivacyConfigError",
-    "PrivacyPlan",
     "PrivacyRun",
+    "PrivacySchedule",
     "PrivateDataLoader",
     "UnsupportedModuleError",
     "WrapError",

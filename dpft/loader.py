@@ -76,7 +76,7 @@ class PrivateDataLoader:
         is_last: whether the batch that was yielded last ends its logical batch.
         step: number, from 0, of the logical batch that it belongs to.
         num_steps: logical batches of the whole training.
-        privacy: the run's :class:`dpft.PrivacyRun`: plan, ledger, epsilon.
+        privacy: the run's :class:`dpft.PrivacyRun`: schedule, ledger, epsilon.
     """
 
     def __init__(

@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from dpft.clipping.planner import Choice, Strategy, allowance, choose_for_all, free_memory
 from dpft.clipping.state import Clipping, ClipState
-from dpft.engines.checks import check_accelerator, check_model, check_prepared, dataset_mark, versions, watch
+from dpft.clipping.strategy_choice import Choice, Strategy, allowance, choose_for_all, free_memory
 from dpft.engines.engine import SENDS_AT_ONCE, Kind, launch
-from dpft.engines.ledger import SharedLedger
 from dpft.engines.ranks import Ranks
+from dpft.engines.requirements import check_accelerator, check_model, check_prepared, dataset_mark, versions, watch
+from dpft.engines.shared_ledger import SharedLedger
 from dpft.errors import EngineError, LedgerError, PrivacyConfigError
 from dpft.loader import PrivateDataLoader
 from dpft.noise import GaussianNoise
@@ -26,8 +26,8 @@ from dpft.planning.plan import plan as predict
 from dpft.planning.result import Plan
 from dpft.privacy.config import PrivacyConfig
 from dpft.privacy.ledger import Ledger
-from dpft.privacy.plan import PrivacyPlan
 from dpft.privacy.sampler import PhysicalBatchSampler, draw_seed, make_sampler
+from dpft.privacy.schedule import PrivacySchedule
 from dpft.rules.base import full_shape
 from dpft.run import LoopGuard, PrivacyRun, check_optimizer
 from dpft.wrap import get_state, unwrap, wrap
@@ -146,20 +146,18 @@ def prepare(
         },
         "the setting",
     )
-    plan = privacy.resolve(len(dataset))
+    schedule = privacy.resolve(len(dataset))
     if max_physical_batch_size == "auto":
         _check_whole("seq_len", seq_len, 1)
         assert seq_len is not None
-        largest = math.ceil(plan.expected_batch_size / ranks.world)  # more would be padding
-        planned = ranks.together(
-            lambda: _planned_batch(model, optimizer, seq_len, kind, ranks, loss_chunk)
-        )
+        largest = math.ceil(schedule.expected_batch_size / ranks.world)  # more would be padding
+        planned = ranks.together(lambda: _planned_batch(model, optimizer, seq_len, kind, ranks, loss_chunk))
         max_physical_batch_size = int(ranks.minimum(min(planned.batch_size, largest)))
         memory = planned.allowance if memory is None else memory  # with which the strategy is the planned one
     wrap(
         model,
         clipping=clipping,
-        max_grad_norm=plan.max_grad_norm,
+        max_grad_norm=schedule.max_grad_norm,
         strategy=strategy,
         clip_function=privacy.clip_function,
         clip_gamma=privacy.clip_gamma,
@@ -170,8 +168,8 @@ def prepare(
     try:
         ranks.together(lambda: check_optimizer(optimizer.param_groups, get_state(model)))
         path = Path(ledger_path or Path(accelerator.project_dir or ".") / "privacy_ledger.jsonl")
-        ledger = SharedLedger(ranks, lambda: _open_ledger(path, privacy, plan, clipping, test_seed is not None))
-        run = PrivacyRun(plan, ledger, clipping, test_seed is not None, continue_ledger)
+        ledger = SharedLedger(ranks, lambda: _open_ledger(path, privacy, schedule, clipping, test_seed is not None))
+        run = PrivacyRun(schedule, ledger, clipping, test_seed is not None, continue_ledger)
         return _assemble(
             accelerator,
             kind,
@@ -182,11 +180,11 @@ def prepare(
             noise=GaussianNoise(
                 secret=None if test_seed is None else _test_secret(test_seed, run),
                 stream=ranks.rank,
-                secure=plan.secure_rng,
+                secure=schedule.secure_rng,
             ),
             batches=PhysicalBatchSampler(
                 make_sampler(
-                    plan,
+                    schedule,
                     len(dataset),
                     rank=ranks.rank,
                     world_size=ranks.world,
@@ -228,7 +226,7 @@ def _assemble(
     loader: dict[str, Any],
 ) -> tuple[nn.Module, Any, PrivateDataLoader]:
     """Engine, optimiser and loader around a wrapped model, watched by one :class:`LoopGuard`."""
-    state, plan = get_state(model), run.plan
+    state, schedule = get_state(model), run.schedule
     guard = LoopGuard(accelerator, model, state, run, ranks)
     private_loader = PrivateDataLoader(
         batches=batches,
@@ -243,9 +241,9 @@ def _assemble(
         return cls(
             inner,
             sums=sums,
-            noise_multiplier=plan.noise_multiplier,
-            max_grad_norm=plan.max_grad_norm,
-            expected_batch_size=plan.expected_batch_size,
+            noise_multiplier=schedule.noise_multiplier,
+            max_grad_norm=schedule.max_grad_norm,
+            expected_batch_size=schedule.expected_batch_size,
             noise=noise,
             is_last=lambda: private_loader.is_last,
             on_release=guard.release,
@@ -358,17 +356,17 @@ def _check_whole(name: str, value: Any, least: int) -> None:
         raise PrivacyConfigError(f"{name} is {value!r}; expected a whole number >= {least}")
 
 
-def _open_ledger(path: Path, privacy: PrivacyConfig, plan: PrivacyPlan, clipping: str, seeded: bool) -> Ledger:
+def _open_ledger(path: Path, privacy: PrivacyConfig, schedule: PrivacySchedule, clipping: str, seeded: bool) -> Ledger:
     # What else decides whether the releases are private at all; one ledger may not mix the two.
     conditions = {"clipped": clipping != "none", "seeded": seeded}
     content = Ledger.read(path) if path.exists() and path.stat().st_size > 0 else None
     resume = content is not None and content.count > 0
     if content is not None and resume:
-        strangers = [mechanism for mechanism, count in content.events if count and mechanism != plan.mechanism]
+        strangers = [mechanism for mechanism, count in content.events if count and mechanism != schedule.mechanism]
         if strangers:
             raise LedgerError(
                 f"the ledger {path} has releases of another mechanism ({strangers[0]}) than the one planned "
-                f"({plan.mechanism}). Resume with the configuration of the run that wrote it, or choose another "
+                f"({schedule.mechanism}). Resume with the configuration of the run that wrote it, or choose another "
                 "ledger_path for a new run."
             )
         before = {name: (content.header.get("config") or {}).get(name) for name in conditions}
@@ -380,8 +378,8 @@ def _open_ledger(path: Path, privacy: PrivacyConfig, plan: PrivacyPlan, clipping
     return Ledger.open(
         path,
         "resume" if resume else "new",
-        mechanism=plan.mechanism,
+        mechanism=schedule.mechanism,
         config=privacy.to_dict() | conditions,
         fingerprint=privacy.fingerprint(),
-        plan=plan.to_dict(),
+        schedule=schedule.to_dict(),
     )

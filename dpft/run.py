@@ -8,29 +8,31 @@ from typing import Any
 from torch import nn
 
 from dpft.clipping.state import ClipState
-from dpft.engines.ledger import SharedLedger
 from dpft.engines.ranks import Ranks
+from dpft.engines.shared_ledger import SharedLedger
 from dpft.errors import BudgetExceededError, ClippingError, LedgerError, WrapError
 from dpft.optimizer import DPOptimizer
 from dpft.privacy import privacy_report
 from dpft.privacy.calibration import max_steps_within
-from dpft.privacy.meter import EpsilonMeter
-from dpft.privacy.plan import PrivacyPlan
+from dpft.privacy.epsilon_meter import EpsilonMeter
+from dpft.privacy.schedule import PrivacySchedule
 
 
 class PrivacyRun:
-    """What a private training has spent and may spend: plan, ledger, epsilon. Saved with ``accelerator.save_state``.
+    """What a private run has spent and may spend: schedule, ledger, epsilon. Saved with ``accelerator.save_state``.
 
     Attributes:
-        plan: the resolved configuration.
+        schedule: the resolved configuration.
         ledger: of releases, written ahead.
         clipping: the clipping mode; ``"none"`` is not private.
         seeded: a noise or sampling seed was given: for tests, not private.
         last_step: the release after which the budget is spent.
     """
 
-    def __init__(self, plan: PrivacyPlan, ledger: SharedLedger, clipping: str, seeded: bool, continued: bool) -> None:
-        self.plan, self.ledger, self.clipping, self.seeded = plan, ledger, clipping, seeded
+    def __init__(
+        self, schedule: PrivacySchedule, ledger: SharedLedger, clipping: str, seeded: bool, continued: bool
+    ) -> None:
+        self.schedule, self.ledger, self.clipping, self.seeded = schedule, ledger, clipping, seeded
         self._meter: EpsilonMeter | None = None
         self._unclaimed = ledger.count > 0 and not continued
         self._history, self._first = ledger.events(), ledger.count
@@ -38,14 +40,14 @@ class PrivacyRun:
         self.last_step = self._last_step()
 
     def _last_step(self) -> int:
-        """The plan's number of steps, or fewer where a restart spends more (``shuffle`` starts an epoch anew)."""
-        plan, left = self.plan, max(0, self.plan.num_steps - self._first)
-        if self.private and self._history and plan.sampler == "shuffle":
+        """The schedule's number of steps, or fewer where a restart spends more (``shuffle`` starts an epoch anew)."""
+        schedule, left = self.schedule, max(0, self.schedule.num_steps - self._first)
+        if self.private and self._history and schedule.sampler == "shuffle":
             left = max_steps_within(
-                plan.mechanism,
-                plan.epsilon,
-                plan.target_delta,
-                accountant=plan.accountant,
+                schedule.mechanism,
+                schedule.epsilon,
+                schedule.target_delta,
+                accountant=schedule.accountant,
                 history=self._history,
                 limit=left,
             )
@@ -54,7 +56,7 @@ class PrivacyRun:
     @property
     def private(self) -> bool:
         """Whether the releases have a finite epsilon."""
-        return self.plan.private and self.clipping != "none" and not self.seeded
+        return self.schedule.private and self.clipping != "none" and not self.seeded
 
     @property
     def steps(self) -> int:
@@ -62,7 +64,7 @@ class PrivacyRun:
         return self.ledger.count
 
     def epsilon(self, exact: bool = False) -> float:
-        """Epsilon spent so far, at the plan's delta; inf where the run is not private.
+        """Epsilon spent so far, at the schedule's delta; inf where the run is not private.
 
         Args:
             exact: False gives a cheap upper bound for a progress bar, at most some per cent above.
@@ -70,9 +72,13 @@ class PrivacyRun:
         if not self.private:
             return float("inf")
         if self._meter is None:
-            plan, horizon = self.plan, max(1, self.last_step - self._first)
+            schedule, horizon = self.schedule, max(1, self.last_step - self._first)
             self._meter = EpsilonMeter(
-                plan.mechanism, plan.target_delta, horizon, accountant=plan.accountant, history=self._history
+                schedule.mechanism,
+                schedule.target_delta,
+                horizon,
+                accountant=schedule.accountant,
+                history=self._history,
             )
         here = self.steps - self._first
         return self._meter.exact(here) if exact else self._meter.at(here)
@@ -81,7 +87,7 @@ class PrivacyRun:
         """Refuse a release that the budget does not cover.
 
         Raises:
-            BudgetExceededError: the plan's steps are used up.
+            BudgetExceededError: the schedule's steps are used up.
             LedgerError: the ledger belongs to a run that was not resumed.
         """
         if self._unclaimed:
@@ -93,14 +99,14 @@ class PrivacyRun:
         if self.ledger.count >= self.last_step:
             raise BudgetExceededError(
                 f"{self.ledger.count} of {self.last_step} planned releases are spent; one more would "
-                f"exceed epsilon {self.plan.epsilon:.4g}. The parameters were not changed. Plan a larger budget "
+                f"exceed epsilon {self.schedule.epsilon:.4g}. The parameters were not changed. Plan a larger budget "
                 "for a new run."
             )
 
     def report(self, tuning: str | None = None, notes: tuple[str, ...] = ()) -> dict[str, Any]:
         """The privacy report, for a model card; ``tuning`` and ``notes`` as :func:`dpft.privacy_report`."""
         return privacy_report(
-            self.plan,
+            self.schedule,
             self.ledger.content(),
             clipping=self.clipping,
             noise_seed_known=self.seeded,
@@ -135,13 +141,11 @@ class LoopGuard:
     was drawn; nothing of an abandoned batch in the next.
     """
 
-    def __init__(
-        self, accelerator: Any, model: nn.Module, state: ClipState, run: PrivacyRun, ranks: Ranks
-    ) -> None:
+    def __init__(self, accelerator: Any, model: nn.Module, state: ClipState, run: PrivacyRun, ranks: Ranks) -> None:
         self._accelerator, self.model, self._state, self._run = accelerator, model, state, run
         self._ranks = ranks
         self._backwards = state.backwards
-        state.findings.deferred = True
+        state.deferred_checks.deferred = True
         self.optimizer: DPOptimizer | None = None
         self._step: int | None = None
         self._rows = self._padding = 0
@@ -153,7 +157,7 @@ class LoopGuard:
         self._ranks.agree({"releases": self._run.steps}, "the ledger's")
         self.optimizer.discard()
         self._state.broken = False
-        self._state.findings.clear()
+        self._state.deferred_checks.clear()
         self._backwards = self._state.backwards
         self._step, self._drawn = None, False
 
@@ -188,7 +192,7 @@ class LoopGuard:
             )
         if ran and self._padding and self._state.last is not None:
             counted = (self._state.last.example_weights > 0).sum()
-            self._state.findings.refuse_if(
+            self._state.deferred_checks.refuse_if(
                 counted > self._rows - self._padding,
                 "more rows of a physical batch had a weight above zero than examples were drawn: the loader's "
                 "example_weight was not passed on. Call model(**batch), or dpft.clipped_loss(model, losses, "
@@ -219,7 +223,7 @@ class LoopGuard:
                 "iterating over the loader anew: it drops the batch, of which nothing was released."
             )
         self._count()
-        state.findings.check(1.0)
+        state.deferred_checks.check(1.0)
         _check_covered(parameters, state)
         strays = [name for name, p in state.parameters.items() if p.grad is not None]
         if state.engine is not None and strays:

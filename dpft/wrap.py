@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from dpft.clipping.boundary import clip_boundary
 from dpft.clipping.factors import ClipFunction, ClipRule
 from dpft.clipping.passes import BookKeeping
-from dpft.clipping.planner import Strategy, describe_uses
 from dpft.clipping.state import Clipping, ClipState, ClipStats
 from dpft.clipping.strategies import guard_parameters
+from dpft.clipping.strategy_choice import Strategy, describe_uses
 from dpft.errors import ClippingError, UnsupportedModuleError, WrapError
 from dpft.kernels.impl import Impl
 from dpft.models.causal_lm import find_causal_lm, flattening_parameters, per_example_causal_lm_losses
@@ -51,7 +51,7 @@ def wrap(
     Args:
         model: any ``nn.Module`` whose trainable layers have rules (Linear, Embedding, LayerNorm, RMSNorm families,
             Conv1D of GPT-2, LoRA factors); with ``strategy="per_example"`` any module at all.
-        clipping: ``"flash"`` (the planner picks per layer among gram tiles, feature tiles and materialising),
+        clipping: ``"flash"`` (dpft picks per layer among gram tiles, feature tiles and materialising),
             ``"ghost"`` (full Gram, two passes: the published baseline), ``"fast"`` (one layer's gradients materialised
             at a time, two passes), ``"per_sample"`` (all per-example gradients held), ``"none"`` (no clipping: NOT
             private, for comparison). All give the same clipped sum where they clip.
@@ -152,9 +152,7 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def clipped_loss(
-    model: nn.Module, losses: Tensor | Sequence[Tensor], example_weight: Tensor | None = None
-) -> Tensor:
+def clipped_loss(model: nn.Module, losses: Tensor | Sequence[Tensor], example_weight: Tensor | None = None) -> Tensor:
     """The scalar whose backward leaves the clipped sum, for per-example losses that the caller computed.
 
     Args:
@@ -194,8 +192,9 @@ def clipped_loss(
     refuse_unsaved_rng(state, model)
     if not isinstance(losses, Tensor):
         raise ClippingError(f"got losses as a {type(losses).__name__}; expected one tensor [B], from one forward")
-    return clip_boundary(state, losses, example_weight, state.choose(losses.device, losses.numel(),
-    state.seq_len).strategy)
+    return clip_boundary(
+        state, losses, example_weight, state.choose(losses.device, losses.numel(), state.seq_len).strategy
+    )
 
 
 def stats(model: nn.Module) -> ClipStats:
@@ -222,7 +221,7 @@ def book_keeping(model: nn.Module) -> BookKeeping:
 
 
 def explain(model: nn.Module, batch_size: int, seq_len: int) -> str:
-    """What the planner does with a physical batch of ``batch_size`` examples of ``seq_len`` tokens, and why.
+    """What dpft does with a physical batch of ``batch_size`` examples of ``seq_len`` tokens, and why.
 
     Args:
         model: a wrapped model.
@@ -306,7 +305,7 @@ def _cover(model: nn.Module, parameters: dict[str, nn.Parameter]) -> list[tuple[
 
 
 def _matrix_use(rule: Rule, module: nn.Module, keys: dict[str, str]) -> MatrixUse | None:
-    """The weight matrix of a site, for the planner."""
+    """The weight matrix of a site, for the choice of a strategy."""
     base = rule.rule if isinstance(rule, InterceptRule) else rule
     weight = module.weight
     if "weight" not in keys or not isinstance(weight, Tensor) or len(full_shape(weight)) != 2:

@@ -55,13 +55,13 @@ def one_line() -> Iterator[None]:
 
 def dry_run(options: Options, materials: Materials, model: nn.Module, accelerator: Accelerator) -> None:
     """Say what a run would do, and do nothing."""
-    plan = privacy_config(options).resolve(len(materials.train))
-    physical = plan.expected_batch_size / accelerator.num_processes / options.max_physical_batch_size
-    if options.clipping == "none" and plan.noise_multiplier:
+    schedule = privacy_config(options).resolve(len(materials.train))
+    physical = schedule.expected_batch_size / accelerator.num_processes / options.max_physical_batch_size
+    if options.clipping == "none" and schedule.noise_multiplier:
         raise ValueError("--clipping none bounds nothing, so that no noise makes it private; --noise-multiplier 0")
     if options.clipping == "none":
         accelerator.print("NOT PRIVATE: --clipping none")
-    accelerator.print(plan.describe())
+    accelerator.print(schedule.describe())
     accelerator.print(
         f"physical batches   about {physical:.1f} of at most {options.max_physical_batch_size} examples "
         f"for a logical batch, on each of {accelerator.num_processes} process(es) ({accelerator.device})"
@@ -149,8 +149,8 @@ def run(options: Options) -> int:
             options,
             output / LEDGER,
         )
-        plan = prepared.plan
-        scheduler = make_scheduler(options, prepared.optimizer, plan.num_steps)
+        schedule = prepared.schedule
+        scheduler = make_scheduler(options, prepared.optimizer, schedule.num_steps)
         accelerator.register_for_checkpointing(scheduler)
     with ending_all(accelerator, output):
         if options.sample_tokens:
@@ -162,8 +162,8 @@ def run(options: Options) -> int:
     with ending_all(accelerator, output):
         history.start(prepared.private)
         warning = "" if prepared.private else "NOT PRIVATE: "
-        accelerator.print(plan.describe())
-        if plan.private and not prepared.private:
+        accelerator.print(schedule.describe())
+        if schedule.private and not prepared.private:
             accelerator.print(f"{warning}--clipping {options.clipping}")
         if checkpoint is not None:
             history.add({"step": prepared.step, "resumed_from_step": checkpoint.step})
@@ -197,8 +197,8 @@ def run(options: Options) -> int:
         training_seconds = time.perf_counter() - trained_from
         if not finished:
             accelerator.print(
-                f"interrupted after step {prepared.step} of {plan.num_steps}, {spent_words(prepared)}; go on with the "
-                f"same options and --resume-from-checkpoint --output-dir {output}"
+                f"interrupted after step {prepared.step} of {schedule.num_steps}, {spent_words(prepared)}; go on with "
+                f"the same options and --resume-from-checkpoint --output-dir {output}"
             )
             accelerator.end_training()
             return 130
@@ -226,12 +226,12 @@ def run(options: Options) -> int:
             "seconds of training": training_seconds,
         }
         if options.compare_nonprivate:
-            plain = train_without_privacy(options, materials, accelerator, history, plan.num_steps)
+            plain = train_without_privacy(options, materials, accelerator, history, schedule.num_steps)
             figures["validation loss after as many steps without privacy"] = plain
             accelerator.print(f"validation loss after as many steps without privacy: {plain:.3f}")
         figures["seconds in all (imports not counted)"] = time.perf_counter() - began
         if accelerator.is_main_process:
-            write_report(output, options, plan, words, figures, samples, history.rows, private=spent is not None)
+            write_report(output, options, schedule, words, figures, samples, history.rows, private=spent is not None)
         accelerator.end_training()
     accelerator.print(
         f"{warning}model, card, ledger, metrics and picture: {output} ({time.perf_counter() - began:.0f} s in all)"

@@ -21,13 +21,13 @@ from tests.training import config, examples
 N = 12
 
 
-def batches(plan: dpft.PrivacyPlan, rows: int, seed: int | None = 3, first: int = 0) -> PhysicalBatchSampler:
+def batches(schedule: dpft.PrivacySchedule, rows: int, seed: int | None = 3, first: int = 0) -> PhysicalBatchSampler:
     return PhysicalBatchSampler(
-        make_sampler(plan, N, test_seed=seed), rows, num_steps=plan.num_steps, first_step=first
+        make_sampler(schedule, N, test_seed=seed), rows, num_steps=schedule.num_steps, first_step=first
     )
 
 
-def plan(**changes: Any) -> dpft.PrivacyPlan:
+def schedule(**changes: Any) -> dpft.PrivacySchedule:
     return config(**changes).resolve(N)
 
 
@@ -37,7 +37,7 @@ def numbered() -> list[dict[str, Any]]:
 
 
 def load(dataset: Any = None, rows: int = 4, **options: Any) -> dpft.PrivateDataLoader:
-    sampler = options.pop("batches", None) or batches(plan(num_steps=options.pop("num_steps", 3)), rows)
+    sampler = options.pop("batches", None) or batches(schedule(num_steps=options.pop("num_steps", 3)), rows)
     dataset = numbered() if dataset is None else dataset
     return dpft.PrivateDataLoader(dataset, sampler, options.pop("collate", None), **options)
 
@@ -49,7 +49,7 @@ def real(batch: dict[str, Any]) -> list[int]:
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_yields_the_drawn_examples_in_their_logical_batches(static: bool, workers: int) -> None:
-    p = plan(num_steps=4)
+    p = schedule(num_steps=4)
     drawn = make_sampler(p, N, test_seed=3)
     expected = [drawn.draw(step).tolist() for step in range(4)]
     assert len({len(indices) for indices in expected}) > 1 and any(len(i) % 4 for i in expected)
@@ -68,7 +68,7 @@ def test_yields_the_drawn_examples_in_their_logical_batches(static: bool, worker
 
 
 def test_is_last_only_on_the_last_of_a_logical_batch_and_the_callback_agrees() -> None:
-    p = plan(sample_rate=1.0, num_steps=2)
+    p = schedule(sample_rate=1.0, num_steps=2)
     seen: list[tuple[int, bool]] = []
     loader = load(batches=batches(p, 5), on_batch=lambda step, last, rows, padding: seen.append((step, last)))
     flags = [(loader.step, loader.is_last, len(b["number"])) for b in loader]
@@ -78,11 +78,9 @@ def test_is_last_only_on_the_last_of_a_logical_batch_and_the_callback_agrees() -
 
 
 def test_ends_after_the_plan_and_begins_where_the_ledger_stands() -> None:
-    p = plan(num_steps=5)
+    p = schedule(num_steps=5)
     count = 2
-    sampler = PhysicalBatchSampler(
-        make_sampler(p, N, test_seed=3), 4, num_steps=p.num_steps, first_step=lambda: count
-    )
+    sampler = PhysicalBatchSampler(make_sampler(p, N, test_seed=3), 4, num_steps=p.num_steps, first_step=lambda: count)
     loader = load(batches=sampler)
     assert sorted({loader.step for _ in loader}) == [2, 3, 4]
     count = 5
@@ -91,7 +89,7 @@ def test_ends_after_the_plan_and_begins_where_the_ledger_stands() -> None:
 
 @pytest.mark.parametrize("static", [False, True])
 def test_an_empty_logical_batch_is_rows_of_weight_zero(static: bool) -> None:
-    p = plan(sample_rate=1e-9, num_steps=2)
+    p = schedule(sample_rate=1e-9, num_steps=2)
     loader = load(batches=batches(p, 4), static_shapes=static)
     steps = []
     for batch in loader:
@@ -114,21 +112,21 @@ def test_padding_labels_are_masked_without_touching_the_dataset(collate: str) ->
             return {"labels": whole[items[0] : items[0] + 1]}
         return {"labels": whole[items] if collate == "copying" else whole[items[0]].expand(len(items), 3)}
 
-    p = plan(sample_rate=0.1, num_steps=30)
+    p = schedule(sample_rate=0.1, num_steps=30)
     padded = 0
     for batch in load(list(range(N)), batches=batches(p, 3), collate=views, static_shapes=True):
         weight = batch["example_weight"]
         assert (batch["labels"][weight == 0] == -100).all() and (batch["labels"][weight > 0] >= 0).all()
         assert weight.sort(descending=True).values.equal(weight)
         padded += int((weight == 0).sum())
-    for batch in load(list(range(N)), batches=batches(plan(sample_rate=1e-9), 1), collate=views):
+    for batch in load(list(range(N)), batches=batches(schedule(sample_rate=1e-9), 1), collate=views):
         assert (batch["labels"] == -100).all()
     assert padded > 30 and torch.equal(whole, before)
 
 
 def test_only_labels_are_changed_in_padding_rows() -> None:
     dataset = examples(N)
-    for batch in load(dataset, batches=batches(plan(), 16), static_shapes=True):
+    for batch in load(dataset, batches=batches(schedule(), 16), static_shapes=True):
         weight = batch["example_weight"]
         assert 0 < weight.sum() < 16
         template = 0
@@ -182,14 +180,14 @@ def test_wrong_number_of_rows_is_refused(wrong: str) -> None:
         return {"input_ids": good, "labels": bad}
 
     with pytest.raises(PrivacyConfigError, match="labels"):
-        list(load(collate=collate, batches=batches(plan(sample_rate=1.0), 4)))
+        list(load(collate=collate, batches=batches(schedule(sample_rate=1.0), 4)))
 
 
 def test_values_that_are_no_tensors_pass() -> None:
     def collate(items: list[Any]) -> dict[str, Any]:
         return {"labels": ["a"] * len(items), "scalar": torch.tensor(2.0), "flag": True, "none": None}
 
-    for batch in load(collate=collate, batches=batches(plan(sample_rate=1.0), 16), static_shapes=True):
+    for batch in load(collate=collate, batches=batches(schedule(sample_rate=1.0), 16), static_shapes=True):
         assert batch["flag"] is True and batch["none"] is None and batch["scalar"] == 2
         assert len(batch["labels"]) == 16 and batch["example_weight"].sum() == N
 
@@ -204,7 +202,7 @@ def test_a_mapping_that_is_no_dict_passes() -> None:
 
 
 def test_abandoned_iterators_do_not_disturb_the_next() -> None:
-    p = plan(sample_rate=1.0, num_steps=3)
+    p = schedule(sample_rate=1.0, num_steps=3)
     loader = load(batches=batches(p, 5))
     for _ in itertools.islice(loader, 2):
         pass
@@ -215,6 +213,6 @@ def test_draws_do_not_depend_on_global_seeds() -> None:
     drawn = []
     for _ in range(2):
         torch.manual_seed(7)
-        p = plan(num_steps=20)
+        p = schedule(num_steps=20)
         drawn.append([real(b) for b in load(batches=batches(p, N, seed=None))])
     assert drawn[0] != drawn[1]

@@ -202,7 +202,7 @@ def test_a_resumed_shuffle_counts_its_epochs_and_stays_in_its_budget(tmp_path: P
     except BudgetExceededError:
         assert second.run.steps < 4
     spent = float(second.run.report()["epsilon_spent"])
-    assert spent <= second.run.plan.epsilon * (1 + 1e-9)
+    assert spent <= second.run.schedule.epsilon * (1 + 1e-9)
     assert second.run.epsilon() >= spent * (1 - 1e-9)
 
 

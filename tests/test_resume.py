@@ -206,8 +206,8 @@ def test_sigkill_at_random_instants(tmp_path: Path, server: Server) -> None:
             assert line["start"] >= spent and line["finite"]
             starts.append((line["start"], line["epsilon"]))
     assert starts == sorted(starts) and len(starts) >= KILLS // 2 and starts[-1][1] > 0
-    plan: dpft.PrivacyPlan = config(num_steps=STEPS).resolve(12)
-    assert end["private"] and starts[-1][1] <= end["epsilon"] == pytest.approx(plan.epsilon, rel=1e-12)
+    schedule: dpft.PrivacySchedule = config(num_steps=STEPS).resolve(12)
+    assert end["private"] and starts[-1][1] <= end["epsilon"] == pytest.approx(schedule.epsilon, rel=1e-12)
 
     # The noise: N(0, (1/6)^2), no block of it ever twice, in no release and no life.
     blocks = [tuple(block) for line in releases for block in line["blocks"]]

@@ -108,7 +108,7 @@ def test_backward_reads_nothing(entry: zoo.Entry, strategy: str, tmp_path: Path)
 
 
 def test_a_release_reads_once(tmp_path: Path) -> None:
-    """The findings of a whole logical batch come over in one transfer."""
+    """The deferred checks of a whole logical batch come over in one transfer."""
     training = Training(tmp_path / "ledger.jsonl", strategy="two_pass", changes={"noise_multiplier": 0.5})
     transfers = []
     for batch in training.loader:
@@ -122,8 +122,8 @@ def test_a_release_reads_once(tmp_path: Path) -> None:
     assert transfers == [1] * 3
 
 
-def test_without_a_loop_findings_are_read_at_once() -> None:
-    """Where nobody reads findings before a release, two-pass reads its own."""
+def test_without_a_loop_checks_are_read_at_once() -> None:
+    """Where nobody reads deferred checks before a release, two-pass reads its own."""
     model = dpft.wrap(zoo.LLAMA.build(), strategy="two_pass")
     for _ in range(2):
         model(**zoo.LLAMA.batch()).loss.backward()

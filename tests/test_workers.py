@@ -68,9 +68,7 @@ def gone(file: Path) -> bool:
 
 
 @pytest.mark.timeout(60)
-def test_a_machine_on_which_no_child_starts_says_so(
-    stopping: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_machine_on_which_no_child_starts_says_so(stopping: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dpft.workers, "TRIES", 2)
     context = dpft.workers.ReportingForkContext()
     before = descriptors()

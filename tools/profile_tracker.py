@@ -278,8 +278,9 @@ class Tracker(TorchDispatchMode):
             before, top = self.live, self._top
             self._top = before
             result = run()
-            self._once[key] = self._top - before, functools.partial(
-                torch.empty, result.shape, dtype=result.dtype, device=result.device
+            self._once[key] = (
+                self._top - before,
+                functools.partial(torch.empty, result.shape, dtype=result.dtype, device=result.device),
             )
             self._top = max(top, self._top)
             return result

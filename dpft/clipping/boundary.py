@@ -41,7 +41,7 @@ class ClipBoundary(torch.autograd.Function):
             )
         job = ctx.box.pop()
         job.state.backwards += 1
-        job.state.findings.note_scale(scale)
+        job.state.deferred_checks.note_scale(scale)
         if job.state.unfinished and any(p.grad is not None for p in job.state.parameters.values()):
             raise ClippingError(
                 "an earlier backward failed midway, and what it left in .grad is not known: some of its examples "
@@ -79,7 +79,7 @@ def clip_boundary(
         state: of the wrapped model.
         losses: ``[B]`` per-example losses, or B scalars with a graph each.
         weights: ``[B]``, 0 for padding rows; None means no padding.
-        strategy: one of the planner's.
+        strategy: which strategy to run; see :mod:`dpft.clipping.strategy_choice`.
 
     Returns:
         ``[]`` float32, the mean of the losses over rows of positive weight; 0 where there is none.

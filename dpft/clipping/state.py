@@ -10,10 +10,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from dpft.clipping.deferred_checks import DeferredChecks
 from dpft.clipping.factors import ClipRule
-from dpft.clipping.findings import Findings
 from dpft.clipping.passes import BookKeeping, Trace
-from dpft.clipping.planner import Choice, Strategy, choose_strategy
+from dpft.clipping.strategy_choice import Choice, Strategy, choose_strategy
 from dpft.errors import WrapError
 from dpft.kernels.impl import Impl
 from dpft.rules.base import MatrixUse, Pass
@@ -105,7 +105,7 @@ class ClipState:
         broken: one of them failed midway: ``.grad`` may hold a part of it. Until a loop begins anew.
         unfinished: the last one did.
         weights: ``[B]`` example weights that a forward without labels was given.
-        findings: what the device found out about this logical batch.
+        deferred_checks: flags computed on the device in this logical batch, read once before its release.
         probed_at: the number of the last one before which the isolation check came to a result.
         delivering: address and version of the clipped gradients that autograd is about to accumulate, by parameter.
         guarded: ``id`` of each parameter that has a hook.
@@ -140,7 +140,7 @@ class ClipState:
     backwards: int = 0
     broken: bool = False
     unfinished: bool = False
-    findings: Findings = field(default_factory=Findings)
+    deferred_checks: DeferredChecks = field(default_factory=DeferredChecks)
     weights: Tensor | None = None
     engine: Engine | None = None
     decided: Choice | None = None
@@ -225,7 +225,5 @@ class ClipState:
         shape = (batch_size, seq_len)
         if shape not in self.choices:
             itemsize = max((p.element_size() for p in self.parameters.values()), default=4)
-            self.choices[shape] = choose_strategy(
-                self.uses, batch_size, seq_len, itemsize, self.memory, device
-            )
+            self.choices[shape] = choose_strategy(self.uses, batch_size, seq_len, itemsize, self.memory, device)
         return self.choices[shape]

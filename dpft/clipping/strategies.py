@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpft.clipping.audit import audit_graph, has_reentrant
+from dpft.clipping.aliasing import is_sole_owner
+from dpft.clipping.coverage import check_coverage, has_reentrant
 from dpft.clipping.factors import row_weights
-from dpft.clipping.ownership import is_the_only_owner
 from dpft.clipping.passes import BookKeeping, KeepPass, NormPass, ProbePass, Trace, WeightedPass, grad_dtype, sum_dtype
 from dpft.clipping.state import ClipState, ClipStats
 from dpft.errors import ClippingError
@@ -35,7 +35,7 @@ class Job:
         state: of the wrapped model.
         losses: ``[B]`` with their graph, or B of shape ``[]`` with a graph each (per-example strategy).
         weights: ``[B]``, 0 for padding rows.
-        strategy: one of the planner's.
+        strategy: which strategy to run; see :mod:`dpft.clipping.strategy_choice`.
         trace: what the forward used.
         leaves: by name, what the forward used in the place of parameters that an engine has sharded.
     """
@@ -78,7 +78,7 @@ class Job:
         assert isinstance(self.losses, Tensor)
         sharded = self.state.engine is not None and self.state.engine.sharded
         names = None if sharded else {id(p): name for name, p in self.state.parameters.items()}
-        self.reentrant = audit_graph(self.losses, names)
+        self.reentrant = check_coverage(self.losses, names)
         if self.reentrant and self.state.engine is not None and not self.state.engine.reentrant:
             raise ClippingError(
                 "gradient checkpointing is reentrant, and DeepSpeed's hooks take its backward for the one that brings "
@@ -234,14 +234,14 @@ def _check_same_gradients(state: ClipState, norms: Tensor, weighted: Tensor, fac
     """Refuse a step whose two traversals saw different gradients or inputs: the norms are then of something else.
 
     Args:
-        state: whose findings it is noted in.
+        state: in whose deferred checks the result is noted.
         norms: ``[4, B]``, per example the sum over sites of :func:`seen_of_matrix`.
         weighted: the same of the second traversal.
         factors: ``[B]``; examples of factor zero do not count.
     """
     by = (norms - weighted).abs()
     apart = ~((by[:2].amax(0) <= 1e-3 * norms[1]) & (by[2:].amax(0) <= 1e-4 * norms[3]))  # also where one is NaN
-    state.findings.refuse_if(
+    state.deferred_checks.refuse_if(
         (apart & (factors != 0)).any(),
         "the norm pass and the weighted pass saw different gradients or inputs: a recomputed forward is not that "
         "which was run (dropout in a checkpoint with preserve_rng_state=False, a random generator of its own). Their "
@@ -277,7 +277,7 @@ def run_per_example(job: Job, scale: Tensor) -> list[Tensor | None] | None:
         job.state.holds = functools.partial(_held, squares, grads)
         loss_device = loss.device
         del loss
-        owned = [is_the_only_owner(grads, k) for k in range(len(grads))]  # before anything here has one, too
+        owned = [is_sole_owner(grads, k) for k in range(len(grads))]  # before anything here has one, too
         sq = _sq_norm_of(grads, job.weights.device)
         factor = job.state.rule.factors(sq, job.weights[i : i + 1].to(sq.device))
         if job.state.clipping == "none":

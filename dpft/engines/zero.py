@@ -213,4 +213,3 @@ class ZeroOptimizer(DPOptimizer):
     def parameters(self) -> list[nn.Parameter]:
         """The model's trainable parameters: the inner optimiser has flat partitions of them."""
         return list(self._zero_sums.parameters.values())
-

@@ -170,9 +170,7 @@ def sq_norm(v: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def linear_sq_norm(
-    x: Tensor, g: Tensor, method: Method | Literal["auto"] = "auto", impl: Impl = "auto"
-) -> Tensor:
+def linear_sq_norm(x: Tensor, g: Tensor, method: Method | Literal["auto"] = "auto", impl: Impl = "auto") -> Tensor:
     """Squared norm of each example's weight gradient.
 
     Args:

@@ -275,9 +275,23 @@ def _product(name: str, x: Tensor, g: Tensor, out: Tensor | None) -> Tensor:
         tiles_d, tiles_p = triton.cdiv(d, tiles.rows), triton.cdiv(p, tiles.cols)
         partial = torch.empty((batch, tiles_d * tiles_p), dtype=torch.float64, device=x.device)
         _product_kernel[(partial.numel(),)](
-            x, g, out, partial, seq_len, p, d, *x.stride(), *g.stride(), tiles_d, tiles_p,
-            ROWS=tiles.rows, COLS=tiles.cols, DEPTH=tiles.depth, EMULATED=INTERPRETED and x.dtype == torch.bfloat16,
-            num_warps=tiles.warps, num_stages=tiles.stages,
+            x,
+            g,
+            out,
+            partial,
+            seq_len,
+            p,
+            d,
+            *x.stride(),
+            *g.stride(),
+            tiles_d,
+            tiles_p,
+            ROWS=tiles.rows,
+            COLS=tiles.cols,
+            DEPTH=tiles.depth,
+            EMULATED=INTERPRETED and x.dtype == torch.bfloat16,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
         )
         return partial
 
@@ -356,9 +370,21 @@ def gram_sq_norm(x: Tensor, g: Tensor) -> Tensor:
         blocks = triton.cdiv(seq_len, tiles.rows)
         partial = torch.empty((batch, blocks * (blocks + 1) // 2), dtype=torch.float64, device=x.device)
         _gram_kernel[(partial.numel(),)](
-            x, g, partial, seq_len, p, d, *x.stride(), *g.stride(), blocks,
-            BLOCK=tiles.rows, DEPTH=tiles.depth, EMULATED=INTERPRETED and not wide, WIDE=wide,
-            num_warps=tiles.warps, num_stages=tiles.stages,
+            x,
+            g,
+            partial,
+            seq_len,
+            p,
+            d,
+            *x.stride(),
+            *g.stride(),
+            blocks,
+            BLOCK=tiles.rows,
+            DEPTH=tiles.depth,
+            EMULATED=INTERPRETED and not wide,
+            WIDE=wide,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
         )
         return partial
 

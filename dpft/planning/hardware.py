@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpft.clipping.planner import free_memory
-from dpft.planning.meter import Operation
+from dpft.clipping.strategy_choice import free_memory
+from dpft.planning.step_meter import Operation
 
 __all__ = ["HARDWARE", "Hardware", "measure"]
 
@@ -62,24 +62,18 @@ class Hardware:
         return max(flops / rate, op.moved / self.bandwidth)
 
 
-def _published(
-    name: str, memory: float, bandwidth: float, attention: float, source: str, **tera: float
-) -> Hardware:
+def _published(name: str, memory: float, bandwidth: float, attention: float, source: str, **tera: float) -> Hardware:
     """From a data sheet: its rates (TFLOP/s, dense) times 0.7 and its bandwidth (GB/s) times 0.8."""
     dtypes = {"bf16": (torch.bfloat16, torch.float16), "fp32": (torch.float32,), "fp64": (torch.float64,)}
     rates = {dtype: 0.7 * tera[key] * _TERA for key, both in dtypes.items() for dtype in both}
-    return Hardware(
-        name, int(memory * _GIGA), rates, attention / 0.7, 0.8 * bandwidth * _GIGA, 8e-6, True, source
-    )
+    return Hardware(name, int(memory * _GIGA), rates, attention / 0.7, 0.8 * bandwidth * _GIGA, 8e-6, True, source)
 
 
 # Attention: what FlashAttention-2 reaches of the data sheet's bf16 rate: 35 % on an H100 (Shah et al. 2024, arXiv
 # 2407.08608), 50 to 73 % on an A100 (Dao 2023, arXiv 2307.08691). The shares 0.7 and 0.8 above and the 8 us an
 # operation are assumptions of ours, not measured: they hardly move the ratio of two steps of one model.
 HARDWARE: dict[str, Hardware] = {
-    "a100": _published(
-        "a100", 80, 2039, 0.6, "NVIDIA A100 data sheet, 80 GB SXM", bf16=312, fp32=19.5, fp64=19.5
-    ),
+    "a100": _published("a100", 80, 2039, 0.6, "NVIDIA A100 data sheet, 80 GB SXM", bf16=312, fp32=19.5, fp64=19.5),
     "h100": _published("h100", 80, 3350, 0.35, "NVIDIA H100 data sheet, SXM", bf16=989.5, fp32=67, fp64=67),
     "h200": _published("h200", 141, 4800, 0.35, "NVIDIA H200 data sheet, SXM", bf16=989.5, fp32=67, fp64=67),
 }

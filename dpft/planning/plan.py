@@ -8,13 +8,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from dpft.clipping.planner import free_memory
+from dpft.clipping.strategy_choice import free_memory
 from dpft.errors import UnsupportedModuleError
 from dpft.kernels.head import auto_chunk
 from dpft.models.causal_lm import find_causal_lm
 from dpft.planning.hardware import HARDWARE, Hardware, measure
 from dpft.planning.memory import OPTIMIZERS, OptimizerName, resting_bytes
-from dpft.planning.planner import Planner
+from dpft.planning.predictor import Predictor
 from dpft.planning.result import Plan
 from dpft.planning.simulate import ENGINES, EngineName, Sharding
 from dpft.planning.twin import make_twin
@@ -78,14 +78,14 @@ def plan(
         limit = machine.memory if device.type == "meta" or isinstance(hardware, str) else _whole_memory(model, device)
     if loss_chunk == "auto":  # as on the device that is planned for, not on meta
         loss_chunk = auto_chunk(torch.device("cuda" if machine.asynchronous else "cpu"))
-    planner = Planner(twin, seq_len, sharding, machine, limit, resting_bytes(twin, sharding, optimizer), loss_chunk)
-    size = planner.best_batch_size() if batch_size == "auto" else batch_size
-    return planner.plan(size, type(model).__name__, optimizer)
+    predictor = Predictor(
+        twin, seq_len, sharding, machine, limit, resting_bytes(twin, sharding, optimizer), loss_chunk
+    )
+    size = predictor.best_batch_size() if batch_size == "auto" else batch_size
+    return predictor.plan(size, type(model).__name__, optimizer)
 
 
-def _checked(
-    model: nn.Module, batch_size: Any, seq_len: Any, memory: Any, engine: Any, world_size: Any
-) -> Sharding:
+def _checked(model: nn.Module, batch_size: Any, seq_len: Any, memory: Any, engine: Any, world_size: Any) -> Sharding:
     for name, value in (("batch_size", batch_size), ("seq_len", seq_len), ("world_size", world_size)):
         if name == "batch_size" and value == "auto":
             continue

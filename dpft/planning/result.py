@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from dpft.clipping.planner import Strategy
+from dpft.clipping.strategy_choice import Strategy
 from dpft.planning.hardware import Hardware
 from dpft.planning.simulate import EngineName
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from dpft import kernels
-from dpft.clipping.planner import Strategy
+from dpft.clipping.strategy_choice import Strategy
 from dpft.errors import UnsupportedModuleError
 from dpft.kernels import impl
-from dpft.planning.meter import Operation, StepMeter
+from dpft.planning.step_meter import Operation, StepMeter
 from dpft.planning.twin import on_meta
 from dpft.wrap import get_state, unwrap, wrap
 
@@ -208,7 +208,7 @@ def ready_on_meta(model: nn.Module) -> None:
     """Let a wrapped model of meta tensors step: without the isolation check, and without a look at what was found."""
     state = get_state(model)
     state.probed_at = _NEVER
-    state.findings.deferred = True  # there is nothing to read
+    state.deferred_checks.deferred = True  # there is nothing to read
 
 
 @contextlib.contextmanager

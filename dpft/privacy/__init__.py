@@ -5,10 +5,9 @@ from __future__ import annotations
 from dpft.privacy.accountant import Event, check_supported, compose_epsilon, discretization, epsilon
 from dpft.privacy.calibration import calibrate_noise_multiplier, max_steps_within
 from dpft.privacy.config import PrivacyConfig
+from dpft.privacy.epsilon_meter import EpsilonMeter
 from dpft.privacy.ledger import Ledger, LedgerContent
 from dpft.privacy.mechanism import Mechanism
-from dpft.privacy.meter import EpsilonMeter
-from dpft.privacy.plan import PrivacyPlan
 from dpft.privacy.report import privacy_report, privacy_statement_markdown
 from dpft.privacy.sampler import (
     FixedSizeSampler,
@@ -22,6 +21,7 @@ from dpft.privacy.sampler import (
     make_sampler,
     physical_batches,
 )
+from dpft.privacy.schedule import PrivacySchedule
 
 __all__ = [
     "EpsilonMeter",
@@ -35,7 +35,7 @@ __all__ = [
     "PhysicalBatchSampler",
     "PoissonSampler",
     "PrivacyConfig",
-    "PrivacyPlan",
+    "PrivacySchedule",
     "ShuffleSampler",
     "TruncatedPoissonSampler",
     "calibrate_noise_multiplier",

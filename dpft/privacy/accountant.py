@@ -237,9 +237,7 @@ def _base_pld(mechanism: Mechanism, h: float, extra: int) -> Any:
         return module.from_mixture_gaussian_mechanism(
             sigma, sensitivities, probabilities, value_discretization_interval=h
         )
-    return module.from_gaussian_mechanism(
-        sigma, value_discretization_interval=h, sampling_prob=mechanism.sample_rate
-    )
+    return module.from_gaussian_mechanism(sigma, value_discretization_interval=h, sampling_prob=mechanism.sample_rate)
 
 
 def _mixture(mechanism: Mechanism) -> tuple[list[float], list[float]]:

@@ -16,7 +16,7 @@ from dpft.errors import PrivacyConfigError
 from dpft.privacy.accountant import check_supported, epsilon
 from dpft.privacy.calibration import calibrate_noise_multiplier
 from dpft.privacy.mechanism import AccountantName, Mechanism, SamplerName, UnitName
-from dpft.privacy.plan import PrivacyPlan
+from dpft.privacy.schedule import PrivacySchedule
 
 ClipFunctionName = Literal["abadi", "automatic"]
 
@@ -156,16 +156,16 @@ class PrivacyConfig:
         return hashlib.sha256(text.encode()).hexdigest()
 
     # ------------------------------------------------------------------------------------------ resolve
-    def resolve(self, dataset_size: int) -> PrivacyPlan:
+    def resolve(self, dataset_size: int) -> PrivacySchedule:
         """Everything that follows from this configuration on a dataset: noise, steps, epsilon.
 
-        Deterministic, some seconds where noise is calibrated. Ranks on unlike machines had better take rank 0's plan.
+        Deterministic; takes some seconds where noise is calibrated. On unlike machines take rank 0's schedule.
 
         Args:
             dataset_size: number of examples N, >= 1.
 
         Returns:
-            The plan; :attr:`PrivacyPlan.epsilon` is at most ``target_epsilon`` where that was given.
+            The schedule; :attr:`PrivacySchedule.epsilon` is at most ``target_epsilon`` where that was given.
 
         Raises:
             PrivacyConfigError: the batch is larger than the dataset.
@@ -211,7 +211,7 @@ class PrivacyConfig:
                 shape, steps, self.target_epsilon, self.target_delta, accountant=self.accountant
             )
         spent = epsilon(shape.with_noise(sigma), steps, self.target_delta, accountant=self.accountant)
-        return PrivacyPlan(
+        return PrivacySchedule(
             noise_multiplier=float(sigma),
             sample_rate=rate,
             num_steps=steps,

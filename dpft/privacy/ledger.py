@@ -6,7 +6,7 @@ more than ``{run_id, count}``; a checkpoint that is behind the ledger continues 
 
 The file holds JSON lines, each with a CRC-32 of itself:
 
-- the header: format, run id, configuration and plan, and the mechanism of segment 0;
+- the header: format, run id, configuration and schedule, and the mechanism of segment 0;
 - ``segment``: every resume begins one, with the mechanism from there on;
 - ``release``: its number, 1, 2, 3, ... without gaps, and its segment;
 - ``torn``: written at the next start, after a last line that a crash cut short. A torn line counts as a release.
@@ -91,7 +91,7 @@ class Ledger:
         mechanism: Mechanism,
         config: dict[str, Any] | None = None,
         fingerprint: str | None = None,
-        plan: dict[str, Any] | None = None,
+        schedule: dict[str, Any] | None = None,
     ) -> Ledger:
         """Creates a ledger, or opens one to go on with.
 
@@ -101,7 +101,7 @@ class Ledger:
             mechanism: of the releases to come; on resume it may differ from the one before.
             config: ``PrivacyConfig.to_dict()``, for the reader.
             fingerprint: ``PrivacyConfig.fingerprint()``.
-            plan: ``PrivacyPlan.to_dict()``, for the reader.
+            schedule: ``PrivacySchedule.to_dict()``, for the reader.
 
         Returns:
             The open ledger. Its lock ends with :meth:`close` or with the process, however it dies.
@@ -113,7 +113,7 @@ class Ledger:
         if mode not in ("new", "resume"):
             raise LedgerError(f"mode={mode!r}; expected 'new' or 'resume'.")
         file = Path(path)
-        fields = {"mechanism": mechanism.to_dict(), "fingerprint": fingerprint, "config": config, "plan": plan}
+        fields = {"mechanism": mechanism.to_dict(), "fingerprint": fingerprint, "config": config, "schedule": schedule}
         try:
             if mode == "new":
                 file.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from dpft.privacy.accountant import Event, compose_epsilon, discretization, rounded_up
 from dpft.privacy.ledger import Ledger, LedgerContent
-from dpft.privacy.plan import PrivacyPlan
+from dpft.privacy.schedule import PrivacySchedule
 
 _ADJACENCY = {
     "add_or_remove_one": "one {unit} is added or removed",
@@ -19,7 +19,7 @@ _LIBRARIES = ("dpft", "dp-accounting", "numpy", "scipy", "torch", "accelerate", 
 
 
 def privacy_report(
-    plan: PrivacyPlan,
+    schedule: PrivacySchedule,
     ledger: Ledger | LedgerContent | int | None,
     *,
     clipping: str | None = None,
@@ -31,8 +31,8 @@ def privacy_report(
     """Everything a reader needs to judge the guarantee, JSON-able.
 
     Args:
-        plan: what was planned.
-        ledger: what was released; a number of releases of the plan's mechanism where there is no file; None where
+        schedule: what was planned.
+        ledger: what was released; a number of releases of the schedule's mechanism where there is no file; None where
             nobody counted, and then no epsilon is stated as spent.
         clipping: the mode, as given to ``dpft.wrap``; ``"none"`` is not private.
         noise_seed_known: the noise had a fixed seed.
@@ -47,13 +47,13 @@ def privacy_report(
     Raises:
         AccountingError: the ledger's releases have no common epsilon.
     """
-    events = _events(plan, ledger)
-    planned: float = plan.epsilon
+    events = _events(schedule, ledger)
+    planned: float = schedule.epsilon
     spent = None
     if events is not None:
-        spent = compose_epsilon(events, plan.target_delta, accountant=plan.accountant)
+        spent = compose_epsilon(events, schedule.target_delta, accountant=schedule.accountant)
     reasons = []
-    if plan.noise_multiplier == 0 or any(mechanism.noise_multiplier == 0 for mechanism, _ in events or []):
+    if schedule.noise_multiplier == 0 or any(mechanism.noise_multiplier == 0 for mechanism, _ in events or []):
         reasons.append("no noise was added (noise multiplier 0)")
     if clipping == "none":
         reasons.append("gradients were not clipped")
@@ -63,43 +63,43 @@ def privacy_report(
         reasons.append("sampling seed known")
     if reasons:
         planned, spent = math.inf, None if spent is None else math.inf
-    mechanism = plan.mechanism
+    mechanism = schedule.mechanism
     noisy = [m for m, _ in [(mechanism, 0), *(events or [])] if m.noise_multiplier > 0]
-    grids = [discretization(m) for m in noisy] if plan.accountant == "pld" else []
+    grids = [discretization(m) for m in noisy] if schedule.accountant == "pld" else []
     return {
         "private": not reasons,
         "not_private_because": reasons,
         "epsilon_spent": _number(spent),
         "epsilon_planned": _number(planned),
-        "target_epsilon": plan.target_epsilon,
-        "delta": plan.target_delta,
-        "unit": plan.unit,
-        "examples_per_user": plan.examples_per_user,
+        "target_epsilon": schedule.target_epsilon,
+        "delta": schedule.target_delta,
+        "unit": schedule.unit,
+        "examples_per_user": schedule.examples_per_user,
         "adjacency": mechanism.adjacency,
-        "neighbours": _ADJACENCY[mechanism.adjacency].format(unit=plan.unit),
+        "neighbours": _ADJACENCY[mechanism.adjacency].format(unit=schedule.unit),
         "mechanism": "subsampled Gaussian" if mechanism.sampler != "shuffle" else "Gaussian, no amplification claimed",
-        "sampler": plan.sampler,
-        "sample_rate": plan.sample_rate if mechanism.sample_rate is not None else None,
-        "noise_multiplier": plan.noise_multiplier,
-        "max_grad_norm": plan.max_grad_norm,
+        "sampler": schedule.sampler,
+        "sample_rate": schedule.sample_rate if mechanism.sample_rate is not None else None,
+        "noise_multiplier": schedule.noise_multiplier,
+        "max_grad_norm": schedule.max_grad_norm,
         "sensitivity": mechanism.sensitivity,
-        "clip_function": plan.clip_function,
-        "clip_gamma": plan.clip_gamma if plan.clip_function == "automatic" else None,
+        "clip_function": schedule.clip_function,
+        "clip_gamma": schedule.clip_gamma if schedule.clip_function == "automatic" else None,
         "clipping": clipping,
-        "expected_batch_size": plan.expected_batch_size,
-        "max_batch_size": plan.max_batch_size,
+        "expected_batch_size": schedule.expected_batch_size,
+        "max_batch_size": schedule.max_batch_size,
         "steps_released": None if events is None else sum(count for _, count in events),
-        "steps_planned": plan.num_steps,
-        "dataset_size": plan.dataset_size,
-        "accountant": plan.accountant,
+        "steps_planned": schedule.num_steps,
+        "dataset_size": schedule.dataset_size,
+        "accountant": schedule.accountant,
         "discretization": max(grids, default=None),
         "segments": [{"mechanism": m.to_dict(), "releases": count} for m, count in events or []],
-        "assumptions": [*plan.assumptions, *notes],
+        "assumptions": [*schedule.assumptions, *notes],
         "tuning": tuning or "the choice of hyperparameters is not accounted for",
-        "noise_rng": _noise_rng(plan, noise_seed_known),
+        "noise_rng": _noise_rng(schedule, noise_seed_known),
         "sampling_rng": "fixed seed" if sampling_seed_known else "PCG64DXSM seeded by the operating system",
         "run_id": ledger.run_id if isinstance(ledger, (Ledger, LedgerContent)) else None,
-        "config_fingerprint": plan.config_fingerprint,
+        "config_fingerprint": schedule.config_fingerprint,
         "versions": _versions(),
     }
 
@@ -120,7 +120,7 @@ def privacy_statement_markdown(report: dict[str, Any]) -> str:
     if not report["private"]:
         lines += [f"**NOT PRIVATE: {'; '.join(report['not_private_because'])}.** No guarantee of any kind holds.", ""]
     elif report["epsilon_spent"] is None:
-        lines += ["**No ledger was kept: what was spent is unknown.** The plan is below; it is no guarantee.", ""]
+        lines += ["**No ledger was kept: what was spent is unknown.** The schedule is below; it is no guarantee.", ""]
     else:
         lines += [
             f"Training satisfied ({_show(report['epsilon_spent'])}, {report['delta']:g})-differential privacy, where "
@@ -165,19 +165,19 @@ def privacy_statement_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _events(plan: PrivacyPlan, ledger: Ledger | LedgerContent | int | None) -> list[Event] | None:
+def _events(schedule: PrivacySchedule, ledger: Ledger | LedgerContent | int | None) -> list[Event] | None:
     if ledger is None:
         return None
     if isinstance(ledger, int):
-        return [(plan.mechanism, ledger)]
+        return [(schedule.mechanism, ledger)]
     events = ledger.events() if isinstance(ledger, Ledger) else ledger.events
     return [event for event in events if event[1] > 0]
 
 
-def _noise_rng(plan: PrivacyPlan, seed_known: bool) -> str:
+def _noise_rng(schedule: PrivacySchedule, seed_known: bool) -> str:
     if seed_known:
         return "fixed seed"
-    if plan.secure_rng:
+    if schedule.secure_rng:
         return "cryptographic, safe against floating-point attacks"
     return "pseudo-random, seeded by the operating system; not cryptographic, open to floating-point attacks"
 

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpft.errors import PrivacyConfigError
-from dpft.privacy.plan import PrivacyPlan
+from dpft.privacy.schedule import PrivacySchedule
 
 Indices = npt.NDArray[np.int64]
 
@@ -173,7 +173,7 @@ class ShuffleSampler(LogicalBatchSampler):
 
 
 def make_sampler(
-    plan: PrivacyPlan,
+    schedule: PrivacySchedule,
     dataset_size: int,
     *,
     rank: int = 0,
@@ -182,10 +182,10 @@ def make_sampler(
     first_step: int = 0,
     test_seed: int | None = None,
 ) -> LogicalBatchSampler:
-    """The sampler that a plan was accounted for.
+    """The sampler that a schedule was accounted for.
 
     Args:
-        plan: from ``config.resolve(dataset_size)``.
+        schedule: from ``config.resolve(dataset_size)``.
         dataset_size: number of examples.
         rank: of this process.
         world_size: number of processes that share the logical batch.
@@ -194,22 +194,23 @@ def make_sampler(
         test_seed: a fixed seed, for tests only.
 
     Raises:
-        PrivacyConfigError: the plan was resolved for another number of examples, or as :class:`LogicalBatchSampler`.
+        PrivacyConfigError: the schedule was resolved for another number of examples; or see
+            :class:`LogicalBatchSampler`.
     """
-    if plan.dataset_size is not None and plan.dataset_size != dataset_size:
+    if schedule.dataset_size is not None and schedule.dataset_size != dataset_size:
         raise PrivacyConfigError(
-            f"the plan was resolved for {plan.dataset_size} examples and the dataset has {dataset_size}; resolve the "
-            "configuration again for this dataset."
+            f"the schedule was resolved for {schedule.dataset_size} examples and the dataset has {dataset_size}; "
+            "resolve the configuration again for this dataset."
         )
     ranks = {"rank": rank, "world_size": world_size, "shared_seed": shared_seed, "test_seed": test_seed}
-    if plan.sampler == "poisson":
-        return PoissonSampler(dataset_size, plan.sample_rate, **ranks)
-    if plan.sampler == "truncated_poisson":
-        assert plan.max_batch_size is not None
-        return TruncatedPoissonSampler(dataset_size, plan.sample_rate, plan.max_batch_size, **ranks)
-    if plan.sampler == "fixed_size":
-        return FixedSizeSampler(dataset_size, int(plan.expected_batch_size), **ranks)
-    return ShuffleSampler(dataset_size, int(plan.expected_batch_size), first_step=first_step, **ranks)
+    if schedule.sampler == "poisson":
+        return PoissonSampler(dataset_size, schedule.sample_rate, **ranks)
+    if schedule.sampler == "truncated_poisson":
+        assert schedule.max_batch_size is not None
+        return TruncatedPoissonSampler(dataset_size, schedule.sample_rate, schedule.max_batch_size, **ranks)
+    if schedule.sampler == "fixed_size":
+        return FixedSizeSampler(dataset_size, int(schedule.expected_batch_size), **ranks)
+    return ShuffleSampler(dataset_size, int(schedule.expected_batch_size), first_step=first_step, **ranks)
 
 
 def _checked_rate(rate: float) -> float:

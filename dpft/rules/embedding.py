@@ -96,5 +96,3 @@ class EmbeddingRule:
         if padding_idx is not None and padding_idx < 0:
             padding_idx += call["weight"].shape[0]
         return embedding_site(host, keys, call["input"], call["weight"], padding_idx)
-
-

@@ -53,7 +53,7 @@ class ProductUse:
 
 @dataclass(frozen=True)
 class HeadUse(LinearUse):
-    """A head whose loss is computed in chunks, for the planner: what it keeps is not what a linear layer keeps."""
+    """A head whose loss is computed in chunks. It keeps other tensors than a linear layer."""
 
     def kept_bytes(self, batch_size: int, seq_len: int, itemsize: int) -> int | None:
         """Bytes of per-example gradients that the forward makes; None where it keeps ``(h, g)`` as a linear does."""

@@ -143,7 +143,7 @@ def train(
     scheduler: Any,
     checkpoint: Callable[[int], None],
 ) -> bool:
-    """Train until the plan's last logical batch.
+    """Train until the schedule's last logical batch.
 
     Args:
         accelerator: of the run.
@@ -160,11 +160,11 @@ def train(
     Raises:
         StaleWeightsError: the first step changed nothing.
     """
-    plan, model, optimizer = prepared.plan, prepared.model, prepared.optimizer
-    target = options.target_epsilon if options.target_epsilon is not None else plan.epsilon
+    schedule, model, optimizer = prepared.schedule, prepared.model, prepared.optimizer
+    target = options.target_epsilon if options.target_epsilon is not None else schedule.epsilon
     watch: WeightWatch | None = WeightWatch(model)
     bar = tqdm(
-        total=plan.num_steps,
+        total=schedule.num_steps,
         initial=prepared.step,
         desc="private" if prepared.private else "NOT PRIVATE",
         unit="step",
@@ -209,7 +209,7 @@ def train(
                 "median_norm": _median(torch.cat(norms)),  # of this rank
                 "learning_rate": rate,
             }
-            finished = step >= plan.num_steps
+            finished = step >= schedule.num_steps
             if options.eval_every and step % options.eval_every == 0 and not finished:
                 row["validation_loss"] = evaluate(model)
             if accelerator.is_main_process:

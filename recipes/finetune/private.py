@@ -45,9 +45,9 @@ class Prepared:
     loader: Any
 
     @property
-    def plan(self) -> Any:
-        """The ``dpft.PrivacyPlan`` that they follow."""
-        return self.loader.privacy.plan
+    def schedule(self) -> Any:
+        """The ``dpft.PrivacySchedule`` that they follow."""
+        return self.loader.privacy.schedule
 
     @property
     def private(self) -> bool:
@@ -111,7 +111,7 @@ def unwrap(accelerator: Accelerator, model: nn.Module) -> Any:
 
 
 def explain(model: nn.Module, options: Options) -> list[str]:
-    """What the planner does with the largest physical batch and with a single example, and why: lines of text.
+    """What dpft does with the largest physical batch and with a single example, and why: lines of text.
 
     The model is wrapped for it, and bare again afterwards.
     """

@@ -123,7 +123,7 @@ def _quoted(text: str) -> str:
 def write_report(
     directory: Path,
     options: Options,
-    plan: Any,
+    schedule: Any,
     statement: str,
     figures: dict[str, Any],
     samples: dict[str, str],
@@ -131,21 +131,22 @@ def write_report(
     *,
     private: bool,
 ) -> None:
-    """Write the card and the picture into the directory; ``plan`` is the run's ``dpft.PrivacyPlan``."""
+    """Write the card and the picture into the directory; ``schedule`` is the run's ``dpft.PrivacySchedule``."""
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     data = Path(options.dataset).name if Path(options.dataset).exists() else options.dataset
     caption = (
-        f"{shown(options.model)}; {data}, at most {options.seq_len} tokens; {plan.sampler} sampling, "
-        f"{plan.expected_batch_size:g} expected, rate {plan.sample_rate:.4f}\n"
-        f"noise multiplier {plan.noise_multiplier:.4g}, clip norm {plan.max_grad_norm:g}, {options.clipping}, AdamW "
-        f"{options.learning_rate:g} {options.lr_scheduler_type}; {hardware}, {torch.get_num_threads()} thread(s), "
-        f"torch {torch.__version__}. Losses are figures of private records without noise"
+        f"{shown(options.model)}; {data}, at most {options.seq_len} tokens; {schedule.sampler} sampling, "
+        f"{schedule.expected_batch_size:g} expected, rate {schedule.sample_rate:.4f}\n"
+        f"noise multiplier {schedule.noise_multiplier:.4g}, clip norm {schedule.max_grad_norm:g}, {options.clipping}, "
+        f"AdamW {options.learning_rate:g} {options.lr_scheduler_type}; {hardware}, "
+        f"{torch.get_num_threads()} thread(s), torch {torch.__version__}. Losses are of private "
+        "records, without noise"
     )
     plot_run(
         rows,
         directory / PICTURE,
-        target_epsilon=plan.target_epsilon,
-        delta=plan.target_delta,
+        target_epsilon=schedule.target_epsilon,
+        delta=schedule.target_delta,
         private=private,
         caption=caption,
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import dpft
 from dpft.errors import DPFTError
 from tests import oracle
-from tests.clipping.checks import clipped_loss
+from tests.clipping.against_oracle import clipped_loss
 
 
 class Net(nn.Module):

@@ -9,7 +9,7 @@ import torch
 
 import dpft
 from tests import zoo
-from tests.clipping.checks import (
+from tests.clipping.against_oracle import (
     CHECKPOINTING,
     MODES,
     STRATEGIES,

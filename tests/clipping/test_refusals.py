@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import dpft
 from dpft.errors import ClippingError, DPFTError, UnsupportedModuleError
 from tests import oracle, zoo
-from tests.clipping.checks import STRATEGIES, clipped_loss
+from tests.clipping.against_oracle import STRATEGIES, clipped_loss
 from tests.clipping.nets import Net, exact_or_refused, losses_of, no_gradient, seeded, step, x_batch
 
 strategies = pytest.mark.parametrize("strategy", STRATEGIES)

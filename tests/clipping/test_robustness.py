@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import dpft
 from tests import oracle, zoo
-from tests.clipping.checks import (
+from tests.clipping.against_oracle import (
     CHECKPOINTING,
     STRATEGIES,
     case_of,

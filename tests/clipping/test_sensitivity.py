@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 import dpft
 from tests import oracle, zoo
-from tests.clipping.checks import FLOAT32_LIMIT, STRATEGIES, case_of, check, check_stats, make_case, private_loss
+from tests.clipping.against_oracle import (
+    FLOAT32_LIMIT,
+    STRATEGIES,
+    case_of,
+    check,
+    check_stats,
+    make_case,
+    private_loss,
+)
 
 SLACK = 1e-6
 few = hypothesis.settings(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import dpft
 from dpft.errors import DPFTError
 from tests import oracle, zoo
-from tests.clipping.checks import (
+from tests.clipping.against_oracle import (
     CHECKPOINTING,
     STRATEGIES,
     Case,

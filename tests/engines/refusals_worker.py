@@ -1,6 +1,6 @@
 """Does many wrong things on two ranks, each in a training of its own, and writes what every rank saw of each.
 
-    refusals_worker.py OUT [disagree]
+refusals_worker.py OUT [disagree]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dpft
-from dpft.engines import checks
+from dpft.engines import requirements
 from tests import zoo
 from tests.engines.on_cpu import make_accelerator
 from tests.training import collate, config, examples
@@ -129,7 +129,7 @@ def disagreements() -> None:
     for name, options in other.items():
         always = name == "epsilon"
         case(name, lambda name=name, o=options if RANK or always else {}: Private(name, **o))  # type: ignore[misc]  # bound now
-    plain = checks.versions
+    plain = requirements.versions
     real: Any = dpft.prepare.__globals__
     real["versions"] = lambda: {**plain(), "version of torch": "1.0"} if RANK else plain()
     case("version", lambda: Private("version"))
@@ -253,6 +253,7 @@ def changes() -> None:
                 continue  # FSDP2 puts its own parameter back before the backward has ended: nothing is wrong then
             name = f"{act.__name__} {when}"
             case(name, lambda name=name, when=when, act=act: started(name, when, act))  # type: ignore[misc]  # bound now
+
     def unsaved() -> tuple[Private, Any]:
         model: Any = zoo.seeded(zoo.llama)("sdpa")
         model.gradient_checkpointing_enable(

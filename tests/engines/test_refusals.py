@@ -23,7 +23,7 @@ from accelerate.utils import (
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import dpft
-from dpft.engines import checks
+from dpft.engines import requirements
 from dpft.errors import EngineError
 from tests.training import Training, new_accelerator, tiny_llama
 
@@ -147,7 +147,7 @@ def test_deepspeed_settings(tmp_path: Path, name: str) -> None:
 def test_gradient_clipping_that_nobody_set_is_set_to_zero(stage: int, clipping: dict[str, Any]) -> None:
     """DeepSpeed's default is 1.0, Accelerate fills "auto" with 1.0."""
     accelerator = deepspeed(zero__stage=stage, **clipping)
-    assert checks.check_accelerator(accelerator) == f"zero{stage}"
+    assert requirements.check_accelerator(accelerator) == f"zero{stage}"
     assert accelerator.state.deepspeed_plugin.deepspeed_config["gradient_clipping"] == 0.0
 
 
@@ -158,15 +158,15 @@ def test_gradient_clipping_of_the_ready_configurations(monkeypatch: pytest.Monke
     plugin = DeepSpeedPlugin()
     plugin.set_mixed_precision("no")
     assert "gradient_clipping" not in plugin.deepspeed_config
-    checks.check_accelerator(pretended(DistributedType.DEEPSPEED, deepspeed_plugin=plugin))
+    requirements.check_accelerator(pretended(DistributedType.DEEPSPEED, deepspeed_plugin=plugin))
     assert plugin.deepspeed_config["gradient_clipping"] == 0.0
     monkeypatch.setenv("ACCELERATE_GRADIENT_CLIPPING", "1.0")
     with pytest.raises(EngineError, match="gradient_clipping"):
-        checks.check_accelerator(pretended(DistributedType.DEEPSPEED, deepspeed_plugin=DeepSpeedPlugin()))
+        requirements.check_accelerator(pretended(DistributedType.DEEPSPEED, deepspeed_plugin=DeepSpeedPlugin()))
 
 
 def test_settings_that_are_switched_off_are_fine() -> None:
-    checks.check_accelerator(
+    requirements.check_accelerator(
         deepspeed(
             fp16={"enabled": False, "loss_scale": 0},
             bf16={"enabled": True},
@@ -213,9 +213,9 @@ def engine_of_deepspeed(**changes: Any) -> Any:
 )
 def test_a_deepspeed_engine_that_is_not_what_was_asked_for(change: dict[str, Any], match: str) -> None:
     accelerator = pretended(DistributedType.DEEPSPEED, num_processes=2)
-    checks.check_prepared(accelerator, "zero2", engine_of_deepspeed())
+    requirements.check_prepared(accelerator, "zero2", engine_of_deepspeed())
     with pytest.raises(EngineError, match=match):
-        checks.check_prepared(accelerator, "zero2", engine_of_deepspeed(**change))
+        requirements.check_prepared(accelerator, "zero2", engine_of_deepspeed(**change))
 
 
 @pytest.mark.parametrize("name", ["SGD", "RMSprop"])
@@ -228,7 +228,7 @@ def test_an_optimiser_that_offloading_would_swap(tmp_path: Path, name: str) -> N
         (deepspeed(**offload), torch.optim.AdamW(model.parameters())),
         (deepspeed(zero_force_ds_cpu_optimizer=False, **offload), make(model.parameters(), lr=1.0)),
     ):
-        checks.check_model(accelerator, "zero2", model, optimizer)
+        requirements.check_model(accelerator, "zero2", model, optimizer)
 
 
 # --- FSDP, and what Accelerate does in all engines ------------------------------------------------------------------
@@ -251,7 +251,7 @@ def test_fsdp_settings(tmp_path: Path, changes: dict[str, Any], match: str) -> N
 def test_fsdp_without_them_is_fine() -> None:
     """reduce_dtype is of a reduction that clipped sums do not take: they are added up in float32 whatever it says."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
-    assert checks.check_accelerator(fsdp(mixed_precision_policy=policy)) == "fsdp2"
+    assert requirements.check_accelerator(fsdp(mixed_precision_policy=policy)) == "fsdp2"
 
 
 LOADING = DataLoaderConfiguration

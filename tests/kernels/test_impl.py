@@ -142,13 +142,11 @@ class TestTriton:
         for kernel, constants, (num_warps, num_stages) in cases:
             constants = {**constants, "x_p": 1, "g_d": 1}
             signature = {n: "constexpr" if n in constants else pointers.get(n, "i32") for n in kernel.arg_names}
-            ptx = (
-                fused.triton.compile(
-                    ASTSource(kernel, signature, constants),
-                    target=GPUTarget("cuda", capability, 32),
-                    options={"num_warps": num_warps, "num_stages": num_stages},
-                ).asm["ptx"]
-            )
+            ptx = fused.triton.compile(
+                ASTSource(kernel, signature, constants),
+                target=GPUTarget("cuda", capability, 32),
+                options={"num_warps": num_warps, "num_stages": num_stages},
+            ).asm["ptx"]
             assert not re.search(r"tf32|\b(atom|red)\.", ptx)
             assert ("mma." in ptx) == (dtype == "bf16" or kernel is fused._gram_kernel)
 

@@ -25,9 +25,7 @@ def pair(batch: int, tokens: int, p: int, d: int, seed: int = 0) -> tuple[torch.
 @given(shape=st.tuples(st.integers(0, 4), st.integers(0, 300), st.integers(1, 40), st.integers(1, 40)))
 def test_linear_sq_norm(method: str, shape: tuple[int, int, int, int]) -> None:
     x, g = pair(*shape)
-    torch.testing.assert_close(
-        linear_sq_norm(x, g, method), reference.linear_sq_norm(x, g), rtol=3e-6, atol=1e-12
-    )
+    torch.testing.assert_close(linear_sq_norm(x, g, method), reference.linear_sq_norm(x, g), rtol=3e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -108,4 +106,3 @@ def test_embeddings(padding_idx: int | None) -> None:
     expected = torch.einsum("b,bvd->vd", factors, reference.embedding_grad(ids, g, 9, padding_idx))
     got = weighted_embedding_grad(ids, g, factors, torch.zeros(9, 6), padding_idx)
     torch.testing.assert_close(got, expected.float(), rtol=1e-5, atol=1e-5)
-

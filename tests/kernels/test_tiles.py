@@ -25,9 +25,7 @@ def peak(x: Tensor, g: Tensor, method: Method) -> int:
 
 @pytest.mark.parametrize("method", ["gram", "gram_full", "feature"])
 @pytest.mark.parametrize(("edge", "elements"), [(3, 9), (3, 40), (8, 1)])
-def test_every_cut_gives_the_same(
-    method: Method, edge: int, elements: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_cut_gives_the_same(method: Method, edge: int, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over examples, features and tokens, with rests and without."""
     monkeypatch.setattr(linear, "TILE_ELEMENTS", elements)
     monkeypatch.setattr(linear, "_EDGE", edge)

@@ -18,7 +18,15 @@ import dpft
 from dpft.kernels.head import HeadProducts, chunked_head_loss
 from dpft.models.head import LazyLogits
 from tests import oracle, zoo
-from tests.clipping.checks import STRATEGIES, case_of, check, check_grads, check_stats, make_case, set_checkpointing
+from tests.clipping.against_oracle import (
+    STRATEGIES,
+    case_of,
+    check,
+    check_grads,
+    check_stats,
+    make_case,
+    set_checkpointing,
+)
 from tests.memory_meter import MemoryMeter
 
 # From 32 tokens on (in float32) the zoo's heads keep [V, D] per example, below that [T, V].

@@ -70,9 +70,7 @@ def built(name: str, checkpointing: bool = False, dtype: torch.dtype = torch.flo
     return built_model
 
 
-def measured(
-    model: nn.Module, strategy: Any, batch_size: int, seq_len: int
-) -> tuple[int, int, int]:
+def measured(model: nn.Module, strategy: Any, batch_size: int, seq_len: int) -> tuple[int, int, int]:
     """Bytes at the peak of a real step and of one more onto its gradient, and FLOPs; the model is used up."""
     if strategy is not None:
         dpft.wrap(model, strategy=strategy)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dpft.planning.hardware import HARDWARE, Hardware, measure
-from dpft.planning.meter import Operation
+from dpft.planning.step_meter import Operation
 
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
 SLOW = Hardware("slow", 2**30, {FP32: 100.0, BF16: 200.0, FP64: 50.0}, 0.5, 10.0, 1.0, False, "made up")

@@ -16,7 +16,7 @@ from torch import nn
 import dpft
 from dpft.planning.hardware import HARDWARE, Hardware
 from dpft.planning.plan import plan
-from dpft.planning.planner import PROBE
+from dpft.planning.predictor import PROBE
 from dpft.planning.result import Plan
 from dpft.planning.simulate import ENGINES, EngineName
 from tests.planning.models import VOCAB, built, llama

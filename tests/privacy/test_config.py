@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dpft.errors import AccountingError, PrivacyConfigError
-from dpft.privacy import Mechanism, PrivacyConfig, PrivacyPlan, calibrate_noise_multiplier, epsilon
+from dpft.privacy import Mechanism, PrivacyConfig, PrivacySchedule, calibrate_noise_multiplier, epsilon
 
 GOOD: dict[str, Any] = {
     "target_delta": 1e-6,
@@ -128,20 +128,20 @@ def test_fingerprint_is_stable_and_sees_every_field() -> None:
 
 
 def test_resolve_gives_the_constants() -> None:
-    plan = make().resolve(10_000)
-    assert (plan.sample_rate, plan.num_steps, plan.noise_multiplier) == (0.0064, 100, 1.0)
-    assert plan.private and plan.dataset_size == 10_000
-    assert plan.epsilon == epsilon(plan.mechanism, 100, 1e-6)
-    assert any("number of examples is public" in line for line in plan.assumptions)
-    assert PrivacyPlan.from_dict(json.loads(json.dumps(plan.to_dict(), allow_nan=False))) == plan
+    schedule = make().resolve(10_000)
+    assert (schedule.sample_rate, schedule.num_steps, schedule.noise_multiplier) == (0.0064, 100, 1.0)
+    assert schedule.private and schedule.dataset_size == 10_000
+    assert schedule.epsilon == epsilon(schedule.mechanism, 100, 1e-6)
+    assert any("number of examples is public" in line for line in schedule.assumptions)
+    assert PrivacySchedule.from_dict(json.loads(json.dumps(schedule.to_dict(), allow_nan=False))) == schedule
 
 
 def test_a_declared_rate_keeps_the_number_of_examples_secret() -> None:
     config = make(sample_rate=0.01)
-    plan, neighbour = config.resolve(10_000), config.resolve(10_001)
-    assert plan == neighbour
-    assert "10000" not in json.dumps(plan.to_dict()) + plan.describe()
-    assert not any("number of examples" in line for line in plan.assumptions)
+    schedule, neighbour = config.resolve(10_000), config.resolve(10_001)
+    assert schedule == neighbour
+    assert "10000" not in json.dumps(schedule.to_dict()) + schedule.describe()
+    assert not any("number of examples" in line for line in schedule.assumptions)
 
 
 @pytest.mark.parametrize(
@@ -160,18 +160,18 @@ def test_epochs_become_steps(changes: dict[str, Any], n: int, steps: int) -> Non
 
 def test_calibrated_plan_is_within_the_budget_and_not_far_below() -> None:
     config = PrivacyConfig(target_epsilon=3.0, target_delta=1e-5, expected_batch_size=64, num_steps=50)
-    plan = config.resolve(4_000)
-    assert 2.98 < plan.epsilon <= 3.0
+    schedule = config.resolve(4_000)
+    assert 2.98 < schedule.epsilon <= 3.0
     shape = Mechanism(sampler="poisson", noise_multiplier=1.0, sample_rate=64 / 4_000)
-    assert plan.noise_multiplier == calibrate_noise_multiplier(shape, 50, 3.0, 1e-5)
+    assert schedule.noise_multiplier == calibrate_noise_multiplier(shape, 50, 3.0, 1e-5)
 
 
 def test_no_noise_is_not_private_everywhere() -> None:
     for changes in ({}, FIXED, {"sampler": "shuffle"}):
-        plan = make(noise_multiplier=0, **changes).resolve(10_000)
-        assert plan.epsilon == math.inf and not plan.private
-        assert plan.describe().startswith("NOT PRIVATE")
-        assert not PrivacyPlan.from_dict(json.loads(json.dumps(plan.to_dict(), allow_nan=False))).private
+        schedule = make(noise_multiplier=0, **changes).resolve(10_000)
+        assert schedule.epsilon == math.inf and not schedule.private
+        assert schedule.describe().startswith("NOT PRIVATE")
+        assert not PrivacySchedule.from_dict(json.loads(json.dumps(schedule.to_dict(), allow_nan=False))).private
 
 
 def test_large_delta_warns_and_small_does_not() -> None:

@@ -14,28 +14,28 @@ from dpft.privacy import (
     Ledger,
     Mechanism,
     PrivacyConfig,
-    PrivacyPlan,
+    PrivacySchedule,
     compose_epsilon,
     privacy_report,
     privacy_statement_markdown,
 )
 
 
-def plan_of(**changes: Any) -> PrivacyPlan:
+def schedule_of(**changes: Any) -> PrivacySchedule:
     values = {"target_delta": 1e-6, "noise_multiplier": 1.0, "num_steps": 100, "expected_batch_size": 64, **changes}
     return PrivacyConfig(**values).resolve(10_000)
 
 
 def test_spent_is_what_the_ledger_counts(tmp_path: Path) -> None:
-    plan = plan_of()
-    with Ledger.open(tmp_path / "l", "new", mechanism=plan.mechanism) as ledger:
+    schedule = schedule_of()
+    with Ledger.open(tmp_path / "l", "new", mechanism=schedule.mechanism) as ledger:
         for _ in range(40):
             ledger.record()
-        report = privacy_report(plan, ledger, clipping="flash")
-    assert report == privacy_report(plan, Ledger.read(tmp_path / "l"), clipping="flash")
-    spent = compose_epsilon([(plan.mechanism, 40)], 1e-6)
+        report = privacy_report(schedule, ledger, clipping="flash")
+    assert report == privacy_report(schedule, Ledger.read(tmp_path / "l"), clipping="flash")
+    spent = compose_epsilon([(schedule.mechanism, 40)], 1e-6)
     assert (report["epsilon_spent"], report["steps_released"]) == (spent, 40)
-    assert report["epsilon_spent"] < report["epsilon_planned"] == plan.epsilon
+    assert report["epsilon_spent"] < report["epsilon_planned"] == schedule.epsilon
     assert report["private"] and report["run_id"] == ledger.run_id
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     text = privacy_statement_markdown(report)
@@ -47,20 +47,20 @@ def test_spent_is_what_the_ledger_counts(tmp_path: Path) -> None:
 
 
 def test_more_releases_than_planned_are_stated() -> None:
-    plan = plan_of()
-    report = privacy_report(plan, 150)
+    schedule = schedule_of()
+    report = privacy_report(schedule, 150)
     assert report["epsilon_spent"] > report["epsilon_planned"]
 
 
 def test_a_resume_with_other_noise_is_composed(tmp_path: Path) -> None:
-    plan = plan_of()
-    quieter = plan.mechanism.with_noise(0.7)
-    for mode, mechanism in (("new", quieter), ("resume", plan.mechanism)):
+    schedule = schedule_of()
+    quieter = schedule.mechanism.with_noise(0.7)
+    for mode, mechanism in (("new", quieter), ("resume", schedule.mechanism)):
         with Ledger.open(tmp_path / "l", mode, mechanism=mechanism) as ledger:  # type: ignore[arg-type]  # mypy takes the loop variable for a str
             for _ in range(20):
                 ledger.record()
-    report = privacy_report(plan, Ledger.read(tmp_path / "l"))
-    assert report["epsilon_spent"] == compose_epsilon([(quieter, 20), (plan.mechanism, 20)], 1e-6)
+    report = privacy_report(schedule, Ledger.read(tmp_path / "l"))
+    assert report["epsilon_spent"] == compose_epsilon([(quieter, 20), (schedule.mechanism, 20)], 1e-6)
     assert "noise_multiplier 0.7" in privacy_statement_markdown(report)
 
 
@@ -74,7 +74,7 @@ def test_a_resume_with_other_noise_is_composed(tmp_path: Path) -> None:
     ],
 )
 def test_not_private_is_loud(changes: Any, options: Any, reason: str) -> None:
-    report = privacy_report(plan_of(**changes), 10, **options)
+    report = privacy_report(schedule_of(**changes), 10, **options)
     assert not report["private"] and report["epsilon_spent"] == report["epsilon_planned"] == "inf"
     json.dumps(report, allow_nan=False)
     text = privacy_statement_markdown(report)
@@ -84,23 +84,23 @@ def test_not_private_is_loud(changes: Any, options: Any, reason: str) -> None:
 
 
 def test_one_release_without_noise_in_an_old_segment_is_enough(tmp_path: Path) -> None:
-    plan = plan_of()
-    with Ledger.open(tmp_path / "l", "new", mechanism=plan.mechanism.with_noise(0.0)) as ledger:
+    schedule = schedule_of()
+    with Ledger.open(tmp_path / "l", "new", mechanism=schedule.mechanism.with_noise(0.0)) as ledger:
         ledger.record()
-    with Ledger.open(tmp_path / "l", "resume", mechanism=plan.mechanism) as ledger:
-        assert not privacy_report(plan, ledger)["private"]
+    with Ledger.open(tmp_path / "l", "resume", mechanism=schedule.mechanism) as ledger:
+        assert not privacy_report(schedule, ledger)["private"]
 
 
 def test_without_a_ledger_nothing_is_claimed() -> None:
-    report = privacy_report(plan_of(), None)
+    report = privacy_report(schedule_of(), None)
     assert report["epsilon_spent"] is None
     text = privacy_statement_markdown(report)
     assert "No ledger was kept" in text and "differential privacy" not in text
 
 
 def test_the_number_of_examples_is_said_only_where_it_is_public() -> None:
-    assert privacy_report(plan_of(), 1)["dataset_size"] == 10_000
-    secret = privacy_report(plan_of(sample_rate=0.01), 1)
+    assert privacy_report(schedule_of(), 1)["dataset_size"] == 10_000
+    secret = privacy_report(schedule_of(sample_rate=0.01), 1)
     assert secret["dataset_size"] is None and "10000" not in json.dumps(secret)
     assert "not disclosed" in privacy_statement_markdown(secret)
 
@@ -117,17 +117,17 @@ def test_the_number_of_examples_is_said_only_where_it_is_public() -> None:
     ],
 )
 def test_what_is_particular_is_said(changes: Any, words: str) -> None:
-    assert words in privacy_statement_markdown(privacy_report(plan_of(**changes), 10))
+    assert words in privacy_statement_markdown(privacy_report(schedule_of(**changes), 10))
 
 
 def test_notes_are_assumptions_and_mixed_units_are_refused(tmp_path: Path) -> None:
-    report = privacy_report(plan_of(), 1, notes=("documents were packed",), tuning="none was done")
+    report = privacy_report(schedule_of(), 1, notes=("documents were packed",), tuning="none was done")
     text = privacy_statement_markdown(report)
     assert "- documents were packed" in text and "none was done" in text
     user = Mechanism(sampler="poisson", noise_multiplier=1.0, sample_rate=0.01, unit="user", examples_per_user=2)
     with Ledger.open(tmp_path / "l", "new", mechanism=user) as ledger:
         ledger.record()
-    with Ledger.open(tmp_path / "l", "resume", mechanism=plan_of().mechanism) as ledger:
+    with Ledger.open(tmp_path / "l", "resume", mechanism=schedule_of().mechanism) as ledger:
         ledger.record()
         with pytest.raises(AccountingError, match="units"):
-            privacy_report(plan_of(), ledger)
+            privacy_report(schedule_of(), ledger)

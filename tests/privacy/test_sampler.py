@@ -201,12 +201,12 @@ def test_bad_arguments() -> None:
 )
 def test_a_plan_gets_the_sampler_it_was_accounted_for(changes: Any, kind: type) -> None:
     config = PrivacyConfig(target_delta=1e-6, noise_multiplier=1, num_steps=5, expected_batch_size=20, **changes)
-    plan = config.resolve(100)
-    sampler = make_sampler(plan, 100, test_seed=0)
+    schedule = config.resolve(100)
+    sampler = make_sampler(schedule, 100, test_seed=0)
     assert type(sampler) is kind
     assert 10 <= np.mean([len(sampler.draw(step)) for step in range(5)]) <= 30
     with pytest.raises(PrivacyConfigError, match="resolved for 100 examples"):
-        make_sampler(plan, 101)
+        make_sampler(schedule, 101)
 
 
 # ------------------------------------------------------------------------------------------ physical batches
@@ -258,7 +258,7 @@ def test_ranks_make_the_same_number_of_passes() -> None:
     assert seen[0] == seen[1] == seen[2] == [step for step in range(6) for _ in range(5)]
 
 
-def test_iteration_begins_where_the_ledger_stands_and_ends_at_the_plan() -> None:
+def test_iteration_begins_where_the_ledger_stands_and_ends_at_the_schedule() -> None:
     released = [0]
     sampler = PhysicalBatchSampler(
         PoissonSampler(30, 0.2, test_seed=1), 4, num_steps=5, first_step=lambda: released[0]

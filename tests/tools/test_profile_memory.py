@@ -95,9 +95,7 @@ def test_peaks_do_not_depend_on_the_order(folder: Path, tmp_path: Path) -> None:
         assert [p["peak_mb"] for p in after["phases"]] == [p["peak_mb"] for p in before[name]["phases"]]
 
 
-def test_plot_and_compare_of_stored_results(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plot_and_compare_of_stored_results(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     drawn = tmp_path / "drawn"
     assert profile_memory.main(["plot", "--input-dir", str(folder), "--output-dir", str(drawn)]) == 0
     assert {path.name for path in drawn.iterdir()} == REPORT
@@ -221,9 +219,7 @@ def test_ctrl_c_ends_the_children(tmp_path: Path) -> None:
     command = [sys.executable, str(TOOLS / "profile_memory.py"), "run", *SIZE, "--num-iter", "1000"]
     command += ["--output-dir", str(tmp_path)]
     heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job is started to ignore it
-    parent = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed
-    )
+    parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed)
     assert parent.stderr is not None
     assert any("warmup" in line for line in parent.stderr)
     children = psutil.Process(parent.pid).children(recursive=True)

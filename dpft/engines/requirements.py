@@ -23,7 +23,7 @@ import torch.distributed as dist
 from accelerate.utils import DDPCommunicationHookType, DistributedType, DynamoBackend, is_compiled_module
 from torch import nn
 
-from dpft.engines import deepspeed_checks
+from dpft.engines import deepspeed_config
 from dpft.engines.engine import Kind, kind_of
 from dpft.errors import EngineError
 
@@ -92,7 +92,7 @@ def check_accelerator(accelerator: Any) -> Kind:
                 "Call dpft.prepare once in a process."
             )
         config = accelerator.state.deepspeed_plugin.deepspeed_config
-        deepspeed_checks.check_config(config)
+        deepspeed_config.check_config(config)
         config["gradient_clipping"] = 0.0
     return kind_of(accelerator)
 
@@ -214,7 +214,7 @@ def check_model(accelerator: Any, kind: Kind, model: nn.Module, optimizer: Any) 
         )
     if kind.startswith("zero"):
         config = accelerator.state.deepspeed_plugin.deepspeed_config
-        if deepspeed_checks.replaces_optimizer(config) and kinds[0] not in _OFFLOADED:
+        if deepspeed_config.replaces_optimizer(config) and kinds[0] not in _OFFLOADED:
             raise EngineError(
                 f"with offload_optimizer Accelerate puts DeepSpeedCPUAdam in the place of {kinds[0]}. Use "
                 "torch.optim.AdamW, or set zero_force_ds_cpu_optimizer to false in the DeepSpeed configuration."
@@ -251,7 +251,7 @@ def check_prepared(accelerator: Any, kind: Kind, prepared: nn.Module) -> None:
         EngineError: names what was found and what was expected.
     """
     if kind.startswith("zero"):
-        deepspeed_checks.check_engine(prepared, int(kind[-1]), accelerator.num_processes)
+        deepspeed_config.check_engine(prepared, int(kind[-1]), accelerator.num_processes)
     elif kind == "fsdp2":
         from torch.distributed.fsdp import FSDPModule
 

@@ -23,7 +23,7 @@ class EpsilonMeter:
     After a resume, count from there, and the meter adds what was before::
 
         history, before = ledger.events(), ledger.count
-        meter = EpsilonMeter(plan.mechanism, plan.target_delta, plan.num_steps - before, history=history)
+        meter = EpsilonMeter(schedule.mechanism, schedule.target_delta, schedule.num_steps - before, history=history)
         meter.at(ledger.count - before)
 
     Args:

@@ -13,7 +13,7 @@ from torch import Tensor
 from dpft.errors import ClippingError
 
 
-class Findings:
+class DeferredChecks:
     """Flags and loss factors, accumulated on the device.
 
     Attributes:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dpft.planning.meter import Operation, StepMeter
+from dpft.planning.step_meter import Operation, StepMeter
 
 MIB = 2**20
 

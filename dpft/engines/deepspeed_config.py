@@ -246,9 +246,7 @@ def _same(value: Any, allowed: Any) -> bool:
     return bool(value == allowed)
 
 
-def _only(
-    prefix: str, section: Any, only: dict[str, tuple[tuple[Any, ...], str]], free: set[str] | None
-) -> None:
+def _only(prefix: str, section: Any, only: dict[str, tuple[tuple[Any, ...], str]], free: set[str] | None) -> None:
     for name, value in _section(section).items():
         if name in only:
             allowed, why = only[name]

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from dpft.clipping.planner import (
+from dpft.clipping.strategy_choice import (
     Choice,
     Strategy,
     choose_for_all,
@@ -26,7 +26,7 @@ from dpft.planning.simulate import Sharding, Simulation, simulate
 from dpft.rules.base import MatrixUse
 from dpft.wrap import get_state, unwrap, wrap
 
-__all__ = ["Planner"]
+__all__ = ["Predictor"]
 
 STRATEGIES: tuple[Strategy, ...] = ("one_pass", "two_pass", "per_example")
 MAX_BATCH_SIZE = 256
@@ -40,7 +40,7 @@ WORTH = 0.02
 PROBE = 1.05
 
 
-class Planner:
+class Predictor:
     """The predictions of one twin, each batch size and strategy simulated once."""
 
     def __init__(

@@ -45,7 +45,7 @@ def has_reentrant(loss: Tensor) -> bool:
     return loss.grad_fn is not None and any(is_reentrant(node) for node, _, _ in walk(loss.grad_fn))
 
 
-def audit_graph(losses: Tensor, names: dict[int, str] | None) -> bool:
+def check_coverage(losses: Tensor, names: dict[int, str] | None) -> bool:
     """Walk the autograd graph of ``losses`` and hold every trainable parameter against the rules.
 
     Args:

@@ -11,7 +11,7 @@ from torch import Tensor
 _OWNED = [object()]  # which nothing but a list has
 
 
-def is_the_only_owner(tensors: list[Tensor | None], k: int) -> bool:
+def is_sole_owner(tensors: list[Tensor | None], k: int) -> bool:
     """Whether nothing but place ``k`` of the list has the tensor that stands there, or its memory.
 
     Autograd may give two parameters one tensor, or two of one memory, or one that a Function has kept. One tensor is

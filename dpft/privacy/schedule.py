@@ -10,12 +10,12 @@ from typing import Any
 
 from dpft.errors import PrivacyConfigError
 from dpft.privacy.accountant import Event, discretization, rounded_up
+from dpft.privacy.epsilon_meter import EpsilonMeter
 from dpft.privacy.mechanism import AccountantName, Mechanism, SamplerName, UnitName
-from dpft.privacy.meter import EpsilonMeter
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrivacyPlan:
+class PrivacySchedule:
     """A resolved :class:`~dpft.privacy.config.PrivacyConfig`. Make it with ``config.resolve(len(dataset))``.
 
     The optimiser adds noise of standard deviation ``noise_multiplier * max_grad_norm`` to the clipped sum, once per
@@ -32,7 +32,7 @@ class PrivacyPlan:
         epsilon: after ``num_steps``; inf without noise.
         dataset_size: N where the configuration takes it as public, else None: it is then written nowhere.
         assumptions: in words, what the epsilon takes for granted.
-        config_fingerprint: of the configuration that this plan came from.
+        config_fingerprint: of the configuration that this schedule came from.
     """
 
     noise_multiplier: float
@@ -57,7 +57,7 @@ class PrivacyPlan:
 
     @property
     def private(self) -> bool:
-        """Whether the plan has a finite epsilon at all."""
+        """Whether the schedule has a finite epsilon at all."""
         return self.noise_multiplier > 0 and math.isfinite(self.epsilon)
 
     @property
@@ -85,7 +85,7 @@ class PrivacyPlan:
         return f"dp_accounting PLD (pessimistic, discretisation {discretization(self.mechanism):g})"
 
     def meter(self, history: Sequence[Event] = ()) -> EpsilonMeter:
-        """An :class:`~dpft.privacy.meter.EpsilonMeter` of this plan; ``history`` as there."""
+        """An :class:`~dpft.privacy.epsilon_meter.EpsilonMeter` of this schedule; ``history`` as there."""
         return EpsilonMeter(
             self.mechanism, self.target_delta, self.num_steps, accountant=self.accountant, history=history
         )
@@ -121,14 +121,14 @@ class PrivacyPlan:
         return values
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> PrivacyPlan:
+    def from_dict(cls, values: Mapping[str, Any]) -> PrivacySchedule:
         """Inverse of :meth:`to_dict`.
 
         Raises:
-            PrivacyConfigError: not the dictionary of a plan.
+            PrivacyConfigError: not the dictionary of a schedule.
         """
         try:
             fixed = {"epsilon": float(values["epsilon"]), "assumptions": tuple(values["assumptions"])}
             return cls(**{**values, **fixed})
         except (KeyError, TypeError, ValueError) as error:
-            raise PrivacyConfigError(f"not a privacy plan: {error}; expected what to_dict gave.") from error
+            raise PrivacyConfigError(f"not a privacy schedule: {error}; expected what to_dict gave.") from error
