@@ -20,9 +20,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from datasets import disable_progress_bars
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from accelerate import Accelerator
+from dpft import DPFTError
 from finetune import checkpoints
 from finetune.engine import ending_all, engine_name, from_first, make_accelerator, weight_dtype
 from finetune.evaluation import sample_text, validation_loss
@@ -32,10 +36,6 @@ from finetune.options import Options, parse
 from finetune.private import LEDGER, Prepared, explain, prepare, privacy_config, statement
 from finetune.report import write_report
 from finetune.setup import METRICS, Materials, choose_output, load_materials, load_model, steady_memory
-from torch import nn
-from transformers.utils import logging as transformers_logging
-
-from dpft import DPFTError
 
 
 @contextmanager

@@ -49,7 +49,7 @@ LAYERS["__init__"] = set(LAYERS)
 # A benchmark of the kernels is of what stands behind the public names, and a simulated profile of how plans are made.
 INSIDE_TOOLS = {
     "tools.benchmark_norms": frozenset({"kernels"}),
-    "tools.profile_simulate": frozenset({"kernels", "planning"}),
+    "tools.memory.simulate": frozenset({"kernels", "planning"}),
 }
 
 # The oracle is right because it shares nothing with what it judges: within kernels, only these may import it.

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Adafactor, get_scheduler
 
 import dpft
+from accelerate import Accelerator
 from dpft.errors import WrapError
 from tests.summed import SECRET, SIGMA, B, C, give, parameters, private, same, sgd, signals, snapshot
 

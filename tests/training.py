@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 import dpft
+from accelerate import Accelerator
 from tests import zoo
 
 EXAMPLES = 12

@@ -25,12 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_meter import Meter, describe_device, reason_of
-from benchmark_norms_report import Layer, plot_norms, seeds_table, table
-from benchmark_report import conditions, json_path, write_json
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script finds `tools` from its root
+
 from dpft.kernels import linear_sq_norm
+from tools.benchmarks.norms_report import Layer, plot_norms, seeds_table, table
+from tools.common.conditions import conditions, describe_device
+from tools.common.failures import reason_of
+from tools.common.json_files import json_path, write_json
+from tools.common.meter import Meter
 
 Function = Callable[[Tensor, Tensor], Tensor]
 METHODS = ("auto", "gram", "feature", "materialise")

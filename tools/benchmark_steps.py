@@ -25,10 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_cases import METHODS, Shape, find_method
-from benchmark_presets import EVERYTHING, PRESETS, Longest, Preset, Run
-from benchmark_report import MIB, conditions, json_path, plot_steps, write_json
-from benchmark_runner import GRACE, Budget, Machine, ShapeRunner, longest_context
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script finds `tools` from its root
+
+from tools.benchmarks.cases import METHODS, Shape, find_method
+from tools.benchmarks.plots import plot_steps
+from tools.benchmarks.presets import EVERYTHING, PRESETS, Longest, Preset, Run
+from tools.benchmarks.runner import GRACE, Budget, Machine, ShapeRunner, longest_context
+from tools.common.conditions import conditions
+from tools.common.json_files import json_path, write_json
+from tools.common.meter import MIB
 
 ARCHITECTURES = ("llama", "gpt2")
 HAND = ("architecture", "width", "layers", "vocab", "tokens", "rows", "dtype", "checkpointing", "update", "methods")

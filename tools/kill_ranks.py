@@ -3,7 +3,7 @@
     python tools/kill_ranks.py --engine zero2 --kills 200
     python tools/kill_ranks.py --engine ddp --kills 5 --seed 3 --device cpu --json kills.json
 
-A tiny training (kill_ranks_worker.py) runs by `accelerate launch` with a ready configuration. Then one rank, all ranks
+A tiny training (faults/worker.py) runs by `accelerate launch` with a ready configuration. Then one rank, all ranks
 or the launcher get SIGKILL; or one rank hangs: it waits for ever, or gets SIGSTOP (SIGTERM does not end that one: the
 launcher sends SIGKILL 30 s later). This happens while a run is prepared or resumed, in a backward pass, between the
 ledger's line and the parameters' change, after that change, while a checkpoint is written, or at any moment. The next
@@ -41,12 +41,14 @@ from pathlib import Path
 
 import psutil
 import torch
-from kill_ranks_checks import PROCESSES, Kill, Start, violations
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script finds `tools` from its root
 
 import dpft
+from tools.faults.invariants import PROCESSES, Kill, Start, violations
 
 ROOT = Path(__file__).resolve().parents[1]
-WORKER = Path(__file__).with_name("kill_ranks_worker.py")
+WORKER = Path(__file__).with_name("faults") / "worker.py"
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3", "zero2_offload")
 INSTANTS = ("prepare", "backward", "ledger", "changed", "save", "any")
 VICTIMS = ("rank", "all", "launcher", "stop", "hang")

@@ -28,7 +28,7 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-WORKER = Path(__file__).with_name("measure_engines_worker.py")
+WORKER = Path(__file__).with_name("engines") / "worker.py"
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3", "zero2_offload")
 STRATEGIES = ("plain", "one_pass", "two_pass", "per_example")
 TWO_WAYS = ("all_reduce",)

@@ -25,11 +25,13 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from benchmark_report import json_path
-from profile_compare import compare
-from profile_report import summary, write_report
-from profile_result import SUMMARY, load_results, ordered, write_result, write_text
-from profile_setup import (
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script finds `tools` from its root
+
+from tools.common.json_files import json_path
+from tools.memory.compare import compare
+from tools.memory.report import summary, write_report
+from tools.memory.result import SUMMARY, load_results, ordered, write_result, write_text
+from tools.memory.setup import (
     DEFAULT_EXPERIMENTS,
     EXPERIMENTS,
     Setup,
@@ -39,8 +41,8 @@ from profile_setup import (
     positive,
     setup_of,
 )
-from profile_suite import prepare_environment, run_experiment
-from profile_words import unit_for
+from tools.memory.suite import prepare_environment, run_experiment
+from tools.memory.words import unit_for
 
 RESULTS = Path("memory_profiling_results")
 

@@ -14,7 +14,7 @@ the load is in the first line of the summary. Bytes, FLOPs and peaks do not.
 
 Measured: time without a profiler; the peak of a step, all bytes counted; what a step retains, that is what is alive
 after zero_grad() besides parameters, buffers, the batch and the optimiser's state; operators by class (see
-profile_trainers_operators.py); and steps under torch.profiler. Everything is in runs/<date-time>/results.json and
+trainers/operators.py); and steps under torch.profiler. Everything is in runs/<date-time>/results.json and
 summary.txt. Each trainer's trace, runs/<date-time>/<trainer>_<shape>/*.pt.trace.json, opens in chrome://tracing, in
 Perfetto and in TensorBoard's profiler plugin, which torch 2.13 calls deprecated.
 """
@@ -31,13 +31,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from benchmark_cases import Shape
-from benchmark_report import conditions, json_path, write_json
-from profile_result import write_text
-from profile_trainers_report import BASELINE, complete, tables
-from profile_trainers_worker import Job, find_trainer, measure_apart
-from profile_words import counted
-from trainers import TRAINERS
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script finds `tools` from its root
+
+from tools.benchmarks.cases import Shape
+from tools.common.conditions import conditions
+from tools.common.json_files import json_path, write_json
+from tools.memory.result import write_text
+from tools.memory.words import counted
+from tools.trainers.implementations import TRAINERS
+from tools.trainers.report import BASELINE, complete, tables
+from tools.trainers.worker import Job, find_trainer, measure_apart
 
 SCHEMA = "dpft.trainers_profile/1"
 SIZES = {

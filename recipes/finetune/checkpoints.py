@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-
 from finetune.engine import WHOLE, engine_name, from_first
 from finetune.setup import CHECKPOINTS
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, parse_flag_from_env
 from transformers.integrations import unset_hf_deepspeed_config
 
+from accelerate import Accelerator
 from finetune.options import Options
 
 T = TypeVar("T")

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from accelerate import Accelerator
 from finetune.data import IGNORED_LABEL
 
 TOKENS_AT_ONCE = 4096  # of an evaluation without gradients

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
+from accelerate import Accelerator
 from finetune.engine import compute_dtype, from_first, unsharded
 from finetune.evaluation import validation_loss
 from finetune.options import Options

@@ -14,11 +14,11 @@ from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
+from accelerate import Accelerator
 from finetune.options import Options
 from finetune.private import Prepared
 

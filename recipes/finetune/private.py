@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 import dpft
+from accelerate import Accelerator
 from finetune.options import Options
 
 LEDGER = "ledger.jsonl"

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import torch
 import transformers
 import yaml
 
+import accelerate
 from finetune.options import BASE_MODEL, Options, as_words
 from finetune.plots import plot_run
 from finetune.private import LEDGER

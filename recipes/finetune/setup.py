@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from accelerate import Accelerator
 from finetune.data import load_texts, make_collate, text_column, tokenise
 from finetune.engine import engine_name, from_first
 from finetune.evaluation import choose_examples

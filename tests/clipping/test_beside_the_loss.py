@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset
 
 import dpft
+from accelerate import Accelerator
 
 STRATEGIES = ["one_pass", "two_pass", "per_example"]
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import dpft
+from accelerate import Accelerator
 from tests import zoo
 
 TWO = pytest.mark.parametrize("strategy", ["one_pass", "two_pass"])

@@ -212,6 +212,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     sys.path.insert(0, str(ROOT / "recipes"))
     import deepspeed  # noqa: F401  # imported once, for all ranks that are forked
+
     import finetune.checkpoints  # noqa: F401  # imported once, the same
 
     for engine in sys.argv[2:]:

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import ParallelismConfig
 from torch import Tensor, nn
 
 import dpft
+from accelerate import Accelerator
 from dpft.engines import sums
 from dpft.engines.ranks import Ranks
 from tests import zoo

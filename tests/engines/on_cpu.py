@@ -11,9 +11,10 @@ import os
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+
+from accelerate import Accelerator
 
 
 def use_cpu() -> None:

@@ -16,7 +16,6 @@ import time
 from typing import Any
 
 import accelerate
-
 from tests.engines.launching import ROOT
 from tests.engines.on_cpu import use_cpu
 

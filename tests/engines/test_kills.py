@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import copy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-if str(TOOLS) not in sys.path:
-    sys.path.insert(0, str(TOOLS))
-
-import kill_ranks  # noqa: E402 - a tool stands beside the package, on no path
-from kill_ranks_checks import Kill, Start, violations  # noqa: E402 - it stands beside that tool
+from tools import kill_ranks
+from tools.faults.invariants import Kill, Start, violations
 
 KILLS = {
     # The rank that holds the ledger dies between its line and the parameters' change, which the other one makes. Then

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import DataLoaderConfiguration, DistributedDataParallelKwargs
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import (
     DDPCommunicationHookType,
@@ -23,6 +22,7 @@ from accelerate.utils import (
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import dpft
+from accelerate import DataLoaderConfiguration, DistributedDataParallelKwargs
 from dpft.engines import requirements
 from dpft.errors import EngineError
 from tests.training import Training, new_accelerator, tiny_llama

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from finetune.data import make_collate
 from finetune.evaluation import choose_examples, sample_text, validation_loss
 from finetune.options import BASE_MODEL
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
 from finetune.corpora import in_validation, stdlib_docstrings, synthetic_tickets
 
 ROOT = Path(__file__).resolve().parents[2]

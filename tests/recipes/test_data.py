@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from datasets import Dataset, DatasetDict
-from finetune.data import load_texts, make_collate, text_column, tokenise
-from finetune.options import BASE_MODEL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpft
+from accelerate import Accelerator
+from finetune.data import load_texts, make_collate, text_column, tokenise
+from finetune.options import BASE_MODEL
 
 TEXTS = [f"Record {number}: " + "some words " * (number % 7) for number in range(60)]
 

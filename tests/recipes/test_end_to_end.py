@@ -12,11 +12,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import llama_dp
 import pytest
-from finetune import loop
 from matplotlib.image import imread
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import llama_dp
+from finetune import loop
 
 ROOT = Path(__file__).resolve().parents[2]
 # One thread: this process may have imported torch without what finetune.environment sets before it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from finetune.options import BASE_MODEL, Options, as_words, build_parser, parse, read_yaml
 
 CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "configs"

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import dpft
 from finetune.loop import History, Interrupt, StaleWeightsError, WeightWatch, describe
 from finetune.options import Options
 from finetune.report import write_report
-
-import dpft
 
 PLAN = dpft.PrivacyConfig(
     noise_multiplier=1.0, target_delta=1e-6, max_grad_norm=1.0, expected_batch_size=8, num_steps=4

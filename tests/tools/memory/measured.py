@@ -1,0 +1,30 @@
+"""Profiles of a model of known size, for the tests of the tracker and of simulation."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+from tools.memory.setup import Setup
+from tools.memory.worker import measure_memory
+
+MIB = 2**20
+WIDTH, LAYERS, VOCAB, TOKENS = 64, 2, 320, 96
+TINY = Setup(VOCAB, WIDTH, LAYERS, num_heads=2, seq_len=TOKENS, intermediate_dim=96, num_iter=2, warmup_iter=1)
+PARAMETERS = 2 * VOCAB * WIDTH + LAYERS * (4 * WIDTH**2 + 3 * WIDTH * 96 + 2 * WIDTH) + WIDTH
+NUMBER_OF_PARAMETERS = 3 + LAYERS * 9
+
+
+@functools.cache
+def measured(name: str, **changes: Any) -> dict[str, Any]:
+    """What one process would answer, here in the process of the test."""
+    found = measure_memory(replace(TINY, **changes), name, lambda _: None)
+    assert found["status"] == "ok", found["reason"]
+    return found
+
+
+def at(found: dict[str, Any], name: str) -> dict[str, float]:
+    """The components of a snapshot, in bytes."""
+    (snapshot,) = [s for s in found["snapshots"] if s["name"] == name]
+    return {key.removesuffix("_mb"): mb * MIB for key, mb in snapshot["components"].items()}

@@ -1,0 +1,82 @@
+"""tools/profile_memory.py --simulate: the very bytes of a real step, and what a rank of an engine holds of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import transformers as hf
+
+import dpft
+from tests.tools.memory.measured import MIB, TINY, TOKENS, VOCAB, WIDTH, at, measured
+from tools.memory.setup import EXPERIMENTS, make_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A GPT-2, whose head is tied and whose attention has dropout, as `save_pretrained` leaves it."""
+    config = hf.GPT2Config(
+        vocab_size=VOCAB, n_embd=WIDTH, n_layer=1, n_head=2, n_positions=128, bos_token_id=0, eos_token_id=0
+    )
+    path = tmp_path_factory.mktemp("gpt2")
+    hf.GPT2LMHeadModel(config).save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_from_a_folder(folder: str, dtype: str) -> None:
+    """Weights that are mapped from a file count; a tied one once; simulated in the dtype that is asked for."""
+    real = measured("flash_clip", model=folder, dtype=dtype)
+    size = (VOCAB + 128 + 12 * WIDTH + 13 + 2) * WIDTH  # embeddings, a block's matrices, its vectors, the last norm
+    assert real["parameters"] == size
+    assert at(real, "0_model_loaded")["model_parameters"] == size * (4 if dtype == "float32" else 2)
+    simulated = measured("flash_clip", model=folder, dtype=dtype, simulate=True, num_iter=1)
+    assert simulated["peak_memory_mb"] == pytest.approx(real["peak_memory_mb"], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("vanilla", {}),
+        ("ghost", {"batch_size": 2}),
+        ("flash_clip", {}),
+        ("flash_clip", {"batch_size": 2, "gradient_checkpointing": True}),
+        ("flash_clip", {"batch_size": 2, "dtype": "bfloat16", "strategy": "two_pass"}),
+        ("opacus_per_sample", {"batch_size": 2}),
+    ],
+    ids=str,
+)
+def test_simulated_as_real(name: str, changes: dict[str, Any]) -> None:
+    """Within 5 %, in the whole and in each component."""
+    real = measured(name, **changes)["breakdown"]
+    simulated = measured(name, **changes, simulate=True, num_iter=1)["breakdown"]
+    assert simulated["total_allocated_mb"] == pytest.approx(real["total_allocated_mb"], rel=0.05)
+    for key, mb in real.items():
+        assert simulated[key] == pytest.approx(mb, abs=0.05 * real["total_allocated_mb"]), key
+
+
+def test_simulated_as_planned() -> None:
+    """`dpft.plan` counts the same steps with another meter."""
+    model = make_model(TINY, EXPERIMENTS["vanilla"])
+    plan = dpft.plan(model, batch_size=1, seq_len=TOKENS, optimizer="adamw")
+    for name, expected in (("vanilla", plan.plain), ("flash_clip", plan.predictions["one_pass"])):
+        phases = measured(name, simulate=True, num_iter=1, strategy="one_pass")["phases"]
+        peak = max(p["peak_mb"] for p in phases if p["name"] in ("iter0_forward", "iter0_backward")) * MIB
+        assert peak == pytest.approx(sum(plan.resting.values()) + expected.peak_bytes, rel=0.01)
+
+
+def test_simulated_ranks_divide_what_their_engine_divides() -> None:
+    whole = measured("flash_clip", simulate=True, num_iter=1)["snapshots"][-1]["components"]
+    for engine, divided in (
+        ("zero1", ["optimizer_states"]),
+        ("zero2", ["optimizer_states", "gradients"]),
+        ("fsdp2", ["optimizer_states", "gradients"]),
+    ):
+        found = measured("flash_clip", simulate=True, num_iter=1, engine=engine, world_size=4)
+        rank = found["snapshots"][-1]["components"]
+        copies = 1.5 if engine.startswith("zero") else 1.0  # DeepSpeed steps on a float32 copy besides two moments
+        for component in ("optimizer_states", "gradients", "activation_hooks"):
+            factor = 0.25 if component in divided else 1.0
+            factor *= copies if component == "optimizer_states" else 1.0
+            assert rank[f"{component}_mb"] == pytest.approx(factor * whole[f"{component}_mb"], rel=0.01), component
+        assert found["peak_memory_mb"] == pytest.approx(found["breakdown"]["total_allocated_mb"])
