@@ -38,7 +38,7 @@ from tools.benchmarks.cases import Shape
 from tools.common.conditions import conditions
 from tools.common.json_files import json_path, write_json
 from tools.memory.result import write_text
-from tools.memory.words import counted
+from tools.memory.units import counted
 from tools.trainers.implementations import TRAINERS
 from tools.trainers.report import BASELINE, complete, tables
 from tools.trainers.worker import Job, find_trainer, measure_apart

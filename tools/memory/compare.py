@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tools.memory.result import WORDS, ResultError, amounts, load_result, load_results
-from tools.memory.words import milliseconds
+from tools.memory.components import TITLES
+from tools.memory.derived import amounts, milliseconds, time_ratio
+from tools.memory.result import ResultError, load_result, load_results
 
 # They change how well a peak is known, not what it is.
 NOT_COMPARED = ("repetitions", "seed", "num_iter", "warmup_iter")
@@ -152,9 +153,9 @@ def compare(before: Path, after: Path, threshold_percent: float = 5.0, least_mb:
 def _rows(label: str, before: dict[str, Any], after: dict[str, Any], threshold: float, least_mb: float) -> list[Row]:
     old, new = amounts(before), amounts(after)
     triples = [("peak", before["peak_memory_mb"], after["peak_memory_mb"])]
-    triples += [(WORDS[key], old[key], new[key]) for key in WORDS]
+    triples += [(TITLES[key], old[key], new[key]) for key in TITLES]
     old, new = before.get("highest") or {}, after.get("highest") or {}
-    ever = [(f"{WORDS[key]}, ever", old.get(f"{key}_mb", 0.0), new.get(f"{key}_mb", 0.0)) for key in WORDS]
+    ever = [(f"{TITLES[key]}, ever", old.get(f"{key}_mb", 0.0), new.get(f"{key}_mb", 0.0)) for key in TITLES]
     triples += [one for one in ever if old and new and abs(one[2] - one[1]) > least_mb]
     rows = []
     for what, was, now in triples:
@@ -162,6 +163,10 @@ def _rows(label: str, before: dict[str, Any], after: dict[str, Any], threshold: 
         # Of one that was 0, or of the unattributed below it, least_mb alone decides.
         worse = now - was > least_mb and 100 * (now - was) > threshold * was
         rows.append(Row(label, what, was, now, "MiB", change, worse))
-    was, now = milliseconds(before), milliseconds(after)
-    change = 100 * (now - was) / was if was and now is not None else None
-    return [*rows, Row(label, "time per step", was, now, "ms", change, False)]
+    for what, of, unit in (("time per step", milliseconds, "ms"), ("time over vanilla's", time_ratio, "x")):
+        was, now = of(before), of(after)
+        if of is time_ratio and was is None and now is None:
+            continue
+        change = 100 * (now - was) / was if was and now is not None else None
+        rows.append(Row(label, what, was, now, unit, change, False))
+    return rows

@@ -5,7 +5,7 @@ The functions that make a figure return it unsaved, so that a test can look at t
 
 from __future__ import annotations
 
-import os
+import io
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,21 +16,22 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from tools.memory.panels import timeline_figure
-from tools.memory.result import WORDS, amounts
-from tools.memory.style import COLOURS, SMALL, VISIBLE, Results, caption, ink, legend, method_colours
-from tools.memory.words import (
-    Unit,
+from tools.memory.components import TITLES
+from tools.memory.derived import (
+    Results,
     added_over,
+    amounts,
     failed_amounts,
-    grouped,
     milliseconds,
+    time_ratio,
     times_of,
-    unit_for,
     vanilla_of,
     why_not,
-    wrapped_name,
 )
+from tools.memory.picture_style import COLOURS, SMALL, VISIBLE, caption, ink, legend, method_colours
+from tools.memory.result import write_bytes
+from tools.memory.timeline_picture import timeline_figure
+from tools.memory.units import Unit, grouped, unit_for, wrapped_name
 
 DPI = 130
 MINUS = "\N{MINUS SIGN}"  # as matplotlib writes it on its axes
@@ -131,7 +132,7 @@ def _worth_a_legend(results: Results, vanilla: dict[str, Any] | None) -> list[st
     base = amounts(vanilla) if vanilla else {}
     slight = SLIGHT * sum(base.values())
     keys = []
-    for key in WORDS:
+    for key in TITLES:
         measured = [amounts(result)[key] for result in results if result["breakdown"]]
         added = [abs(value - base[key]) for value in measured] if base else []
         values = [*measured, *(lost.get(key, 0.0) for lost in failed)]
@@ -162,7 +163,7 @@ def breakdown_figure(results: Results) -> Figure:
         why = "nothing else has a peak" if vanilla else "vanilla has no peak"
         notes.append(f"What is added over vanilla is not drawn: {why}.")
     _draw_peaks(left, results, unit, colours)
-    hidden = [WORDS[key] for key in WORDS if key not in keys and any(amounts(r).get(key) for r in results)]
+    hidden = [TITLES[key] for key in TITLES if key not in keys and any(amounts(r).get(key) for r in results)]
     notes += [f"Too small to be seen: {', '.join(hidden)}."] if hidden else []
     legend(figure, keys)
     caption(figure, results, notes)
@@ -217,7 +218,10 @@ def _label_points(figure: Figure, axis: Any, points: Sequence[tuple[str, float, 
 
 
 def tradeoff_figure(results: Results) -> Figure:
-    """Peak memory against the median time of a step, with ranges over repetitions."""
+    """Peak memory against the median time of a step, with ranges over rounds and repetitions.
+
+    The time is that over vanilla's of the same round where all experiments have shared rounds with vanilla.
+    """
     colours = method_colours(results)
     drawn = [r for r in results if r["peak_memory_mb"] is not None and not why_not(r) and milliseconds(r) is not None]
     figure = Figure(figsize=(8, 5.6 if drawn else 1.6), dpi=DPI)
@@ -229,10 +233,12 @@ def tradeoff_figure(results: Results) -> Figure:
         return figure
     axis = figure.subplots()
     unit = unit_for(result["peak_memory_mb"] for result in drawn)
+    relative = all(time_ratio(result) is not None for result in drawn)
     points, bars, corners = [], [], []
     for result in drawn:
-        name, x, y = result["experiment"], milliseconds(result) or 0.0, unit.of(result["peak_memory_mb"])
-        times = result["time_ms"] or {"min": x, "max": x}
+        name, y = result["experiment"], unit.of(result["peak_memory_mb"])
+        x = (time_ratio(result) if relative else milliseconds(result)) or 0.0
+        times = result["time_over_vanilla" if relative else "time_ms"] or {"min": x, "max": x}
         peaks = (result["repetitions"] or {}).get("peak_memory_mb") or dict.fromkeys(("min", "max"), unit.mb * y)
         across = (min(times["min"], x), max(times["max"], x))
         along = (min(unit.of(peaks["min"]), y), max(unit.of(peaks["max"]), y))
@@ -244,7 +250,8 @@ def tradeoff_figure(results: Results) -> Figure:
         corners += [(across[0], along[0]), (across[1], along[1])]
     axis.set_xlim(*_roomy(min(x for x, _ in corners), max(x for x, _ in corners)))
     axis.set_ylim(*_roomy(min(y for _, y in corners), max(y for _, y in corners)))
-    axis.set_xlabel("median time of a step, ms (bars: least to most)", fontsize=9)
+    words = "time of a step over vanilla's of the same round, median" if relative else "median time of a step, ms"
+    axis.set_xlabel(f"{words} (bars: least to most)", fontsize=9)
     axis.set_ylabel(f"peak memory, {unit.name}", fontsize=9)
     axis.set_title("Peak memory against time: lower left is better", fontsize=10)
     axis.tick_params(labelsize=SMALL)
@@ -265,7 +272,7 @@ PICTURES: dict[str, Callable[[Results], Figure]] = {
 
 
 def draw_all(results: Results, directory: Path) -> list[Path]:
-    """Write the three pictures, each whole under another name first.
+    """Write the three pictures, each whole or not at all.
 
     Args:
         results: of :func:`tools.memory.result.load_results`; failed and simulated ones without data are named.
@@ -274,15 +281,10 @@ def draw_all(results: Results, directory: Path) -> list[Path]:
     Raises:
         OSError: nothing can be written there.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, draw in PICTURES.items():
-        path = directory / name
-        part = path.with_name(f".{os.getpid()}.{name}")
-        try:
-            draw(results).savefig(part, dpi=DPI)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
-        paths.append(path)
+        picture = io.BytesIO()
+        draw(results).savefig(picture, format="png", dpi=DPI)
+        write_bytes(directory / name, picture.getvalue())
+        paths.append(directory / name)
     return paths

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from tools.memory.html import html_page
+from tools.memory.components import TITLES
+from tools.memory.derived import Results, amounts, conditions, milliseconds, time_ratio, times_of, vanilla_of, why_not
+from tools.memory.html_page import html_page
 from tools.memory.pictures import draw_all
-from tools.memory.result import WORDS, amounts, write_text
+from tools.memory.result import write_text
 from tools.memory.tables import remarks, tables_of, unit_sentence
-from tools.memory.words import conditions, milliseconds, times_of, vanilla_of, why_not
 
-Results = Sequence[dict[str, Any]]
 SUMMARY_TEXT, LATEX, PAGE = "summary.txt", "memory_table.tex", "index.html"
 SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -78,15 +77,17 @@ def latex_table(results: Results) -> str:
         texts = ["--" if value is None else f"{round(value, digits) + 0.0:.{digits}f}" for value in values]
         return [f"${text}$" if text.startswith("-") and text != "--" else text for text in texts]
 
-    shown = [key for key in WORDS if any(abs(parts.get(key, 0.0)) >= 0.005 for parts in columns)]
+    shown = [key for key in TITLES if any(abs(parts.get(key, 0.0)) >= 0.005 for parts in columns)]
     lines = [row("", [escaped(result["experiment"]) for result in results]), r"\midrule"]
-    lines += [row(WORDS[key], numbers([parts.get(key) for parts in columns], 2)) for key in shown]
+    lines += [row(TITLES[key], numbers([parts.get(key) for parts in columns], 2)) for key in shown]
     totals = [result["breakdown"] and result["breakdown"]["total_allocated_mb"] for result in results]
     lines += [r"\midrule", row("peak, MiB", numbers(totals, 2))]
     if vanilla:
         ratios = [times_of(result, vanilla) if result["breakdown"] else None for result in results]
         lines.append(row("peak, times vanilla", numbers(ratios, 2)))
     lines.append(row("time per step, ms", numbers([milliseconds(result) for result in results], 1)))
+    if any(time_ratio(result) for result in results):
+        lines.append(row("time, times vanilla", numbers([time_ratio(result) for result in results], 2)))
     lost = "".join(f" {line}." for line in failures(results))
     text = escaped(f"Peak memory by component in MiB ({conditions(results)}).{lost}")
     return "\n".join(

@@ -13,23 +13,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tools.memory.components import TITLES, UNATTRIBUTED
+
 SCHEMA = "dpft.memory_profile/1"
 STATUSES = ("ok", "out_of_memory", "failed")
 SUMMARY = "run.json"
-COMPONENTS = (  # in the order they are drawn in, from the bottom
-    ("model_parameters", "parameters"),
-    ("buffers", "buffers"),
-    ("gradients", "gradients"),
-    ("optimizer_states", "optimiser states"),
-    ("activation_hooks", "saved activations"),
-    ("checkpoint_inputs", "checkpoint inputs"),
-    ("book_keeping", "book-keeping of the private step"),
-    ("norm_samples", "norms"),
-    ("temp_matrices", "temporary matrices"),
-    ("other", "other"),
-)
-UNATTRIBUTED = "unattributed"
-WORDS = {**dict(COMPONENTS), UNATTRIBUTED: "unattributed"}
 ORDER = ("vanilla", "ghost", "flash_clip", "fast", "per_sample")
 ABSOLUTE_MB = 1e-3
 RELATIVE = 1e-4
@@ -72,7 +60,7 @@ def _amount(data: Mapping[str, Any], name: str, where: str = "", null: bool = Fa
 
 def _sums(components: Mapping[str, Any], total: float, where: str, total_name: str) -> None:
     """The components of one instant, each of them named, against what was allocated."""
-    parts = [_amount(components, f"{key}_mb", where, below=key == UNATTRIBUTED) for key in WORDS]
+    parts = [_amount(components, f"{key}_mb", where, below=key == UNATTRIBUTED) for key in TITLES]
     if abs(sum(parts) - total) > max(ABSOLUTE_MB, RELATIVE * abs(total)):
         raise ResultError(f"{where} adds up to {sum(parts):.6g} MiB; expected {total_name}, {total:.6g} MiB")
 
@@ -81,8 +69,8 @@ def _instant(entry: Mapping[str, Any], total_name: str, where: str) -> None:
     total = _amount(entry, total_name, where)
     components = _field(entry, "components", (dict,), where)
     for name in components:
-        if name.removesuffix("_mb") not in WORDS or not name.endswith("_mb"):
-            names = ", ".join(f"{key}_mb" for key in WORDS)
+        if name.removesuffix("_mb") not in TITLES or not name.endswith("_mb"):
+            names = ", ".join(f"{key}_mb" for key in TITLES)
             raise ResultError(f"{where}.components has {_short(name)}; expected only {names}")
     _sums(components, total, f"{where}.components", total_name)
 
@@ -105,6 +93,33 @@ def _spread(data: Mapping[str, Any], name: str, where: str = "", null: bool = Fa
     _field(spread, "values", (list,), label)
 
 
+def _timing(data: Mapping[str, Any]) -> None:
+    """Ratios to vanilla: positive, at most one for each time, and only where vanilla took its steps in between."""
+    _spread(data, "time_over_vanilla", null=True)
+    timing = _field(data, "timing", (dict,), null=True)
+    others: list[Any] = []
+    if timing is not None:
+        others = _field(timing, "interleaved_with", (list,), "timing")
+        for number, name in enumerate(others):
+            _field({"name": name}, "name", (str,), f"timing.interleaved_with[{number}]")
+        alone = _field(timing, "alone_because", (str,), "timing", null=True)
+        if (alone is None) != bool(others):
+            expected = "either experiments that it was interleaved with, or the reason why there are none"
+            raise ResultError(f"timing is {_short(timing)}; expected {expected}")
+    ratios = data["time_over_vanilla"]
+    if ratios is None:
+        return
+    times = _field(data, "time_ms", (dict,))["values"]
+    if "vanilla" not in [*others, *([data["experiment"]] if others else [])]:
+        came = f"time_over_vanilla is there and timing is {_short(timing)}"
+        raise ResultError(f"{came}; expected vanilla in the same rounds")
+    if not 0 < len(ratios["values"]) <= len(times):
+        came = f"{len(ratios['values'])} ratios of {len(times)} times"
+        raise ResultError(f"time_over_vanilla has {came}; expected one for each time, or fewer where a step failed")
+    if not ratios["min"] > 0:
+        raise ResultError(f"time_over_vanilla has min {ratios['min']}; expected ratios above 0")
+
+
 def _timeline(data: Mapping[str, Any]) -> None:
     timeline = _field(data, "timeline", (dict,), null=True)
     if timeline is None:
@@ -113,7 +128,7 @@ def _timeline(data: Mapping[str, Any]) -> None:
         raise ResultError(f"timeline.unit is {_short(timeline['unit'])}; expected 'ms'")
     columns = _field(timeline, "columns", (list,), "timeline")
     for name in columns:
-        if not isinstance(name, str) or not name.endswith("_mb") or name.removesuffix("_mb") not in WORDS:
+        if not isinstance(name, str) or not name.endswith("_mb") or name.removesuffix("_mb") not in TITLES:
             raise ResultError(f"timeline.columns has {_short(name)}; expected a component's name with _mb")
     before = -math.inf
     for number, point in enumerate(_field(timeline, "points", (list,), "timeline")):
@@ -137,7 +152,7 @@ def _breakdown(data: Mapping[str, Any], null: bool) -> None:
     if breakdown is None:
         return
     total, peak = (_amount(breakdown, name, "breakdown") for name in ("total_allocated_mb", "peak_allocated_mb"))
-    known = {*(f"{key}_mb" for key in WORDS), "total_allocated_mb", "peak_allocated_mb"}
+    known = {*(f"{key}_mb" for key in TITLES), "total_allocated_mb", "peak_allocated_mb"}
     if unknown := sorted(set(breakdown) - known):
         raise ResultError(f"breakdown has {_short(unknown[0])}; expected only {', '.join(sorted(known))}")
     _sums(breakdown, total, "breakdown", "total_allocated_mb")
@@ -193,6 +208,7 @@ def validate(data: object) -> None:
     _amount(data, "avg_time_ms", null=True)
     _amount(data, "peak_memory_mb", null=failed)
     _spread(data, "time_ms", null=True)
+    _timing({"time_over_vanilla": None, "timing": None, **data})
     _breakdown(data, null=failed)
     _failure(data)
     for where, entry in _entries(data, "snapshots"):
@@ -206,8 +222,10 @@ def validate(data: object) -> None:
             _field(entry, name, (str,), where, null=True)
         _instant(entry, "peak_mb", where)
     for where, entry in _entries(data, "largest"):
-        if _field(entry, "component", (str,), where) not in WORDS:
-            raise ResultError(f"{where}.component is {_short(entry['component'])}; expected one of {', '.join(WORDS)}")
+        if _field(entry, "component", (str,), where) not in TITLES:
+            raise ResultError(
+                f"{where}.component is {_short(entry['component'])}; expected one of {', '.join(TITLES)}"
+            )
         _amount(entry, "mb", where)
         _field(entry, "shape", (list,), where, null=True)
     highest = _field({"highest": None, **data}, "highest", (dict,), null=True) or {}
@@ -282,11 +300,16 @@ def load_results(directory: Path) -> list[dict[str, Any]]:
 
 
 def write_text(path: Path, text: str) -> None:
+    """:func:`write_bytes` of a text, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
     """Write the whole file under another name, then give it its own: a reader never meets half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(data)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -300,9 +323,3 @@ def write_result(path: Path, result: dict[str, Any]) -> None:
     """
     validate(result)
     write_text(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
-
-
-def amounts(result: Mapping[str, Any]) -> dict[str, float]:
-    """MiB by component at the peak instant, in drawing order; empty where none was measured."""
-    breakdown = result["breakdown"]
-    return {key: breakdown[f"{key}_mb"] for key in WORDS} if breakdown else {}

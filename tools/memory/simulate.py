@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from dpft.kernels.head import auto_chunk
 from dpft.planning.memory import resting_bytes
 from dpft.planning.simulate import Sharding, ready_on_meta, simulated
+from tools.memory.replay import Shares
 from tools.memory.setup import Setup
-from tools.memory.timeline import Shares
 from tools.memory.tracker import Tracker
 
 

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tools.memory.result import WORDS, amounts
-from tools.memory.words import (
+from tools.memory.components import TITLES
+from tools.memory.derived import (
+    Results,
     STATUS_WORDS,
     added_over,
+    amounts,
     milliseconds,
     peak_phase,
     place,
-    spread_text,
+    timed_alone,
     times_of,
     unattributed_percent,
-    unit_for,
     vanilla_of,
 )
+from tools.memory.units import grouped, spread_text, unit_for
 
-Results = Sequence[dict[str, Any]]
 LARGEST = 5
 
 
@@ -59,7 +59,7 @@ def _added(mb: float) -> str:
 def component_table(results: Results) -> Table:
     """MiB by component at the peak, a column for each experiment."""
     columns = [amounts(result) for result in results]
-    rows = [(words, *(_mb(parts.get(key)) for parts in columns)) for key, words in WORDS.items()]
+    rows = [(words, *(_mb(parts.get(key)) for parts in columns)) for key, words in TITLES.items()]
     totals = [result["breakdown"] and result["breakdown"]["total_allocated_mb"] for result in results]
     rows.append(("total", *(_mb(total) for total in totals)))
     return Table("At the peak, MiB", ("", *(r["experiment"] for r in results)), tuple(rows))
@@ -72,7 +72,7 @@ def added_table(results: Results) -> Table | None:
     if vanilla is None or not others:
         return None
     base, columns = amounts(vanilla), [amounts(result) for result in others]
-    rows = [(words, *(_added(parts[key] - base[key]) for parts in columns)) for key, words in WORDS.items()]
+    rows = [(words, *(_added(parts[key] - base[key]) for parts in columns)) for key, words in TITLES.items()]
     rows.append(("total", *(_added(added_over(result, vanilla)) for result in others)))
     ratios = (times_of(result, vanilla) for result in others)
     rows.append(("total, x vanilla", *("-" if ratio is None else f"{ratio:.3f}" for ratio in ratios)))
@@ -83,7 +83,7 @@ def lost_table(results: Results) -> Table | None:
     """MiB by component when an experiment failed, a column for each that is known of."""
     lost = [r for r in results if r["failure"] and r["failure"].get("components")]
     columns = [result["failure"]["components"] for result in lost]
-    rows = [(words, *(_mb(parts[f"{key}_mb"]) for parts in columns)) for key, words in WORDS.items()]
+    rows = [(words, *(_mb(parts[f"{key}_mb"]) for parts in columns)) for key, words in TITLES.items()]
     rows.append(("total", *(_mb(result["failure"]["allocated_mb"]) for result in lost)))
     return Table("When it failed, MiB", ("", *(r["experiment"] for r in lost)), tuple(rows)) if lost else None
 
@@ -107,6 +107,7 @@ def peak_table(results: Results) -> Table:
                 _added(added_over(result, vanilla)) if vanilla and measured else "-",
                 "-" if ratio is None else f"{ratio:.3f}",
                 spread_text(result["time_ms"]) if result["time_ms"] else average,
+                spread_text(result.get("time_over_vanilla"), 2),
             )
         )
     header = (
@@ -118,6 +119,7 @@ def peak_table(results: Results) -> Table:
         "added MiB",
         "x vanilla",
         "median ms a step",
+        "time x vanilla",
     )
     return Table("Peak and time", header, tuple(rows), left=2)
 
@@ -168,7 +170,7 @@ def where_table(results: Results) -> Table | None:
 def highest_table(results: Results) -> Table | None:
     """The most MiB of each component at any instant of the measured steps, a column for each experiment."""
     known = [r for r in results if r.get("highest")]
-    rows = [(words, *(_mb(r["highest"].get(f"{key}_mb")) for r in known)) for key, words in WORDS.items()]
+    rows = [(words, *(_mb(r["highest"].get(f"{key}_mb")) for r in known)) for key, words in TITLES.items()]
     title = "Most of each at any instant of the measured steps, MiB (not the same instant: no sums)"
     return Table(title, ("", *(r["experiment"] for r in known)), tuple(rows[:-1])) if known else None
 
@@ -180,7 +182,7 @@ def largest_table(results: Results, most: int = LARGEST) -> Table | None:
         for storage in result["largest"][:most]:
             shape = " x ".join(map(str, storage["shape"] or ())) or "-"
             made = (str(storage.get("count", 1)), shape, str(storage.get("dtype") or "-"), place(storage))
-            rows.append((result["experiment"], WORDS[storage["component"]], *made, _mb(storage["mb"])))
+            rows.append((result["experiment"], TITLES[storage["component"]], *made, _mb(storage["mb"])))
     header = ("experiment", "component", "count", "shape", "dtype", "made in", "MiB together")
     return Table("Largest storages at the peak", header, tuple(rows), left=6) if rows else None
 
@@ -188,12 +190,12 @@ def largest_table(results: Results, most: int = LARGEST) -> Table | None:
 def instants_table(result: dict[str, Any], kind: str) -> Table | None:
     """MiB by component at each of a result's ``snapshots``, or at the peak of each of its ``phases``."""
     entries, total = result[kind], {"snapshots": "allocated_mb", "phases": "peak_mb"}[kind]
-    shown = [key for key in WORDS if any(abs(entry["components"][f"{key}_mb"]) >= 0.005 for entry in entries)]
+    shown = [key for key in TITLES if any(abs(entry["components"][f"{key}_mb"]) >= 0.005 for entry in entries)]
     more = [key for key in ("reserved_mb", "resident_mb") if any(entry.get(key) is not None for entry in entries)]
     columns = [[_mb(entry[key]) for entry in entries] for key in (total, *more)]
     columns += [[_mb(entry["components"][f"{key}_mb"]) for entry in entries] for key in shown]
     rows = list(zip([entry["name"] for entry in entries], *columns, strict=True))
-    header = (kind.removesuffix("s"), "total", *(key.removesuffix("_mb") for key in more), *(WORDS[k] for k in shown))
+    header = (kind.removesuffix("s"), "total", *(key.removesuffix("_mb") for key in more), *(TITLES[k] for k in shown))
     title = {"snapshots": "Snapshots, MiB", "phases": "Highest instant of each phase, MiB"}[kind]
     return Table(title, header, tuple(rows)) if rows else None
 
@@ -209,9 +211,11 @@ def unit_sentence(results: Results) -> str:
 
 
 def remarks(results: Results) -> list[str]:
-    """What each experiment is, and what is to be known of its measurement, as far as it says so."""
+    """What each experiment is, and what a reader must know of its measurement, as far as the result says so."""
     lines = [f"{result['experiment']}: {result['words']}" for result in results if result.get("words")]
-    return lines + [f"{result['experiment']}: {note}" for result in results for note in result.get("notes", [])]
+    lines += [f"{result['experiment']}: {note}" for result in results for note in result.get("notes", [])]
+    alone = {result["experiment"]: why for result in results if (why := timed_alone(result))}
+    return [*lines, f"timed alone, with no ratio to vanilla's time: {grouped(alone)}"] if alone else lines
 
 
 def tables_of(results: Results) -> tuple[list[Table], list[Table]]:

@@ -8,7 +8,7 @@ that a storage counts once, whatever views there are of it. Who holds it is obse
 - what autograd saves, by hooks on saved tensors, whose objects live exactly as long as autograd holds them;
 - what a checkpoint recomputes, by the hooks on saved tensors that it has in place while it does so.
 
-Nothing is decided here. The events are replayed afterwards (:mod:`tools.memory.timeline`), when it is known what
+Nothing is decided here. The events are replayed afterwards (:mod:`tools.memory.replay`), when it is known what
 became of a storage: one that ends as a gradient, without a copy, was one from its birth.
 """
 
@@ -32,8 +32,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tools.memory.allocator import Allocator
-from tools.memory.events import Event, Kind, Operation, Owners, Role, Storage
-from tools.memory.saved import watch_saved_tensors
+from tools.memory.events import Event, Kind, Operation, Owners, PLAIN, Role, Storage
+from tools.memory.saved_tensors import watch_saved_tensors
 
 # Code of a private step, by the name of the module. The functions below only start others: what autograd's own nodes
 # make in a backward is the model's, and what the inner optimiser makes is its own.
@@ -51,7 +51,6 @@ _ONLY_STARTS = frozenset(
         ("opacus.grad_sample.grad_sample_module", "forward"),
     }
 )
-_PLAIN = (Tensor, nn.Parameter)
 _NO_MODULE = 1 << 63  # nodes that accumulate gradients have the largest number there is
 # Births after which owners are asked again though the phase has reached no new height.
 _ASK_EVERY = 16
@@ -217,7 +216,7 @@ class Tracker(TorchDispatchMode):
         self._note(Kind.DEATH, index)
 
     def _find(self, t: Tensor) -> int | None:
-        if type(t) not in _PLAIN:
+        if type(t) not in PLAIN:
             return None  # a tensor subclass: its storage, if it has one, is that of the tensors that it is made of
         storage = t.untyped_storage()
         index = self._index.get(storage._cdata)
@@ -319,7 +318,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
     """The tensors among an operator's arguments or results, in lists and tuples too."""
     for value in values:
         if isinstance(value, Tensor):
-            if type(value) in _PLAIN:
+            if type(value) in PLAIN:
                 yield value
         elif isinstance(value, list | tuple):
             yield from _tensors(value)

@@ -7,7 +7,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from tools.memory.result import SCHEMA, UNATTRIBUTED, WORDS
+from tools.memory.components import TITLES, UNATTRIBUTED
+from tools.memory.result import SCHEMA
 
 Results = list[dict[str, Any]]
 # MiB at the peak of a model of some 13M parameters, and what each experiment holds otherwise.
@@ -75,7 +76,7 @@ ENVIRONMENT = {
 
 def amounts_of(experiment: str) -> dict[str, float]:
     """MiB by component at the peak instant, all of them named."""
-    return {key: {**VANILLA, **MORE.get(experiment, {})}.get(key, 0.0) for key in WORDS}
+    return {key: {**VANILLA, **MORE.get(experiment, {})}.get(key, 0.0) for key in TITLES}
 
 
 def named(amounts: dict[str, float]) -> dict[str, float]:
@@ -112,6 +113,8 @@ def example(experiment: str = "vanilla", scale: float = 1.0, steps: int = 60, **
     total = sum(amounts.values())
     time = TIMES.get(experiment, 180.0)
     spread = {"median": time, "min": 0.97 * time, "max": 1.05 * time, "values": [0.97 * time, time, 1.05 * time]}
+    ratio = time / TIMES["vanilla"]
+    ratios = {"median": ratio, "min": 0.99 * ratio, "max": 1.02 * ratio, "values": [0.99 * ratio, ratio, 1.02 * ratio]}
     peak = {"median": total, "min": total, "max": total, "values": [total]}
     first = {key: mb if key in ("model_parameters", "buffers") else 0.0 for key, mb in amounts.items()}
     snapshot = {
@@ -138,6 +141,8 @@ def example(experiment: str = "vanilla", scale: float = 1.0, steps: int = 60, **
         "parameters": 13_107_200,
         "avg_time_ms": 1.01 * time,
         "time_ms": spread,
+        "time_over_vanilla": ratios,
+        "timing": {"interleaved_with": [name for name in EVERY if name != experiment], "alone_because": None},
         "peak_memory_mb": total,
         "breakdown": {**named(amounts), "total_allocated_mb": total, "peak_allocated_mb": total},
         "snapshots": [snapshot],
@@ -165,7 +170,8 @@ def out_of_memory(experiment: str = "per_sample") -> dict[str, Any]:
         "allocated_mb": sum(amounts.values()),
         "components": named(amounts),
     }
-    nothing = dict.fromkeys(("avg_time_ms", "time_ms", "peak_memory_mb", "breakdown", "timeline"))
+    times = ("avg_time_ms", "time_ms", "time_over_vanilla", "timing")
+    nothing = dict.fromkeys((*times, "peak_memory_mb", "breakdown", "timeline"))
     return {
         **example(experiment),
         **nothing,
@@ -190,7 +196,7 @@ def simulated(experiment: str = "vanilla", scale: float = 300.0) -> dict[str, An
     """A result of ``--simulate``: no time, no timeline, nothing resident."""
     result = example(experiment, scale)
     result["config"] |= {"simulate": True, "seq_len": 131072, "dtype": "bfloat16"}
-    result |= {"avg_time_ms": None, "time_ms": None, "timeline": None}
+    result |= dict.fromkeys(("avg_time_ms", "time_ms", "time_over_vanilla", "timing", "timeline"))
     result["profiling"] |= {"time_ratio": None, "independent_peak_mb": None, "tracked_peak_mb": None}
     for snapshot in result["snapshots"]:
         snapshot["resident_mb"] = None
@@ -199,7 +205,13 @@ def simulated(experiment: str = "vanilla", scale: float = 300.0) -> dict[str, An
 
 def renamed(result: dict[str, Any], name: str) -> dict[str, Any]:
     """The same of another experiment."""
-    return {**result, "experiment": name}
+    return {**result, "experiment": name, "timing": {"interleaved_with": ["vanilla"], "alone_because": None}}
+
+
+def alone(experiment: str) -> dict[str, Any]:
+    """A result whose process did not fit into memory beside the others': no ratio to vanilla's time."""
+    timing = {"interleaved_with": [], "alone_because": "3 processes at once may need 900 MiB; 800 MiB are free"}
+    return {**example(experiment), "time_over_vanilla": None, "timing": timing}
 
 
 def long_names() -> Results:
@@ -220,5 +232,6 @@ SETS: dict[str, Callable[[], Results]] = {
     "nothing": lambda: [example(scale=0.0), example("ghost", scale=0.0)],
     "less than vanilla": lambda: [example(), example("ghost", activation_hooks=60.0, book_keeping=3.0)],
     "equal": lambda: [example(), *(renamed(example(), f"copy_{i}") for i in range(4))],
+    "alone": lambda: [alone(name) for name in EVERY[:3]],
     "simulated": lambda: [simulated(name) for name in EVERY[:3]],
 }

@@ -6,20 +6,24 @@ import functools
 from dataclasses import replace
 from typing import Any
 
+from tools.memory.memory_process import measure_memory
 from tools.memory.setup import Setup
-from tools.memory.worker import measure_memory
 
 MIB = 2**20
 WIDTH, LAYERS, VOCAB, TOKENS = 64, 2, 320, 96
-TINY = Setup(VOCAB, WIDTH, LAYERS, num_heads=2, seq_len=TOKENS, intermediate_dim=96, num_iter=2, warmup_iter=1)
+TINY = Setup(VOCAB, WIDTH, LAYERS, num_heads=2, seq_len=TOKENS, intermediate_dim=96, num_iter=1, warmup_iter=1)
 PARAMETERS = 2 * VOCAB * WIDTH + LAYERS * (4 * WIDTH**2 + 3 * WIDTH * 96 + 2 * WIDTH) + WIDTH
 NUMBER_OF_PARAMETERS = 3 + LAYERS * 9
 
 
-@functools.cache
 def measured(name: str, **changes: Any) -> dict[str, Any]:
-    """What one process would answer, here in the process of the test."""
-    found = measure_memory(replace(TINY, **changes), name, lambda _: None)
+    """What a memory process would answer, here in the process of the test; once for all tests that ask for it."""
+    return _measured(name, replace(TINY, **changes))
+
+
+@functools.cache
+def _measured(name: str, setup: Setup) -> dict[str, Any]:
+    found = measure_memory(setup, name)
     assert found["status"] == "ok", found["reason"]
     return found
 

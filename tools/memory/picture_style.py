@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from tools.memory.result import UNATTRIBUTED, WORDS
-from tools.memory.words import conditions
+from tools.memory.components import TITLES, UNATTRIBUTED
+from tools.memory.derived import Results, conditions
 
-Results = Sequence[dict[str, Any]]
 # Okabe and Ito's palette, which the colour-blind can tell apart, with Tol's indigo, wine and two greys.
 COLOURS = {
     "model_parameters": "#0072B2",
@@ -56,7 +54,7 @@ def caption(figure: Figure, results: Results, notes: Iterable[str]) -> None:
 
 def legend(figure: Figure, keys: Sequence[str]) -> None:
     """The components from the top of a stack to its bottom, right of the axes."""
-    handles = [Patch(facecolor=COLOURS[key], edgecolor="0.4", linewidth=0.4, label=WORDS[key]) for key in keys]
+    handles = [Patch(facecolor=COLOURS[key], edgecolor="0.4", linewidth=0.4, label=TITLES[key]) for key in keys]
     if handles:
         figure.legend(handles=handles[::-1], loc="outside right upper", fontsize=SMALL, frameon=False)
 

@@ -1,68 +1,21 @@
-"""Words and units of the memory profiler's tables and pictures, so that all of them say the same."""
+"""Numbers and words derived from stored results, so that tables, pictures and the comparison all say the same."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from tools.memory.result import UNATTRIBUTED
+from tools.memory.components import TITLES, UNATTRIBUTED
+from tools.memory.units import counted, unit_for
 
-# What a reader of the page is told; a storage belongs to the first of its holders in this order.
-MEANINGS = {
-    "model_parameters": "The model's weights, trained or frozen; one that is tied counts once.",
-    "buffers": "Tensors of the model that are no parameters, such as the frequencies of rotary embeddings.",
-    "gradients": "What a parameter's .grad holds, or will without a copy; for a private step also the clipped sum.",
-    "optimizer_states": "What the optimiser keeps between steps: of Adam, two moments for every trained parameter.",
-    "norm_samples": "Squared norms, one number per example and layer, and the clip factors made from them.",
-    "activation_hooks": "What autograd saves in the forward pass for the backward pass (torch's saved tensors), "
-    "and what a checkpoint computes again.",
-    "checkpoint_inputs": "With gradient checkpointing: inputs of the checkpointed blocks, to recompute these from.",
-    "book_keeping": "What only the private step keeps: layers' inputs and output gradients until the clip factors are "
-    "known, per-example gradients, noise. What autograd saves anyway counts there, not here.",
-    "temp_matrices": "Made inside the phase and held by nobody: intermediate results of single operations, "
-    "such as the matrix of which a norm is computed.",
-    "other": "The batch, and what outlives the phase that it was made in without any of the holders above.",
-    "unattributed": "The measured total less all of the above: what the tracker did not see. A little below 0 where "
-    "it sees a storage die a moment late.",
-}
+Results = Sequence[dict[str, Any]]  # stored results, in the order that they are shown in
 STATUS_WORDS = {"ok": "ok", "out_of_memory": "out of memory", "failed": "failed"}
 
 
-@dataclass(frozen=True)
-class Unit:
-    """A unit of memory: its name, and how many MiB it is."""
-
-    name: str
-    mb: float
-
-    def of(self, mb: float) -> float:
-        """That many MiB in this unit."""
-        return mb / self.mb
-
-    def text(self, mb: float) -> str:
-        """The number without the unit, to about three places."""
-        value = self.of(mb)
-        digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 9.95 else 2
-        return f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: no minus before a number that is shown as 0
-
-
-def unit_for(amounts_mb: Iterable[float]) -> Unit:
-    """The unit in which the largest of these amounts, in MiB, reads best: GiB, MiB or KiB."""
-    most = max((abs(mb) for mb in amounts_mb), default=0.0)
-    if most >= 1024:
-        return Unit("GiB", 1024.0)
-    return Unit("MiB", 1.0) if most >= 1 or most == 0 else Unit("KiB", 1 / 1024)
-
-
-def spread_text(values: Mapping[str, Any] | None, digits: int = 1) -> str:
-    """A median with its range, or a dash."""
-    if values is None:
-        return "-"
-    text = f"{values['median']:.{digits}f}"
-    least, most = (f"{values[key]:.{digits}f}" for key in ("min", "max"))
-    return text if least == most else f"{text} ({least} to {most})"
+def amounts(result: Mapping[str, Any]) -> dict[str, float]:
+    """MiB by component at the peak instant, in drawing order; empty where none was measured."""
+    breakdown = result["breakdown"]
+    return {key: breakdown[f"{key}_mb"] for key in TITLES} if breakdown else {}
 
 
 def milliseconds(result: Mapping[str, Any]) -> float | None:
@@ -70,6 +23,20 @@ def milliseconds(result: Mapping[str, Any]) -> float | None:
     spread = result["time_ms"]
     time: float | None = spread["median"] if spread else result["avg_time_ms"]
     return time
+
+
+def time_ratio(result: Mapping[str, Any]) -> float | None:
+    """Median over the rounds of the time over vanilla's of the same round; None where they shared no rounds."""
+    ratios = result.get("time_over_vanilla")
+    ratio: float | None = ratios["median"] if ratios else None
+    return ratio
+
+
+def timed_alone(result: Mapping[str, Any]) -> str | None:
+    """Why the times have no ratio to vanilla's; None where they have one, or nothing is known of it."""
+    timing = result.get("timing")
+    reason: str | None = timing["alone_because"] if timing else None
+    return reason
 
 
 def place(entry: Mapping[str, Any]) -> str:
@@ -121,7 +88,7 @@ def times_of(result: Mapping[str, Any], vanilla: Mapping[str, Any]) -> float | N
     return float(result["breakdown"]["total_allocated_mb"] / base) if base else None
 
 
-def vanilla_of(results: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+def vanilla_of(results: Results) -> dict[str, Any] | None:
     """The vanilla experiment, if it is there and was measured."""
     return next((r for r in results if r["experiment"] == "vanilla" and r["breakdown"]), None)
 
@@ -132,25 +99,6 @@ def unattributed_percent(result: Mapping[str, Any]) -> float | None:
     if not breakdown or not breakdown["total_allocated_mb"]:
         return None
     return 100.0 * float(breakdown[f"{UNATTRIBUTED}_mb"] / breakdown["total_allocated_mb"])
-
-
-def grouped(reasons: Mapping[str, str]) -> str:
-    """Names with the reason of each, those of the same reason together."""
-    names: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        names.setdefault(reason, []).append(name)
-    return "; ".join(f"{', '.join(those)} ({reason})" for reason, those in names.items())
-
-
-def wrapped_name(name: str, width: int = 13) -> str:
-    """A name in lines of at most ``width`` characters, cut after an underscore where there is one."""
-    lines = textwrap.wrap(name.replace("_", "_ "), width + 1)
-    return "\n".join(line.replace("_ ", "_") for line in lines)
-
-
-def counted(number: int, word: str) -> str:
-    """``1 thread``, ``2 threads``."""
-    return f"{number} {word}{'s' * (number != 1)}"
 
 
 def _distinct(values: Iterable[Any]) -> str:
@@ -179,7 +127,7 @@ def _commit(environment: Mapping[str, Any]) -> str:
     return f"commit {str(environment.get('commit') or 'unknown')[:8]}{changes}"
 
 
-def conditions(results: Sequence[Mapping[str, Any]]) -> str:
+def conditions(results: Results) -> str:
     """Machine, torch, model, T, B, dtype and commit in one line; where results differ, each value of them."""
     configs = [result["config"] for result in results]
     environments = [result["environment"] for result in results]

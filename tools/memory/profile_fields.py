@@ -15,9 +15,11 @@ from typing import Any
 
 import psutil
 
+from tools.common.meter import MIB
 from tools.memory.allocator import Allocator, Height
+from tools.memory.components import TEMPORARY, TRACKED
 from tools.memory.events import Operation
-from tools.memory.timeline import COLUMNS, MIB, TEMPORARY, Instant, Phase, Shares, Timeline, largest, replay, series
+from tools.memory.replay import Instant, Phase, Shares, Timeline, largest, replay, series
 from tools.memory.tracker import Tracker
 
 LARGEST, POINTS = 20, 1500
@@ -206,7 +208,7 @@ class Profile:
         first, last = inside[0].first, inside[-1].first
         start = self.tracker.events[first].at
         points = [
-            [(at - start) / 1e6, *(components[name] / MIB for name in COLUMNS)]
+            [(at - start) / 1e6, *(components[name] / MIB for name in TRACKED)]
             for at, components in series(self.timeline, first, last, POINTS)
         ]
         words = ("forward", "backward", "step", "end")
@@ -214,7 +216,7 @@ class Profile:
         for peak, event in zip(self.peaks, self._named, strict=True):
             if peak.inside and peak.name.startswith(prefix):
                 _insert(points, self._inside_an_operation(peak, event, start))
-        return {"unit": "ms", "columns": [f"{name}_mb" for name in COLUMNS], "points": points, "marks": marks}
+        return {"unit": "ms", "columns": [f"{name}_mb" for name in TRACKED], "points": points, "marks": marks}
 
     def _inside_an_operation(self, peak: Peak, event: int, start: int) -> list[list[float]]:
         """The operation of a peak that takes memory inside itself, from the event before it to the next."""
@@ -222,7 +224,7 @@ class Profile:
         until = events[min(event + 1, len(events) - 1)].at
         with_it = {**parts, TEMPORARY: parts[TEMPORARY] + peak.inside}
         return [
-            [(at - start) / 1e6, *(components[name] / MIB for name in COLUMNS)]
+            [(at - start) / 1e6, *(components[name] / MIB for name in TRACKED)]
             for at, components in ((events[event].at, with_it), (until, parts))
         ]
 

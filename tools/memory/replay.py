@@ -11,6 +11,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from tools.common.meter import MIB
+from tools.memory.components import OTHER, TEMPORARY, TRACKED
 from tools.memory.events import Event, Kind, Role, Storage
 from tools.memory.tracker import Tracker
 
@@ -26,20 +28,6 @@ COMPONENT_OF = {
     Role.RECOMPUTED: "activation_hooks",
     Role.INPUT: "other",
 }
-MIB = 2**20
-TEMPORARY, OTHER = "temp_matrices", "other"
-COLUMNS = (
-    "model_parameters",
-    "buffers",
-    "gradients",
-    "optimizer_states",
-    "activation_hooks",
-    "checkpoint_inputs",
-    "book_keeping",
-    "norm_samples",
-    TEMPORARY,
-    OTHER,
-)
 
 
 @dataclass
@@ -88,7 +76,7 @@ class Timeline:
     phases: list[Phase] = field(default_factory=list)
     marks: list[Instant] = field(default_factory=list)
     wanted: dict[int, Instant] = field(default_factory=dict)
-    highest: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COLUMNS, 0))
+    highest: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TRACKED, 0))
 
 
 @dataclass(frozen=True)
@@ -161,7 +149,7 @@ class Replay:
     @property
     def components(self) -> dict[str, int]:
         """Bytes by component, now."""
-        whole = {name: self.bytes[name] for name in COLUMNS}
+        whole = {name: self.bytes[name] for name in TRACKED}
         return whole if self.shares is None else self.shares.of(whole)
 
     @property

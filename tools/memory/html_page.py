@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.memory.result import WORDS
-from tools.memory.style import COLOURS
+from tools.memory.components import MEANINGS, TITLES
+from tools.memory.derived import Results, conditions, why_not
+from tools.memory.picture_style import COLOURS
 from tools.memory.tables import Table, instants_table, remarks, tables_of, unit_sentence
-from tools.memory.words import MEANINGS, conditions, grouped, why_not
+from tools.memory.units import grouped
 
-Results = Sequence[dict[str, Any]]
-TITLES = {
+PICTURE_TITLES = {
     "memory_breakdown_comparison.png": "What the peak consists of, and what is added over vanilla",
     "memory_timeline.png": "Memory over one step",
     "performance_tradeoff.png": "Peak memory against time",
@@ -54,14 +54,14 @@ def _table(table: Table) -> str:
 def _meanings() -> str:
     rows = "\n".join(
         f'<tr><td><span class="swatch" style="background: {COLOURS[key]}"></span></td>'
-        f'<td class="words">{html.escape(WORDS[key])}</td><td class="words">{html.escape(meaning)}</td></tr>'
+        f'<td class="words">{html.escape(TITLES[key])}</td><td class="words">{html.escape(meaning)}</td></tr>'
         for key, meaning in MEANINGS.items()
     )
     return f'<div class="wide"><table><tbody>\n{rows}\n</tbody></table></div>'
 
 
 def _picture(path: Path) -> str:
-    title = html.escape(TITLES.get(path.name, path.stem))
+    title = html.escape(PICTURE_TITLES.get(path.name, path.stem))
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     return f'<figure><h2>{title}</h2><img alt="{title}" src="data:image/png;base64,{data}"></figure>'
 

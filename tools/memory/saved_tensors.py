@@ -14,12 +14,11 @@ from typing import Any, Protocol
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tools.memory.events import Role
+from tools.memory.events import PLAIN, Role
 
 _CHECKPOINT = "torch.utils.checkpoint"
-_PLAIN = (Tensor, nn.Parameter)
 # Between Python code and what it calls into; not what is looked for.
 _BETWEEN = frozenset(
     {__name__, "torch._ops", "torch.utils._python_dispatch", "torch.autograd.function", "torch._tensor"}
@@ -83,7 +82,7 @@ class _Hooks:
         held = self.book.hold_saved(t, Role.CHECKPOINT if _called_by_checkpoint() else Role.SAVED)
         with self.book.quiet():
             # Not the tensor itself: an output that its own node saves would hold that node, and so itself.
-            kept = t if t.is_leaf or type(t) not in _PLAIN else t.detach()
+            kept = t if t.is_leaf or type(t) not in PLAIN else t.detach()
         return _Saved(kept, self.book, held)
 
     @staticmethod

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from tools.memory.result import WORDS
-from tools.memory.style import COLOURS, SMALL, VISIBLE, Results, caption, legend, method_colours
-from tools.memory.words import Unit, grouped, unit_for, why_not
+from tools.memory.components import TITLES
+from tools.memory.derived import Results, why_not
+from tools.memory.picture_style import COLOURS, SMALL, VISIBLE, caption, legend, method_colours
+from tools.memory.units import Unit, grouped, unit_for
 
 POINTS = 2000
 
@@ -32,7 +33,7 @@ def _draw_timeline(axis: Any, result: dict[str, Any], unit: Unit, colour: str) -
     table = _thinned(timeline["points"])
     times, columns = table[:, 0], [name.removesuffix("_mb") for name in timeline["columns"]]
     floor = np.zeros(len(table))
-    for key in (key for key in WORDS if key in columns):
+    for key in (key for key in TITLES if key in columns):
         ceiling = floor + unit.of(1.0) * table[:, 1 + columns.index(key)]
         axis.fill_between(times, floor, ceiling, step="post", color=COLOURS[key], linewidth=0)
         floor = ceiling
@@ -108,10 +109,10 @@ def _draw_panels(figure: Figure, drawn: Results, shape: tuple[int, int], colours
         axis.set_visible(False)
     for axis in axes[:, 0]:
         axis.set_ylabel(f"memory, {unit.name}", fontsize=9)
-    most = dict.fromkeys(WORDS, 0.0)
+    most = dict.fromkeys(TITLES, 0.0)
     for result in drawn:
         highest = np.asarray(result["timeline"]["points"], dtype=np.float64)[:, 1:].max(axis=0)
         for name, value in zip(result["timeline"]["columns"], highest, strict=True):
             most[name.removesuffix("_mb")] = max(most[name.removesuffix("_mb")], float(value))
-    legend(figure, [key for key in WORDS if most[key] > VISIBLE * max(totals)])
+    legend(figure, [key for key in TITLES if most[key] > VISIBLE * max(totals)])
     _lay_out_words(figure, panels)
