@@ -42,5 +42,9 @@ class AccountingError(DPFTError, ValueError):
     """No theorem that dpft implements covers the mechanism that was asked for."""
 
 
+class MissingPackageError(DPFTError, ImportError):
+    """A package that is needed for what was asked for is not installed."""
+
+
 class KernelError(DPFTError, RuntimeError):
     """The implementation of a kernel that was named cannot run here; no other is taken in its place."""

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from dpft.engines import zero_layout
@@ -96,6 +95,8 @@ def _unsharded_leaves(model: nn.Module) -> dict[str, Tensor]:
 
 def kind_of(accelerator: Any) -> Kind:
     """Which engine the accelerator was launched with; nothing is checked but that dpft knows it."""
+    from accelerate.utils import DistributedType  # here, so that `import dpft` does without Accelerate
+
     if accelerator.distributed_type == DistributedType.FSDP:
         return "fsdp2"
     if accelerator.distributed_type == DistributedType.DEEPSPEED:

@@ -20,20 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from accelerate.utils import DDPCommunicationHookType, DistributedType, DynamoBackend, is_compiled_module
 from torch import nn
 
 from dpft.engines import deepspeed_config
 from dpft.engines.engine import Kind, kind_of
 from dpft.errors import EngineError
 
-_TYPES = (
-    DistributedType.NO,
-    DistributedType.MULTI_CPU,
-    DistributedType.MULTI_GPU,
-    DistributedType.FSDP,
-    DistributedType.DEEPSPEED,
-)
+_TYPES = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED")  # of accelerate.utils.DistributedType
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 # Optimisers that DeepSpeed's own one for the CPU computes the same steps as.
 _OFFLOADED = ("Adam", "AdamW", "DeepSpeedCPUAdam", "DeepSpeedCPULion", "DeepSpeedCPUAdagrad")
@@ -53,6 +46,9 @@ def check_accelerator(accelerator: Any) -> Kind:
     Raises:
         EngineError: names the setting and the value to use.
     """
+    # Here, so that `import dpft` does without Accelerate.
+    from accelerate.utils import DDPCommunicationHookType, DistributedType, DynamoBackend
+
     _check_launch(accelerator)
     if accelerator.mixed_precision == "fp16":
         raise EngineError(
@@ -106,10 +102,12 @@ def _check_launch(accelerator: Any) -> None:
             f"the launcher started {world} processes and Accelerate sees {accelerator.num_processes}: every process "
             "would train alone on the same data. Launch with a configuration that Accelerate supports on this device."
         )
+    from accelerate.utils import DistributedType
+
     given = accelerator.distributed_type
-    if given not in _TYPES:
+    if given not in [DistributedType(name) for name in _TYPES]:
         raise EngineError(
-            f"distributed_type is {given.value!r}; expected one of {[known.value for known in _TYPES]}. Choose one of "
+            f"distributed_type is {given.value!r}; expected one of {list(_TYPES)}. Choose one of "
             "the configurations in recipes/accelerate."
         )
     for variable, wanted in (
@@ -222,6 +220,8 @@ def check_model(accelerator: Any, kind: Kind, model: nn.Module, optimizer: Any) 
 
 
 def _check_bare(model: nn.Module) -> None:
+    from accelerate.utils import is_compiled_module
+
     kinds = [cls.__name__ for cls in type(model).__mro__]
     if any(is_compiled_module(m) or m._compiled_call_impl is not None for m in model.modules()):
         raise EngineError("the model is compiled; torch.compile of a private model is not supported by this version.")

@@ -15,16 +15,14 @@ depends on the mechanism alone, never on the number of steps, so that epsilon is
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from collections.abc import Sequence
 from typing import Any
 
-import dp_accounting
 import numpy as np
-from dp_accounting import pld, rdp
-from scipy import special, stats
 
-from dpft.errors import AccountingError
+from dpft.errors import AccountingError, MissingPackageError
 from dpft.privacy.mechanism import AccountantName, Mechanism
 
 Event = tuple[Mechanism, int]
@@ -37,11 +35,28 @@ _MOST_POINTS = 100_000
 _MOST_MIXTURE_POINTS = 30_000  # a mixture's losses are inverted one by one, in Python: some 3 s
 _SMALLEST_DELTA = 1e-12  # below, the rounding of float64 FFTs is as large as delta itself
 
+# Names of dp_accounting.NeighboringRelation.
 _RELATIONS = {
-    "add_or_remove_one": dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
-    "replace_one": dp_accounting.NeighboringRelation.REPLACE_ONE,
-    "zero_out": dp_accounting.NeighboringRelation.REPLACE_SPECIAL,
+    "add_or_remove_one": "ADD_OR_REMOVE_ONE",
+    "replace_one": "REPLACE_ONE",
+    "zero_out": "REPLACE_SPECIAL",
 }
+
+
+def _import(name: str) -> Any:
+    """``dp_accounting``, ``scipy`` or a part of them. Imported at first use: dp_accounting takes two seconds.
+
+    Raises:
+        MissingPackageError: not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingPackageError(
+            f"dpft needs the packages dp-accounting and scipy to compute epsilon or to calibrate noise: pip install "
+            f"dp-accounting scipy ({error}). Training with a given noise_multiplier works without them.",
+            name=error.name,
+        ) from error
 
 
 def epsilon(mechanism: Mechanism, steps: int, delta: float, *, accountant: AccountantName = "pld") -> float:
@@ -218,7 +233,7 @@ def _compose_pld(events: tuple[Event, ...], delta: float, h: float, extra: int) 
 @functools.lru_cache(maxsize=8)
 def _base_pld(mechanism: Mechanism, h: float, extra: int) -> Any:
     """The privacy loss distribution of one release (of one epoch for ``shuffle``), on a grid of interval h."""
-    module = pld.privacy_loss_distribution
+    module = _import("dp_accounting.pld.privacy_loss_distribution")
     sigma = mechanism.noise_multiplier
     if mechanism.sampler == "shuffle":
         return module.from_gaussian_mechanism(sigma, value_discretization_interval=h)
@@ -244,7 +259,7 @@ def _mixture(mechanism: Mechanism) -> tuple[list[float], list[float]]:
     """How many of a user's k examples are in the batch, and how probably: Binomial(k, q)."""
     k = 1 if mechanism.examples_per_user is None else mechanism.examples_per_user
     counts = np.arange(k + 1)
-    probabilities = stats.binom.pmf(counts, k, mechanism.sample_rate)
+    probabilities = _import("scipy.stats").binom.pmf(counts, k, mechanism.sample_rate)
     keep = probabilities > 0  # q = 1, and powers of a tiny q that underflow
     return [float(c) for c in counts[keep]], [float(p) for p in probabilities[keep] / probabilities[keep].sum()]
 
@@ -262,7 +277,7 @@ def _loss_span_and_deviation(mechanism: Mechanism) -> tuple[float, float]:
     # dp_accounting drops a mass of e^-50: the outcome at which the Gaussian around each sensitivity has that left.
     reach = float(np.max(sensitivities + sigma * np.sqrt(np.maximum(0, 2 * (50 + np.log(probabilities))))))
     exponents = (sensitivities * reach - sensitivities**2 / 2) / sigma**2
-    highest = float(special.logsumexp(exponents, b=probabilities))
+    highest = float(_import("scipy.special").logsumexp(exponents, b=probabilities))
     lowest = math.log(probabilities[0]) if sensitivities[0] == 0 else -highest
     return max(highest - lowest, 1e-12), _chi(sensitivities, probabilities, sigma)
 
@@ -276,7 +291,7 @@ def _chi(sensitivities: Any, probabilities: Any, sigma: float) -> float:
 @functools.lru_cache(maxsize=64)
 def _rdp_of_one(mechanism: Mechanism) -> tuple[float, ...]:
     """RDP of one release at dp_accounting's default orders; RDP adds up over releases."""
-    sigma = mechanism.noise_multiplier
+    dp_accounting, sigma = _import("dp_accounting"), mechanism.noise_multiplier
     event: Any
     if mechanism.sampler == "fixed_size":
         # dp_accounting's GaussianDpEvent says "standard deviation over the bound on one value's norm", but its RDP of
@@ -288,15 +303,17 @@ def _rdp_of_one(mechanism: Mechanism) -> tuple[float, ...]:
         event = dp_accounting.GaussianDpEvent(sigma)
     else:
         event = dp_accounting.PoissonSampledDpEvent(mechanism.sample_rate, dp_accounting.GaussianDpEvent(sigma))
-    accountant = rdp.RdpAccountant(neighboring_relation=_RELATIONS[mechanism.adjacency])
+    relation = getattr(dp_accounting.NeighboringRelation, _RELATIONS[mechanism.adjacency])
+    accountant = _import("dp_accounting.rdp").RdpAccountant(neighboring_relation=relation)
     accountant.compose(event)
     return tuple(float(value) for value in accountant._rdp)
 
 
 def _compose_rdp(events: tuple[Event, ...], delta: float) -> float:
-    orders = rdp.rdp_privacy_accountant.DEFAULT_RDP_ORDERS
+    rdp = _import("dp_accounting.rdp.rdp_privacy_accountant")
+    orders = rdp.DEFAULT_RDP_ORDERS
     total = np.zeros(len(orders))
     for mechanism, count in events:
         times = _gaussian_releases(mechanism, count) if mechanism.sampler == "shuffle" else count
         total += times * np.asarray(_rdp_of_one(mechanism))
-    return float(rdp.rdp_privacy_accountant.compute_epsilon(orders, total, delta)[0])
+    return float(rdp.compute_epsilon(orders, total, delta)[0])
