@@ -94,6 +94,8 @@ def prepare(
         EngineError: an Accelerate configuration that would void the guarantee.
         UnsupportedModuleError: see :func:`dpft.wrap`.
         LedgerError: the ledger is locked, damaged, or of another mechanism.
+        MissingPackageError: see :meth:`PrivacyConfig.resolve`; or a ``shuffle`` is resumed, whose remaining steps
+            follow from the budget.
     """
     ranks = Ranks(accelerator.device)
 
@@ -146,7 +148,7 @@ def prepare(
         },
         "the setting",
     )
-    schedule = privacy.resolve(len(dataset))
+    schedule = ranks.together(lambda: privacy.resolve(len(dataset)))
     if max_physical_batch_size == "auto":
         _check_whole("seq_len", seq_len, 1)
         assert seq_len is not None

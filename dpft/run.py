@@ -42,7 +42,7 @@ class PrivacyRun:
     def _last_step(self) -> int:
         """The schedule's number of steps, or fewer where a restart spends more (``shuffle`` starts an epoch anew)."""
         schedule, left = self.schedule, max(0, self.schedule.num_steps - self._first)
-        if self.private and self._history and schedule.sampler == "shuffle":
+        if self._history and schedule.sampler == "shuffle" and self.private:
             left = max_steps_within(
                 schedule.mechanism,
                 schedule.epsilon,
@@ -55,8 +55,12 @@ class PrivacyRun:
 
     @property
     def private(self) -> bool:
-        """Whether the releases have a finite epsilon."""
-        return self.schedule.private and self.clipping != "none" and not self.seeded
+        """Whether the releases have a finite epsilon.
+
+        Raises:
+            MissingPackageError: that cannot be said, because the accountant's packages are not installed.
+        """
+        return self.clipping != "none" and not self.seeded and self.schedule.private
 
     @property
     def steps(self) -> int:
@@ -68,6 +72,9 @@ class PrivacyRun:
 
         Args:
             exact: False gives a cheap upper bound for a progress bar, at most some per cent above.
+
+        Raises:
+            MissingPackageError: the accountant's packages are not installed.
         """
         if not self.private:
             return float("inf")
@@ -97,10 +104,11 @@ class PrivacyRun:
                 "the model anew and keep counting; or give a new run another ledger_path."
             )
         if self.ledger.count >= self.last_step:
+            planned = self.schedule.computed_epsilon
             raise BudgetExceededError(
-                f"{self.ledger.count} of {self.last_step} planned releases are spent; one more would "
-                f"exceed epsilon {self.schedule.epsilon:.4g}. The parameters were not changed. Plan a larger budget "
-                "for a new run."
+                f"{self.ledger.count} of {self.last_step} planned releases are spent; one more would exceed "
+                + ("the number of steps" if planned is None else f"epsilon {planned:.4g}")
+                + ". The parameters were not changed. Plan a larger budget for a new run."
             )
 
     def report(self, tuning: str | None = None, notes: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from dpft import PrivacySchedule, privacy_report
+from tests import training
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Each is imported where it is used. transformers, accelerate and scipy are installed with dpft, and slow.
@@ -96,3 +99,91 @@ except dpft.MissingPackageError as error:
     message, name, *kinds = run(code)
     assert "pip install dp-accounting" in message and "\n" not in message
     assert name.split(".")[0] == missing and kinds == [True, True]
+
+
+TRAIN = """
+import json, pathlib, warnings
+import dpft
+from tests.training import Training, config
+
+path = pathlib.Path({path!r})
+
+def error(act):
+    try:
+        return repr(act())
+    except dpft.DPFTError as raised:
+        return type(raised).__name__
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    training = Training(path, changes={changes!r}, test_seed=None).train()
+run = training.run
+print(json.dumps({{
+    "steps": run.steps,
+    "warned": [str(w.message) for w in caught if "epsilon" in str(w.message)],
+    "described": run.schedule.describe(),
+    "one more": error(run.check_budget),
+    "exact": error(lambda: run.epsilon(exact=True)),
+    "cheap": error(run.epsilon),
+    "planned": error(lambda: run.schedule.epsilon),
+    "private": error(lambda: run.private),
+    "report": error(run.report),
+    "resumed": error(lambda: (run.close(), Training(path, changes={changes!r}, test_seed=None, continue_ledger=True))),
+}}))
+"""
+
+
+@pytest.mark.parametrize("changes", [{}, {"accountant": "rdp"}, {"sampler": "shuffle", "num_steps": 2}], ids=str)
+def test_given_noise_trains_without_the_accountant_and_states_no_epsilon(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    path = tmp_path / "ledger"
+    found = run(BLOCK + TRAIN.format(path=str(path), changes=changes))
+    steps = changes.get("num_steps", 3)
+    assert found["steps"] == steps
+    assert len(found["warned"]) == 1 and "pip install dp-accounting" in found["warned"][0]
+    assert found["described"].startswith("epsilon            NOT COMPUTED")
+    assert found["one more"] == "BudgetExceededError"
+    for asked in ("exact", "cheap", "planned", "private", "report"):
+        assert found[asked] == "MissingPackageError", asked
+    # What is left of a shuffle follows from the epsilon; of the other samplers from the number of steps.
+    shuffle = changes.get("sampler") == "shuffle"
+    assert found["resumed"].startswith("MissingPackageError" if shuffle else "(None, <")
+
+    # Once the package is there, the schedule that the ledger holds gives the epsilon.
+    stored = json.loads(path.read_text().splitlines()[0])["schedule"]
+    schedule = PrivacySchedule.from_dict(stored)
+    planned = training.config(**changes).resolve(training.EXAMPLES)
+    assert stored["epsilon"] is None and schedule.computed_epsilon is None
+    assert schedule.epsilon == planned.epsilon
+    assert privacy_report(schedule, steps)["epsilon_spent"] == pytest.approx(planned.epsilon, rel=1e-12)
+
+
+def test_a_target_without_the_accountant_is_refused_before_anything_is_touched(tmp_path: Path) -> None:
+    code = f"""
+import json, pathlib
+import dpft
+from tests.training import Training, tiny_llama
+
+model, path = tiny_llama(), pathlib.Path({str(tmp_path / "ledger")!r})
+try:
+    Training(path, model=model, changes={{"target_epsilon": 3.0, "noise_multiplier": None}})
+except dpft.MissingPackageError:
+    dpft.wrap(model)
+    print(json.dumps(path.exists()))
+"""
+    assert run(BLOCK + code) is False
+
+
+def test_without_noise_nothing_is_computed() -> None:
+    code = """
+import json
+import dpft
+
+config = dpft.PrivacyConfig(noise_multiplier=0, target_delta=1e-6, expected_batch_size=8, num_steps=5)
+schedule = config.resolve(1000)
+report = dpft.privacy_report(schedule, 5)
+print(json.dumps([schedule.private, schedule.describe(), report["epsilon_spent"], report["private"]]))
+"""
+    private, described, spent, reported = run(BLOCK + code)
+    assert not private and described.startswith("NOT PRIVATE") and spent == "inf" and not reported

@@ -297,8 +297,11 @@ def watch(kind: Kind, prepared: Any, guarded: torch.optim.Optimizer) -> Callable
 
 
 def versions() -> dict[str, str]:
-    """What all ranks must run alike: another generator of random numbers would give an example to two ranks."""
-    names = ("accelerate", "deepspeed", "dpft", "numpy", "torch", "transformers")
+    """Versions that must be the same on all ranks.
+
+    Another random generator would give one example to two ranks; another accountant would calibrate another noise.
+    """
+    names = ("accelerate", "deepspeed", "dp-accounting", "dpft", "numpy", "scipy", "torch", "transformers")
     found = {}
     for name in names:
         try:

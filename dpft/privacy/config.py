@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from dpft.errors import PrivacyConfigError
+from dpft.errors import MissingPackageError, PrivacyConfigError
 from dpft.privacy.accountant import check_supported, epsilon
 from dpft.privacy.calibration import calibrate_noise_multiplier
 from dpft.privacy.mechanism import AccountantName, Mechanism, SamplerName, UnitName
@@ -170,6 +170,8 @@ class PrivacyConfig:
         Raises:
             PrivacyConfigError: the batch is larger than the dataset.
             AccountingError: no theorem covers the sampler with this accountant and unit, or no noise is enough.
+            MissingPackageError: ``target_epsilon`` is given, and the accountant's packages are not installed. Where
+                ``noise_multiplier`` is given this warns, and the schedule's epsilon raises when it is asked for.
         """
         n = _number("dataset_size", dataset_size, whole=True)
         if self.target_delta >= 1 / n:
@@ -210,7 +212,14 @@ class PrivacyConfig:
             sigma = calibrate_noise_multiplier(
                 shape, steps, self.target_epsilon, self.target_delta, accountant=self.accountant
             )
-        spent = epsilon(shape.with_noise(sigma), steps, self.target_delta, accountant=self.accountant)
+        spent: float | None
+        try:
+            spent = epsilon(shape.with_noise(sigma), steps, self.target_delta, accountant=self.accountant)
+        except MissingPackageError as error:
+            if self.target_epsilon is not None:
+                raise
+            spent = None
+            warnings.warn(f"the epsilon of this training is not computed: {error}", UserWarning, stacklevel=2)
         return PrivacySchedule(
             noise_multiplier=float(sigma),
             sample_rate=rate,
@@ -219,7 +228,7 @@ class PrivacyConfig:
             max_grad_norm=self.max_grad_norm,
             target_delta=self.target_delta,
             target_epsilon=self.target_epsilon,
-            epsilon=spent,
+            computed_epsilon=spent,
             sampler=self.sampler,
             max_batch_size=self.max_batch_size,
             clip_function=self.clip_function,

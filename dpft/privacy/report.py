@@ -46,6 +46,8 @@ def privacy_report(
 
     Raises:
         AccountingError: the ledger's releases have no common epsilon.
+        MissingPackageError: there is noise, and the accountant's packages are not installed: no report states a
+            guarantee without an epsilon.
     """
     events = _events(schedule, ledger)
     planned: float = schedule.epsilon
