@@ -16,23 +16,23 @@ from dpft.privacy.mechanism import AccountantName, Mechanism, SamplerName, UnitN
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacySchedule:
-    """A resolved :class:`~dpft.privacy.config.PrivacyConfig`. Make it with ``config.resolve(len(dataset))``.
+    """A resolved :class:`~dpft.privacy.config.PrivacyConfig`. Create it with ``config.resolve(len(dataset))``.
 
     The optimiser adds noise of standard deviation ``noise_multiplier * max_grad_norm`` to the clipped sum, once per
     logical batch, and divides by ``expected_batch_size``.
 
     Attributes:
         noise_multiplier: sigma, given or calibrated; 0 means not private.
-        sample_rate: probability of each example (``fixed_size``, ``shuffle``: the share of a batch, for information).
-        num_steps: logical batches, hence releases.
+        sample_rate: probability of each example (``fixed_size``, ``shuffle``: batch size / N, for information only).
+        num_steps: number of logical batches, and so of releases.
         expected_batch_size: the constant divisor b.
         max_grad_norm: the clip norm C.
         target_delta: delta.
         target_epsilon: the budget; None where the noise was given.
         computed_epsilon: what :attr:`epsilon` returns; None where it could not be computed when the configuration was
             resolved, because ``noise_multiplier`` was given and the accountant's packages are not installed.
-        dataset_size: N where the configuration takes it as public, else None: it is then written nowhere.
-        assumptions: in words, what the epsilon takes for granted.
+        dataset_size: N where the configuration treats it as public; else None, and N is stored nowhere.
+        assumptions: of the epsilon, in words.
         config_fingerprint: of the configuration that this schedule came from.
     """
 
@@ -109,9 +109,9 @@ class PrivacySchedule:
             return None
 
     def describe(self) -> str:
-        """Several lines for a person, before anything runs (``--dry-run``).
+        """A summary in several lines, before anything runs (``--dry-run``).
 
-        Where epsilon cannot be computed (see :attr:`epsilon`) they say ``NOT COMPUTED``.
+        It says ``NOT COMPUTED`` where epsilon cannot be computed (see :attr:`epsilon`).
         """
         planned = self._known_epsilon()
         shown = "NOT COMPUTED (pip install dp-accounting scipy)" if planned is None else rounded_up(planned)
@@ -136,7 +136,7 @@ class PrivacySchedule:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; ``epsilon`` is the string ``inf`` where infinite (strict JSON has no number for it), or None."""
+        """JSON-serialisable. An infinite ``epsilon`` is the string ``inf`` (strict JSON has no number for it)."""
         values = dataclasses.asdict(self)
         epsilon = values.pop("computed_epsilon")
         return {**values, "assumptions": list(self.assumptions), "epsilon": "inf" if epsilon == math.inf else epsilon}
