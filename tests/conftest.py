@@ -27,7 +27,7 @@ import torch
 hypothesis.settings.register_profile("dpft", deadline=None, derandomize=True, print_blob=True, database=None)
 hypothesis.settings.load_profile("dpft")
 
-# The models are tiny and the suite runs one process a core (pytest-xdist): more threads only wait for each other.
+# The models are tiny, and `make test` runs two processes: more threads would only wait for each other.
 torch.set_num_threads(1)
 
 
