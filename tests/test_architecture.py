@@ -42,7 +42,6 @@ LAYERS: dict[str, set[str]] = {
     "engines": _GRADIENT | _MECHANISM,
     "run": _GRADIENT | _MECHANISM | {"engines"},
     "prepare": _GRADIENT | _MECHANISM | {"engines", "run", "planning"},
-    "trainer": _GRADIENT | _MECHANISM | {"engines", "run", "prepare"},
 }
 LAYERS["__init__"] = set(LAYERS)
 

@@ -14,6 +14,7 @@ import pytest
 from dpft import PrivacySchedule, privacy_report
 from tests import training
 
+pytestmark = pytest.mark.slow  # each starts a Python
 ROOT = Path(__file__).resolve().parent.parent
 
 # Each is imported where it is used. transformers, accelerate and scipy are installed with dpft, and slow.
