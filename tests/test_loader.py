@@ -47,7 +47,7 @@ def real(batch: dict[str, Any]) -> list[int]:
 
 
 @pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_yields_the_drawn_examples_in_their_logical_batches(static: bool, workers: int) -> None:
     p = schedule(num_steps=4)
     drawn = make_sampler(p, N, test_seed=3)
@@ -137,6 +137,7 @@ def test_only_labels_are_changed_in_padding_rows() -> None:
         assert (batch["labels"][weight > 0] != -100).any(1).all()
 
 
+@pytest.mark.slow  # starts a worker
 def test_a_memory_mapped_dataset_from_disk(tmp_path: Path) -> None:
     datasets.Dataset.from_list([{"number": i, "labels": [i] * 3} for i in range(N)]).save_to_disk(tmp_path / "data")
     from_disk = datasets.load_from_disk(str(tmp_path / "data"))

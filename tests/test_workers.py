@@ -46,6 +46,7 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_children_that_stop_are_forked_again(stopping: list[Path]) -> None:
     """Two children stop; every example still arrives once, and nothing of the two is left."""
@@ -67,6 +68,7 @@ def gone(file: Path) -> bool:
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_a_machine_on_which_no_child_starts_says_so(stopping: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dpft.workers, "TRIES", 2)
@@ -79,6 +81,7 @@ def test_a_machine_on_which_no_child_starts_says_so(stopping: list[Path], monkey
     assert all(gone(file) for file in stopping)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_an_interrupted_start_leaves_no_child(stopping: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*args: Any) -> Any:
@@ -93,6 +96,7 @@ def test_an_interrupted_start_leaves_no_child(stopping: list[Path], monkeypatch:
     assert descriptors() == before and gone(stopping[0])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_children_that_others_reap(stopping: list[Path]) -> None:
     previous = signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps
@@ -105,6 +109,7 @@ def test_children_that_others_reap(stopping: list[Path]) -> None:
         signal.signal(signal.SIGCHLD, previous)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_a_child_that_was_given_up_never_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It reports late: it could be ended within a queue, and leave the next one waiting for that queue's lock."""
@@ -128,6 +133,7 @@ def append(file: Path) -> None:
         stream.write("begun ")
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_more_files_than_select_knows() -> None:
     """Descriptors from 1,024 on."""

@@ -1,8 +1,8 @@
 """One process that does as it is told: forked from a server that has imported the libraries and run nothing.
 
-A start costs a fork, and each process begins with an empty allocator. What a process is asked is answered with a value,
-or with one line of reason where it failed; a process that dies, runs out of memory or takes too long is noticed, and
-takes nothing with it but its own answer.
+A start costs a fork, and each process begins with an empty allocator. What a process is asked is answered with a
+value, or with one line of reason where it failed; a process that dies, runs out of memory or takes too long is
+noticed, and takes nothing with it but its own answer.
 
     with Worker("one_pass", preload=["torch"], threads=2) as worker:
         worker.ask(Case, shape, "cpu")          # a class: the process makes an object of it, and keeps it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -125,7 +126,7 @@ def test_modules_of_the_project_are_preloaded_from_any_directory(tmp_path: Path)
     (tmp_path / "tools").mkdir()
     (tmp_path / "tools" / "__init__.py").touch()
     ask = "print(json.dumps(worker.ask(commands.facts, 'tools.benchmarks.digest')))"
-    code = f"import json\nfrom tests.tools.common import commands\nfrom tools.common.worker import Worker\n"
+    code = "import json\nfrom tests.tools.common import commands\nfrom tools.common.worker import Worker\n"
     code += f"with Worker('w', preload=['tools.benchmarks.digest'], threads=1) as worker:\n    {ask}"
     found = json.loads(run(code, tmp_path))
     assert found["loaded"] and Path(found["cwd"]).resolve() == tmp_path.resolve()
@@ -133,8 +134,6 @@ def test_modules_of_the_project_are_preloaded_from_any_directory(tmp_path: Path)
 
 def test_it_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     pid = int(run("from tests.tools.common import commands\ncommands.worker_that_outlives()", tmp_path))
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         psutil.Process(pid).wait(30)
-    except psutil.NoSuchProcess:
-        pass
     assert not psutil.pid_exists(pid)
