@@ -7,8 +7,8 @@ from typing import Any
 
 from tools.memory.components import TITLES
 from tools.memory.derived import (
-    Results,
     STATUS_WORDS,
+    Results,
     added_over,
     amounts,
     milliseconds,

@@ -32,7 +32,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tools.memory.allocator import Allocator
-from tools.memory.events import Event, Kind, Operation, Owners, PLAIN, Role, Storage
+from tools.memory.events import PLAIN, Event, Kind, Operation, Owners, Role, Storage
 from tools.memory.saved_tensors import watch_saved_tensors
 
 # Code of a private step, by the name of the module. The functions below only start others: what autograd's own nodes

@@ -14,7 +14,7 @@ import pytest
 from tests.tools.memory.examples import example
 from tools import profile_memory
 from tools.memory import commands
-from tools.memory.result import load_result, write_result
+from tools.memory.result import write_result
 
 SIZE = ["--vocab-size", "320", "--hidden-dim", "64", "--num-layers", "2", "--num-heads", "2", "--seq-len", "96"]
 SIZE += ["--device", "cpu", "--threads", "1"]
@@ -125,8 +125,13 @@ def test_an_interruption_after_the_measurements(
         raise KeyboardInterrupt
 
     result = json.loads((folder / "vanilla.json").read_text())
-    monkeypatch.setattr(profile_memory, "run_experiment", lambda *args: result)
-    monkeypatch.setattr(profile_memory, "write_report", interrupted)
+
+    def measured(names: Any, setup: Any, repetitions: int, say: Any, keep: Any) -> list[dict[str, Any]]:
+        keep(result)
+        return [result]
+
+    monkeypatch.setattr(commands, "measure", measured)
+    monkeypatch.setattr(commands, "write_report", interrupted)
     words = ["run", *SIZE, "--experiments", "vanilla", "--output-dir", str(tmp_path / "runs")]
     assert profile_memory.main(words) == 130
     (made,) = (tmp_path / "runs").iterdir()

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import functools
 import json
-import multiprocessing
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 from PIL import Image
 
+from tests.tools.memory.measured import TINY
 from tools import profile_memory
-from tools.memory import measurement
+from tools.common.worker import report
+from tools.memory.measurement import memory_of
 from tools.memory.result import load_result, load_results, validate
 from tools.memory.setup import DEFAULT_EXPERIMENTS, Setup
 
