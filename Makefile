@@ -1,7 +1,8 @@
 # `make demo` and `make test` do everything on a fresh machine; they need python3 (3.10 to 3.13) with its venv module.
 #
 #     make demo      environment in .venv, install, and a Llama fine-tuned privately (outputs/demo)
-#     make test      the same environment with what the tests need; ruff, mypy, pytest
+#     make test      the same environment with what the tests need; ruff, mypy, and the tests that every change must pass
+#     make test-slow the other tests: launches of every engine, kills, resumes, the recipes and tools from end to end
 #     make lint      ruff and mypy alone
 #     make format    sort the imports, repair what ruff can repair, and format
 #     make clean     remove the environment, outputs, and every cache
@@ -19,11 +20,13 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constr
 # An install is repeated when one of these is newer than its stamp, and not otherwise.
 INPUTS := setup.cfg pyproject.toml constraints.txt
 CHECKED := dpft recipes tools
+# Two, on any machine: each of pytest's processes imports torch and transformers and computes its own references.
+PARALLEL := --numprocesses=2 --dist=worksteal
 # For the tests of the Triton kernels in its interpreter. Not in constraints.txt: a CUDA build of torch brings the very
 # triton that it was built with. Before 3.7 the interpreter cannot run a loop under numpy 2.4.
 TRITON := triton==3.7.1; sys_platform == "linux"
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-slow lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -55,9 +58,12 @@ lint: $(VENV)/.stamp-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(CHECKED)
 
-# No test may reach for the network.
+# No test may reach for the network. Both targets together are the whole suite.
 test: lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.stamp-test
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PARALLEL) -m slow $(PYTEST_ARGS)
 
 format: $(VENV)/.stamp-test
 	$(BIN)/ruff check --fix .

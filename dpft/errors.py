@@ -1,13 +1,13 @@
 """The exceptions that a user of dpft can meet.
 
-Every one derives from :class:`DPFTError`. A message says what came, what was expected, and what to do about it.
+All derive from :class:`DPFTError`. Each message says what was received, what was expected, and what to do about it.
 """
 
 from __future__ import annotations
 
 
 class DPFTError(Exception):
-    """Base class of everything that dpft raises on purpose."""
+    """Base class of dpft's own exceptions."""
 
 
 class PrivacyConfigError(DPFTError, ValueError):
@@ -23,7 +23,7 @@ class WrapError(DPFTError, RuntimeError):
 
 
 class ClippingError(DPFTError, RuntimeError):
-    """A backward pass would leave something else than the clipped sum in ``.grad``."""
+    """A backward pass would leave something other than the clipped sum in ``.grad``."""
 
 
 class EngineError(DPFTError, RuntimeError):
@@ -31,7 +31,7 @@ class EngineError(DPFTError, RuntimeError):
 
 
 class LedgerError(DPFTError, RuntimeError):
-    """The ledger of releases is missing, damaged, or contradicts what it is asked to continue."""
+    """The ledger of releases is missing, damaged, or inconsistent with the run that it is to continue."""
 
 
 class BudgetExceededError(DPFTError, RuntimeError):
@@ -42,5 +42,9 @@ class AccountingError(DPFTError, ValueError):
     """No theorem that dpft implements covers the mechanism that was asked for."""
 
 
+class MissingPackageError(DPFTError, ImportError):
+    """A package that this operation needs is not installed."""
+
+
 class KernelError(DPFTError, RuntimeError):
-    """The implementation of a kernel that was named cannot run here; no other is taken in its place."""
+    """The kernel implementation that was asked for cannot run here; dpft does not fall back to another one."""

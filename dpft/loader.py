@@ -1,4 +1,4 @@
-"""The loader: from a sampler's physical batches to tensors on the device, padding rows included."""
+"""The data loader: turns a sampler's physical batches into tensors on the device, padding rows included."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Fetch(Dataset[Any]):
 
     def __getitem__(self, physical: PhysicalBatch) -> tuple[dict[str, Any], bool, int]:
         examples = self._examples(physical.indices)
-        # An empty physical batch still runs through the model, as one row of weight zero at least.
+        # An empty physical batch still passes through the model, as at least one row of weight zero.
         padding = physical.num_padding if self.static_shapes else int(not examples)
         if padding:
             template = examples[0] if examples else self._examples([0])[0]
@@ -69,11 +69,11 @@ class PrivateDataLoader:
     """Iterates over physical batches, as dictionaries of tensors with ``example_weight [B]``; made by
     ``dpft.prepare``.
 
-    Ends after the planned number of logical batches, however often it is iterated over and resumed. Do not prepare it
-    again: Accelerate would repeat examples to fill ranks.
+    Ends after the planned number of logical batches, counted over all iterations and resumes. Do not prepare it again:
+    Accelerate would repeat examples to fill ranks.
 
     Attributes:
-        is_last: whether the batch that was yielded last ends its logical batch.
+        is_last: whether the most recently yielded batch ends its logical batch.
         step: number, from 0, of the logical batch that it belongs to.
         num_steps: logical batches of the whole training.
         privacy: the run's :class:`dpft.PrivacyRun`: schedule, ledger, epsilon.
@@ -113,7 +113,7 @@ class PrivateDataLoader:
         for batch, is_last, step in self._loader:
             if mine != self._iteration:
                 raise PrivacyConfigError(
-                    "a second iteration over the loader has begun: batches of two draws would go into one "
+                    "a second iteration over the loader was started: batches of two draws would go into one "
                     "release. Use one iterator at a time."
                 )
             self.is_last, self.step = is_last, step

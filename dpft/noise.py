@@ -1,7 +1,7 @@
-"""The Gaussian mechanism's noise: float32, from a generator of its own, seeded by the operating system.
+"""The Gaussian mechanism's noise, in float32 or float64, from its own generator, seeded by the operating system.
 
-The generator is neither torch's nor numpy's global one, so ``manual_seed`` does not touch it, and its state is in no
-checkpoint: the same noise under two different sums cancels in their difference.
+The generator is not torch's or numpy's global one, so ``manual_seed`` does not affect it. Its state is in no
+checkpoint: if the same noise were added to two different sums, their difference would be free of noise.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class GaussianNoise:
     """A stream of independent Gaussian draws that is never repeated.
 
     Args:
-        secret: bytes that determine the stream. None (always, outside tests) takes 32 bytes from the operating system.
-            Ranks that hold replicas of one gradient share a secret and a stream; shards have streams of their own.
+        secret: bytes that determine the stream. None (always, outside tests) reads 32 bytes from the operating system.
+            Ranks that hold replicas of one gradient share a secret and a stream; each shard has its own stream.
         stream: number of the stream under the secret.
         secure: draw each value as the normalised sum of four Gaussians computed in float64 from the operating system's
             cryptographic generator, which defeats the floating-point attacks on a single draw (Holohan & Braghin 2021,
-            arXiv 2107.10138). Slower: some 10 million values a second.
+            arXiv 2107.10138). Slower: about 10 million values per second.
 
     Raises:
         ValueError: ``secure`` with a ``secret``: a known stream is not secure.
@@ -77,7 +77,7 @@ class GaussianNoise:
         draw = self._source(tensor.device)
         for start in range(0, flat.numel(), _CHUNK):
             part = flat[start : start + _CHUNK]
-            if self.secure:  # summed in float64 and rounded once: what is released is a function of a float64 release
+            if self.secure:  # added in float64 and rounded once: the result is a function of a float64 release
                 noise = torch.from_numpy(_secure_normal(part.numel())).to(tensor.device)
                 part.copy_(part.double().add_(noise, alpha=std))
             else:
@@ -86,10 +86,10 @@ class GaussianNoise:
 
     def __reduce__(self) -> str:
         # A copy, or a pickle in a checkpoint, would draw the same noise a second time.
-        raise TypeError("GaussianNoise cannot be copied or pickled; make a new one, which the system seeds anew")
+        raise TypeError("GaussianNoise cannot be copied or pickled; create a new one, which gets a fresh seed")
 
     def _source(self, device: torch.device) -> Callable[[int, torch.dtype], Tensor]:
-        if device.type == "meta":  # a plan: there are no values to add noise to
+        if device.type == "meta":  # planning: there are no values to add noise to
             return lambda count, dtype: torch.empty(count, device=device, dtype=dtype)
         if device.type == "cpu":
             return self._draw_on_host

@@ -16,7 +16,7 @@ _GUARD = "_dpft_guard"
 
 
 class Sums(Protocol):
-    """Where several processes train: what holds the clipped sums in the place of ``.grad``."""
+    """Holds the clipped sums instead of ``.grad`` when several processes train."""
 
     parameters: dict[str, nn.Parameter]
 
@@ -25,7 +25,7 @@ class Sums(Protocol):
         ...
 
     def gradient(self, name: str) -> Tensor:
-        """What was released for one parameter, as its ``.grad`` wants it."""
+        """The released gradient of one parameter, in the layout of its ``.grad``."""
         ...
 
     def discard(self) -> None:
@@ -36,29 +36,32 @@ class Sums(Protocol):
 class DPOptimizer(torch.optim.Optimizer):
     """Any torch optimiser, stepping on ``(clipped sum + N(0, (sigma C)^2 I)) / expected_batch_size``.
 
-    ``.grad`` must hold the clipped sum of a logical batch, as :func:`dpft.wrap` leaves it; several physical batches
-    add up there. Parameters in bf16 get float32 gradients (``Tensor.grad_dtype``), which take the place of bf16
-    ones, so sums, noise and division are float32; the inner optimiser then receives the parameter's dtype. A
-    parameter without a gradient, and an empty logical batch, still receive noise.
+    ``.grad`` must hold the clipped sum of a logical batch, as :func:`dpft.wrap` leaves it; its physical batches
+    accumulate there. bf16 parameters get float32 gradients instead of bf16 ones (``Tensor.grad_dtype``), so that sum,
+    noise and division are float32; the inner optimiser then receives the parameter's dtype. A parameter without a
+    gradient, and an empty logical batch, still receive noise.
 
     Args:
-        optimizer: the inner optimiser, made on the model's parameters.
+        optimizer: the inner optimiser, constructed with the model's parameters.
         noise_multiplier: sigma >= 0; 0 is NOT private.
-        max_grad_norm: C > 0, the bound that the model was wrapped with.
-        expected_batch_size: b > 0, a constant that the user declares: never the size of the batch that was drawn.
-        noise: the noise's source; None makes one seeded by the operating system.
+        max_grad_norm: C > 0, the clip norm that the model was wrapped with.
+        expected_batch_size: b > 0, a constant that the user declares; never the size of the drawn batch.
+        noise: source of the noise; None creates one seeded by the operating system.
         secure_rng: see :class:`dpft.noise.GaussianNoise`; only where ``noise`` is None.
-        is_last: says whether the running physical batch ends its logical batch. None: every ``step`` does.
-        on_release: called before each release changes a parameter; an exception stops it. The ledger goes here.
-        check: called before that; raises if the parameters are not the ones that are clipped.
-        sum_scale: s where what reaches ``.grad`` is s times the clipped sum (an engine's mean over ranks).
-        sums: of an engine, which take the place of ``.grad``; from ``dpft.prepare``.
+        is_last: returns whether the current physical batch ends its logical batch. None: every ``step`` ends one.
+        on_release: called before each release, before a parameter changes; an exception prevents the release. The
+            ledger records here.
+        check: called with the trainable parameters before ``on_release``; raises if they are not the ones that are
+            clipped.
+        sum_scale: s, if ``.grad`` holds s times the clipped sum (an engine that averages over ranks).
+        sums: an engine's clipped sums, used instead of ``.grad``; set by ``dpft.prepare``.
 
     Raises:
         ValueError: a value out of range, or no parameter.
 
-    Guarantee: with clipped sums of L2 sensitivity C, each acting ``step`` is one Gaussian mechanism of noise
-    multiplier sigma (Abadi et al. 2016, arXiv 1607.00133), and adds noise exactly once to every element.
+    Guarantee: with clipped sums of L2 sensitivity C, each ``step`` that ends a logical batch is one Gaussian
+    mechanism with noise multiplier sigma (Abadi et al. 2016, arXiv 1607.00133), and adds noise exactly once to every
+    element.
     """
 
     def __init__(
@@ -78,7 +81,9 @@ class DPOptimizer(torch.optim.Optimizer):
     ) -> None:
         given: Any = optimizer
         if not isinstance(given, torch.optim.Optimizer) or isinstance(given, DPOptimizer):
-            raise ValueError(f"expected a torch.optim.Optimizer, not private yet; got {type(optimizer).__name__}")
+            raise ValueError(
+                f"expected a torch.optim.Optimizer that is not private yet; got a {type(optimizer).__name__}"
+            )
         _require("noise_multiplier", noise_multiplier, at_least=0.0)
         for name, value in (
             ("max_grad_norm", max_grad_norm),
@@ -102,7 +107,7 @@ class DPOptimizer(torch.optim.Optimizer):
         self._spent = False  # .grad holds a release, not a sum
         self._stepping = False
         previous = optimizer.__dict__.pop(_GUARD, None)
-        if previous is not None:  # of a DPOptimizer that this one takes the place of
+        if previous is not None:  # of a DPOptimizer that this one replaces
             previous.remove()
         optimizer.__dict__[_GUARD] = optimizer.register_step_pre_hook(self._only_through_here)
         self.discard()
@@ -111,12 +116,12 @@ class DPOptimizer(torch.optim.Optimizer):
         if not self._stepping:
             raise WrapError(
                 "step() of the inner optimiser was called directly: it would release the clipped sum without noise. "
-                "Call step() of what dpft.prepare returned, or of the DPOptimizer; or, to train on without privacy, "
-                "DPOptimizer.detach() first."
+                "Call step() of the optimiser that dpft.prepare returned, or of the DPOptimizer. To continue training "
+                "without privacy, call DPOptimizer.detach() first."
             )
 
     def detach(self) -> torch.optim.Optimizer:
-        """Give the inner optimiser back, without the guard that keeps its own ``step`` from being called."""
+        """Return the inner optimiser, without the guard that refuses direct calls of its ``step``."""
         guard = self.inner.__dict__.pop(_GUARD, None)
         if guard is not None:
             guard.remove()
@@ -160,7 +165,7 @@ class DPOptimizer(torch.optim.Optimizer):
                 elif p.requires_grad:
                     self._release(p)
                 else:
-                    p.grad = None  # frozen since: the inner optimiser would still take its gradient, without noise
+                    p.grad = None  # frozen since then: the inner optimiser would apply its gradient without noise
         self._stepping = True
         try:
             self.inner.step()
@@ -170,11 +175,11 @@ class DPOptimizer(torch.optim.Optimizer):
         self._spent = True
 
     def _is_rehearsal(self) -> bool:
-        """Whether this step is torch's own way of making an optimiser's state exist before it loads a checkpoint.
+        """Whether torch makes this step only to create the optimiser's state before it loads a checkpoint.
 
-        ``torch.distributed.checkpoint.state_dict`` steps an optimiser that has no state on gradients of zeros at a
-        learning rate of zero, and loads only what is there then: without it moments would be lost without a word.
-        In training, ``.grad`` is None whenever ``step`` is called, because the sums are kept elsewhere.
+        ``torch.distributed.checkpoint.state_dict`` steps an optimiser that has no state on zero gradients with a
+        learning rate of zero, and then loads only the entries that exist: without this step the moments would be lost
+        silently. In training, ``.grad`` is None whenever ``step`` is called, because the sums are kept elsewhere.
         """
         parameters = self.parameters()
         return (
@@ -195,7 +200,7 @@ class DPOptimizer(torch.optim.Optimizer):
                 p.grad = None
 
     def _before_release(self) -> None:
-        """All that can stop a release, then its line in the ledger."""
+        """All checks that can prevent a release, then its line in the ledger."""
         parameters = self.parameters()
         if self._check is not None:
             self._check(parameters)
@@ -207,7 +212,7 @@ class DPOptimizer(torch.optim.Optimizer):
             if p.grad.dtype not in (torch.float32, torch.float64):
                 raise WrapError(
                     f"a gradient of shape {list(p.shape)} is {p.grad.dtype}; expected float32, in which sums "
-                    "and noise are exact. Make the DPOptimizer before the first backward, and do not replace .grad."
+                    "and noise are exact. Create the DPOptimizer before the first backward, and do not replace .grad."
                 )
         if self._on_release is not None:
             self._on_release()
@@ -226,16 +231,16 @@ class DPOptimizer(torch.optim.Optimizer):
         p.grad = total.to(p.dtype)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients, at the end of a logical batch.
+        """Drop the gradients at the end of a logical batch.
 
-        Where a loader says when a logical batch ends (``is_last``), nothing happens before its release: ``.grad`` is
-        accumulating. :meth:`discard` drops it all the same.
+        If a loader tells where a logical batch ends (``is_last``), this does nothing before the release, because
+        ``.grad`` is still accumulating. :meth:`discard` drops it in any case.
         """
         if self._is_last is None or self._spent:
             self.discard()
 
     def discard(self) -> None:
-        """Drop the gradients of a logical batch that will not be finished; nothing was released of it."""
+        """Drop the gradients, also of a logical batch that will not be finished, of which nothing was released."""
         parameters = [p for group in self.param_groups for p in group["params"]]
         for p in parameters:
             p.grad = None
@@ -261,7 +266,7 @@ class DPOptimizer(torch.optim.Optimizer):
         _accumulate_in_float32(new)
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimiser's: no noise, no generator, no secret."""
+        """The inner optimiser's; it contains no noise, no generator state and no secret."""
         return self.inner.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -278,7 +283,7 @@ class DPOptimizer(torch.optim.Optimizer):
 
 
 def _local(tensor: Any) -> Tensor:
-    """This rank's part of a sharded tensor; another one as it is."""
+    """This rank's shard of a sharded tensor; any other tensor unchanged."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 

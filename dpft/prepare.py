@@ -67,24 +67,25 @@ def prepare(
     before noise is added only weakens the signal. Do not prepare model, optimiser or loader a second time.
 
     Args:
-        accelerator: an ``accelerate.Accelerator`` on which nothing of this training was prepared yet.
+        accelerator: an ``accelerate.Accelerator`` that has prepared nothing of this training yet.
         model: a causal LM, or another module (then use :func:`dpft.clipped_loss` in the loop).
         optimizer: any torch optimiser on the model's trainable parameters.
         dataset: anything with ``len`` and indexing; one item is one privacy unit's example. Not a DataLoader.
-        privacy: all that changes the privacy.
+        privacy: everything that affects the privacy guarantee.
         collate_fn: list of items -> dictionary of tensors with one row per item. None: torch's default.
-        max_physical_batch_size: most rows that go through the model at once; does not change the result. ``"auto"``
-            takes the one that :func:`dpft.plan` predicts to be fastest per example in the memory that is free.
+        max_physical_batch_size: maximum number of rows per forward pass; does not change the result. ``"auto"`` takes
+            the one that :func:`dpft.plan` predicts to be fastest per example in the free memory.
         seq_len: tokens of the longest example, for ``"auto"``.
         clipping: as :func:`dpft.wrap`; ``"none"`` needs ``noise_multiplier=0`` and is NOT private.
         strategy: as :func:`dpft.wrap`.
         memory: as :func:`dpft.wrap`.
         loss_chunk: as :func:`dpft.wrap`.
-        ledger_path: file of the ledger; None: ``privacy_ledger.jsonl`` in the accelerator's project directory, or
-        here. continue_ledger: count on in a ledger that has releases, with a model that starts anew.
+        ledger_path: file of the ledger; None: ``privacy_ledger.jsonl`` in the accelerator's project directory, or in
+            the current one.
+        continue_ledger: continue the count of a ledger that has releases, with a new model.
         num_workers: worker processes of the DataLoader.
         static_shapes: pad every physical batch to ``max_physical_batch_size`` rows.
-        test_seed: fixes sampling and noise, for tests only: with it nothing is private, and the report says so.
+        test_seed: fixes sampling and noise, for tests only: the run is then not private, and the report says so.
 
     Returns:
         The model (wrapped in place, prepared), the optimiser (a :class:`DPOptimizer` inside Accelerate's), the loader.
@@ -94,6 +95,8 @@ def prepare(
         EngineError: an Accelerate configuration that would void the guarantee.
         UnsupportedModuleError: see :func:`dpft.wrap`.
         LedgerError: the ledger is locked, damaged, or of another mechanism.
+        MissingPackageError: see :meth:`PrivacyConfig.resolve`; or a ``shuffle`` is resumed, whose remaining steps
+            follow from the budget.
     """
     ranks = Ranks(accelerator.device)
 
@@ -106,7 +109,7 @@ def prepare(
         elif clipping != "flash" or strategy != "auto":
             raise PrivacyConfigError(
                 f"max_physical_batch_size='auto' plans clipping='flash' with strategy='auto'; got {clipping!r} and "
-                f"{strategy!r}. Name a number."
+                f"{strategy!r}. Give a number."
             )
         elif seq_len is None:
             raise PrivacyConfigError(
@@ -146,14 +149,14 @@ def prepare(
         },
         "the setting",
     )
-    schedule = privacy.resolve(len(dataset))
+    schedule = ranks.together(lambda: privacy.resolve(len(dataset)))
     if max_physical_batch_size == "auto":
         _check_whole("seq_len", seq_len, 1)
         assert seq_len is not None
         largest = math.ceil(schedule.expected_batch_size / ranks.world)  # more would be padding
         planned = ranks.together(lambda: _planned_batch(model, optimizer, seq_len, kind, ranks, loss_chunk))
         max_physical_batch_size = int(ranks.minimum(min(planned.batch_size, largest)))
-        memory = planned.allowance if memory is None else memory  # with which the strategy is the planned one
+        memory = planned.allowance if memory is None else memory  # so that the strategy is the planned one
     wrap(
         model,
         clipping=clipping,
@@ -201,12 +204,12 @@ def prepare(
                 "dataset": dataset,
                 "collate_fn": collate_fn,
                 "num_workers": num_workers,
-                # each example gathers or sends by itself: all ranks must have the same number of them
+                # each example gathers or sends separately: all ranks must have the same number of rows
                 "static_shapes": static_shapes or (kind in SENDS_AT_ONCE and strategy == "per_example"),
             },
         )
     except BaseException:
-        # As it was, so that the caller may mend what was wrong and call again.
+        # Restore the model, so that the caller can fix the problem and call again.
         if ledger is not None:
             ledger.close()
         unwrap(model)
@@ -278,11 +281,11 @@ def _planned_batch(
     """The plan of the physical batch with the least predicted time per example that fits where training will run.
 
     Raises:
-        UnsupportedModuleError: a model that cannot be planned; name a number then.
+        UnsupportedModuleError: a model that cannot be planned; give a number then.
     """
     stateless = isinstance(optimizer, torch.optim.SGD) and not any(g["momentum"] for g in optimizer.param_groups)
     states: Literal["adamw", "sgd"] = "sgd" if stateless else "adamw"
-    there = [p for p in model.parameters() if p.device.type == ranks.device.type]  # others have yet to be moved
+    there = [p for p in model.parameters() if p.device.type == ranks.device.type]  # the others still have to be moved
     memory = free_memory(ranks.device) + sum(p.numel() * p.element_size() for p in there)
     return predict(
         model,
@@ -314,10 +317,10 @@ def _described(model: nn.Module) -> list[tuple[str, list[int], str, bool]]:
 
 
 def _weights(accelerator: Any, model: nn.Module) -> dict[str, float]:
-    """Sums of the trainable parameters that have values here.
+    """Sums of the trainable parameters that have values on this rank, to be compared between ranks.
 
-    FSDP2 takes each shard from its own rank; adapters that started from different random numbers would be patched
-    together. The other engines broadcast rank 0's, and so does FSDP2's ``cpu_ram_efficient_loading``.
+    FSDP2 takes each shard from its own rank, so adapters that were initialised differently on each rank would be
+    mixed. The other engines broadcast rank 0's parameters, and so does FSDP2's ``cpu_ram_efficient_loading``.
     """
     if accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
         return {}
@@ -326,7 +329,7 @@ def _weights(accelerator: Any, model: nn.Module) -> dict[str, float]:
 
 
 def _test_secret(seed: int, run: PrivacyRun) -> bytes:
-    # The count is in it, so that a resumed test does not repeat the noise of the run that it resumes.
+    # It includes the count, so that a resumed test does not repeat the noise of the run that it resumes.
     return seed.to_bytes(16, "big", signed=True) + run.steps.to_bytes(8, "big")
 
 
@@ -357,15 +360,15 @@ def _check_whole(name: str, value: Any, least: int) -> None:
 
 
 def _open_ledger(path: Path, privacy: PrivacyConfig, schedule: PrivacySchedule, clipping: str, seeded: bool) -> Ledger:
-    # What else decides whether the releases are private at all; one ledger may not mix the two.
+    # They also decide whether the releases are private; one ledger must not mix private and other releases.
     conditions = {"clipped": clipping != "none", "seeded": seeded}
     content = Ledger.read(path) if path.exists() and path.stat().st_size > 0 else None
     resume = content is not None and content.count > 0
     if content is not None and resume:
-        strangers = [mechanism for mechanism, count in content.events if count and mechanism != schedule.mechanism]
-        if strangers:
+        others = [mechanism for mechanism, count in content.events if count and mechanism != schedule.mechanism]
+        if others:
             raise LedgerError(
-                f"the ledger {path} has releases of another mechanism ({strangers[0]}) than the one planned "
+                f"the ledger {path} has releases of another mechanism ({others[0]}) than the one planned "
                 f"({schedule.mechanism}). Resume with the configuration of the run that wrote it, or choose another "
                 "ledger_path for a new run."
             )

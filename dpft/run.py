@@ -1,4 +1,4 @@
-"""A private training in progress: what it has spent, and that its loop does what the accountant assumes."""
+"""A private training run: the budget it has spent, and checks that its loop does what the accountant assumes."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from dpft.privacy.schedule import PrivacySchedule
 
 
 class PrivacyRun:
-    """What a private run has spent and may spend: schedule, ledger, epsilon. Saved with ``accelerator.save_state``.
+    """The privacy budget of a run, spent and remaining: schedule, ledger, epsilon; in ``accelerator.save_state``.
 
     Attributes:
         schedule: the resolved configuration.
-        ledger: of releases, written ahead.
+        ledger: of the releases, each recorded before it is made.
         clipping: the clipping mode; ``"none"`` is not private.
         seeded: a noise or sampling seed was given: for tests, not private.
-        last_step: the release after which the budget is spent.
+        last_step: number of the release after which the budget is spent.
     """
 
     def __init__(
@@ -40,9 +40,9 @@ class PrivacyRun:
         self.last_step = self._last_step()
 
     def _last_step(self) -> int:
-        """The schedule's number of steps, or fewer where a restart spends more (``shuffle`` starts an epoch anew)."""
+        """The schedule's number of steps, or fewer where a restart spends more (``shuffle`` starts a new epoch)."""
         schedule, left = self.schedule, max(0, self.schedule.num_steps - self._first)
-        if self.private and self._history and schedule.sampler == "shuffle":
+        if self._history and schedule.sampler == "shuffle" and self.private:
             left = max_steps_within(
                 schedule.mechanism,
                 schedule.epsilon,
@@ -55,19 +55,26 @@ class PrivacyRun:
 
     @property
     def private(self) -> bool:
-        """Whether the releases have a finite epsilon."""
-        return self.schedule.private and self.clipping != "none" and not self.seeded
+        """Whether the releases have a finite epsilon.
+
+        Raises:
+            MissingPackageError: this is unknown, because the accountant's packages are not installed.
+        """
+        return self.clipping != "none" and not self.seeded and self.schedule.private
 
     @property
     def steps(self) -> int:
-        """Releases so far, by the ledger."""
+        """Releases so far, according to the ledger."""
         return self.ledger.count
 
     def epsilon(self, exact: bool = False) -> float:
         """Epsilon spent so far, at the schedule's delta; inf where the run is not private.
 
         Args:
-            exact: False gives a cheap upper bound for a progress bar, at most some per cent above.
+            exact: False gives a cheap upper bound for a progress bar, at most a few per cent above.
+
+        Raises:
+            MissingPackageError: the accountant's packages are not installed.
         """
         if not self.private:
             return float("inf")
@@ -94,13 +101,14 @@ class PrivacyRun:
             raise LedgerError(
                 f"the ledger {self.ledger.path} has {self.ledger.count} releases of an earlier run. Resume that "
                 "run with accelerator.load_state(...) before training; or pass continue_ledger=True to start "
-                "the model anew and keep counting; or give a new run another ledger_path."
+                "with a new model and keep counting; or give a new run another ledger_path."
             )
         if self.ledger.count >= self.last_step:
+            planned = self.schedule.computed_epsilon
             raise BudgetExceededError(
-                f"{self.ledger.count} of {self.last_step} planned releases are spent; one more would "
-                f"exceed epsilon {self.schedule.epsilon:.4g}. The parameters were not changed. Plan a larger budget "
-                "for a new run."
+                f"{self.ledger.count} of {self.last_step} planned releases are spent; one more would exceed "
+                + ("the number of steps" if planned is None else f"epsilon {planned:.4g}")
+                + ". The parameters were not changed. Plan a larger budget for a new run."
             )
 
     def report(self, tuning: str | None = None, notes: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -116,15 +124,15 @@ class PrivacyRun:
         )
 
     def close(self) -> None:
-        """Close the ledger, which ends its lock: another run in this process may open it then."""
+        """Close the ledger and release its lock, so that another run in this process can open it."""
         self.ledger.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Which ledger this checkpoint belongs to, and its count. No secret."""
+        """The run id of the ledger that this checkpoint belongs to, and its count. Contains no secret."""
         return self.ledger.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue a checkpoint: the ledger's count stands, also where the checkpoint is behind it.
+        """Resume from a checkpoint. The ledger's count remains valid, even where the checkpoint is behind it.
 
         Raises:
             LedgerError: the checkpoint belongs to another ledger, or is ahead of this one.
@@ -135,10 +143,10 @@ class PrivacyRun:
 
 
 class LoopGuard:
-    """Between loop and mechanism: what the accountant takes for granted about the user's loop, checked.
+    """Checks what the accountant assumes about the user's training loop.
 
-    One clipped backward per physical batch, of the covered parameters and unscaled; one release per logical batch that
-    was drawn; nothing of an abandoned batch in the next.
+    One clipped backward per physical batch, of the covered parameters, with an unscaled loss; one release per logical
+    batch that was drawn; nothing of an abandoned batch in the next one.
     """
 
     def __init__(self, accelerator: Any, model: nn.Module, state: ClipState, run: PrivacyRun, ranks: Ranks) -> None:
@@ -152,7 +160,7 @@ class LoopGuard:
         self._drawn = False
 
     def start(self) -> None:
-        """A loop begins: what an abandoned one left in ``.grad`` would put its examples into a second batch."""
+        """Called when a loop begins: sums that an abandoned one left would put its examples into a second batch."""
         assert self.optimizer is not None
         self._ranks.agree({"releases": self._run.steps}, "the ledger's")
         self.optimizer.discard()
@@ -162,7 +170,7 @@ class LoopGuard:
         self._step, self._drawn = None, False
 
     def next_batch(self, step: int, is_last: bool, rows: int, padding: int) -> None:
-        """Before a physical batch of a logical one is handed out."""
+        """Called before the loader yields a physical batch."""
         self._count()
         self._rows, self._padding = rows, padding
         self._state.weights = None
@@ -174,7 +182,7 @@ class LoopGuard:
                 )
             self._step, self._drawn = step, True
             assert self.optimizer is not None
-            self.optimizer.discard()  # an old release, where zero_grad was called at a time when Accelerate skips it
+            self.optimizer.discard()  # an old release, if zero_grad was called when Accelerate skips it
         self._backwards = self._state.backwards
         self._accelerator.sync_gradients = is_last
 
@@ -200,7 +208,7 @@ class LoopGuard:
             )
 
     def release(self) -> None:
-        """Write one release ahead, if there is budget for it and a batch that was drawn for it."""
+        """Record one release before it is made, if the budget covers it and a batch was drawn for it."""
         self._run.check_budget()
         if not self._drawn:
             raise ClippingError(
@@ -211,7 +219,7 @@ class LoopGuard:
         self._drawn = False
 
     def check(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Before a release: on all ranks, or on none."""
+        """Called before a release; raises on all ranks or on none."""
         self._ranks.together(lambda: self._check(parameters))
 
     def _check(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -219,8 +227,8 @@ class LoopGuard:
         state.check_parameters(self.model, at_rest=True)
         if state.broken:
             raise ClippingError(
-                "a backward pass of this logical batch failed midway, and what it left in .grad is not known. Start "
-                "iterating over the loader anew: it drops the batch, of which nothing was released."
+                "a backward pass of this logical batch failed midway, and the content of .grad is not known. Start a "
+                "new iteration over the loader: it drops the batch, of which nothing was released."
             )
         self._count()
         state.deferred_checks.check(1.0)
@@ -241,9 +249,9 @@ def check_optimizer(param_groups: Iterable[dict[str, Any]], state: ClipState) ->
 
 def _check_covered(parameters: Iterable[nn.Parameter], state: ClipState) -> None:
     covered = {id(p) for p in state.parameters.values()}
-    strangers = [list(p.shape) for p in parameters if id(p) not in covered]
-    if strangers:
+    uncovered = [list(p.shape) for p in parameters if id(p) not in covered]
+    if uncovered:
         raise WrapError(
-            f"the optimiser holds {len(strangers)} trainable parameters that the model does not (shapes "
-            f"{strangers[:3]}): they are not clipped. Make the optimiser on model.parameters()."
+            f"the optimiser has {len(uncovered)} trainable parameters that are not the model's (shapes "
+            f"{uncovered[:3]}): they are not clipped. Construct the optimiser with model.parameters()."
         )

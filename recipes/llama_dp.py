@@ -40,21 +40,21 @@ from finetune.setup import METRICS, Materials, choose_output, load_materials, lo
 
 @contextmanager
 def one_line() -> Iterator[None]:
-    """End the program with one line and status 2 where what a person asked for cannot be done.
+    """End the program with one line and status 2 if the options cannot be carried out.
 
-    For the time before training: what fails later is no wrong option, and shows where.
+    For use before training: a later failure is not due to a wrong option, and needs its traceback.
     """
     try:
         yield
     except (ValueError, OSError, ImportError, DPFTError) as error:
-        # every rank meets most of them, and says so: one that is alone with it is the one to hear
+        # most of them occur on every rank; every rank prints its own, so that one on a single rank is seen too
         words = str(error) if isinstance(error, DPFTError) else " ".join(str(error).split())
         print(f"llama_dp.py: error: {words}", file=sys.stderr)
         raise SystemExit(2) from error
 
 
 def dry_run(options: Options, materials: Materials, model: nn.Module, accelerator: Accelerator) -> None:
-    """Say what a run would do, and do nothing."""
+    """Print what a run would do, without doing it."""
     schedule = privacy_config(options).resolve(len(materials.train))
     physical = schedule.expected_batch_size / accelerator.num_processes / options.max_physical_batch_size
     if options.clipping == "none" and schedule.noise_multiplier:
@@ -175,7 +175,7 @@ def run(options: Options) -> int:
         def evaluate(network: nn.Module) -> float:
             return validation_loss(network, materials.validation, materials.collate, accelerator)
 
-        # rank 0 has the metrics of a run that is resumed, and an evaluation is for all ranks
+        # only rank 0 has the metrics of a resumed run, and an evaluation needs all ranks
         known = (row["validation_loss"] for row in history.rows if "validation_loss" in row)
         before = from_first(accelerator, lambda: next(known, None))
         if before is None:
@@ -209,7 +209,7 @@ def run(options: Options) -> int:
             samples["after"] = sample(prepared.model)
             for when, text in samples.items():
                 accelerator.print(f"sample {when}: {json.dumps(text)}")
-        # asked for before the model is unwrapped and saved: it needs the ledger and the optimiser
+        # before the model is unwrapped and saved: the statement needs the ledger and the optimiser
         words = statement(prepared, options)
         spent = prepared.epsilon(exact=True)
         export(accelerator, prepared, materials, options, output)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import multiprocessing.process
 import os
 import shutil
+import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from typing import Any, NoReturn
+from unittest import mock
 
 # Before torch, transformers or deepspeed is imported, and inherited by the processes that tests start.
 _SCRATCH = tempfile.mkdtemp(prefix="dpft-tests-")
@@ -27,8 +31,24 @@ import torch
 hypothesis.settings.register_profile("dpft", deadline=None, derandomize=True, print_blob=True, database=None)
 hypothesis.settings.load_profile("dpft")
 
-# The models are tiny and the suite runs one process a core (pytest-xdist): more threads only wait for each other.
+# The models are tiny, and `make test` runs two processes: more threads would only wait for each other.
 torch.set_num_threads(1)
+
+
+def _refuse(*_: Any, **__: Any) -> NoReturn:
+    pytest.fail("starts a process: mark the test `@pytest.mark.slow`")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Only tests that are marked ``slow`` start processes, in their fixtures too."""
+    if item.get_closest_marker("slow"):
+        return (yield)
+    with (
+        mock.patch.object(subprocess.Popen, "__init__", _refuse),
+        mock.patch.object(multiprocessing.process.BaseProcess, "start", _refuse),
+    ):
+        return (yield)
 
 
 @pytest.fixture(autouse=True)

@@ -42,7 +42,6 @@ LAYERS: dict[str, set[str]] = {
     "engines": _GRADIENT | _MECHANISM,
     "run": _GRADIENT | _MECHANISM | {"engines"},
     "prepare": _GRADIENT | _MECHANISM | {"engines", "run", "planning"},
-    "trainer": _GRADIENT | _MECHANISM | {"engines", "run", "prepare"},
 }
 LAYERS["__init__"] = set(LAYERS)
 
@@ -228,7 +227,7 @@ def project_files() -> list[Path]:
     for directory, folders, files in os.walk(ROOT):
         inner = [f for f in folders if f not in _NOT_OURS and not f.endswith(".egg-info")]
         folders[:] = [f for f in inner if directory != str(ROOT) or not f.startswith(".") or f in {".ci", ".github"}]
-        found += [Path(directory, f) for f in files if Path(f).suffix in _TEXT]
+        found += [Path(directory, f) for f in files if Path(f).suffix in _TEXT and f not in _NOT_OURS]
     return sorted(found)
 
 

@@ -9,18 +9,19 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import dpft
-from tests.test_memory import model_of
+from tests.test_memory import LONG as TOKENS
+from tests.test_memory import VOCAB, model_of
 
-TOKENS, LAYERS = 1024, 4
+LAYERS = 4
 
 
 @functools.cache
 def flops(strategy: str, checkpointing: bool, examples: int = 1, clipping: str = "flash") -> int:
-    """FLOPs of a forward and a backward, T = 1024."""
+    """FLOPs of a forward and a backward."""
     model = model_of(checkpointing, LAYERS)
     if strategy != "plain":
         dpft.wrap(model, strategy=strategy, clipping=clipping)
-    ids = torch.randint(0, 4000, (examples, TOKENS), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(0, VOCAB, (examples, TOKENS), generator=torch.Generator().manual_seed(1))
     warm = ids[:, :8]
     model(input_ids=warm, labels=warm).loss.backward()  # a first step may look at the graph once
     with FlopCounterMode(display=False) as counter:

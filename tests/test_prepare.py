@@ -277,13 +277,25 @@ def test_any_module_through_clipped_loss(path: Path) -> None:
     assert (values(mlp()) - values(training.model) - moved).norm() < 1e-5 * moved.norm()
 
 
-def test_the_planner_chooses_the_physical_batch(tmp_path: Path) -> None:
+def test_the_planner_chooses_the_physical_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`auto` is dpft.plan's choice, never more than a logical batch; and the release is what it was."""
-    training = Training(tmp_path / "auto.jsonl", max_physical_batch_size="auto", seq_len=6)
+    names, plans = dpft.prepare.__globals__, []
+    predict = names["predict"]
+
+    def noted(*args: Any, **options: Any) -> dpft.Plan:
+        plans.append(predict(*args, **options))
+        return plans[-1]
+
+    monkeypatch.setitem(names, "predict", noted)
+    # Every size costs seconds. Four is more than a logical batch of three, which has to be noticed.
+    monkeypatch.setattr("dpft.planning.predictor.MAX_BATCH_SIZE", 4)
+    changes = {"expected_batch_size": 3}
+    training = Training(tmp_path / "auto.jsonl", max_physical_batch_size="auto", seq_len=6, changes=changes)
     rows = [len(batch["input_ids"]) for batch in training.physical()]
-    planned = dpft.plan(tiny_llama(), "auto", 6, optimizer="sgd").batch_size
-    assert 1 < max(rows) <= min(planned, 6)
-    one = Training(tmp_path / "one.jsonl", max_physical_batch_size=1).train()
+    (planned,) = plans
+    assert planned.seq_len == 6 and planned.batch_size > 1
+    assert 1 < max(rows) <= min(planned.batch_size, 3)
+    one = Training(tmp_path / "one.jsonl", max_physical_batch_size=1, changes=changes).train()
     torch.testing.assert_close(values(training.model), values(one.model), rtol=1e-4, atol=1e-5)
 
 

@@ -163,6 +163,7 @@ def read_side(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in side.read_text().splitlines()] if side.exists() else []
 
 
+@pytest.mark.slow
 def test_sigkill_at_random_instants(tmp_path: Path, server: Server) -> None:
     dice, ledger = random.Random(1), tmp_path / "ledger"
     counts: list[int] = []

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import dpft.workers
-from tests.test_loader import batches, plan
+from tests.test_loader import batches, schedule
 from tests.training import examples
 
 STOPPING: list[Path] = []
@@ -49,7 +49,7 @@ def descriptors() -> int:
 @pytest.mark.timeout(60)
 def test_children_that_stop_are_forked_again(stopping: list[Path]) -> None:
     """Two children stop; every example still arrives once, and nothing of the two is left."""
-    p = plan()
+    p = schedule()
     loader = dpft.PrivateDataLoader(examples(12), batches(p, 4), None, num_workers=2)
     without = dpft.PrivateDataLoader(examples(12), batches(p, 4), None)
     for found, expected in zip(loader, without, strict=True):

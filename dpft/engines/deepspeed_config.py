@@ -1,7 +1,7 @@
-"""What a DeepSpeed configuration may say. A setting that is not known here is refused, whatever its value.
+"""The DeepSpeed configuration that dpft accepts. A setting that is not known here is refused, whatever its value.
 
 Gradients do not go through DeepSpeed's hooks, so many settings that would void the guarantee elsewhere only act on
-zeros here. They are refused all the same: a configuration must not say what the run does not do.
+zeros here. They are refused all the same: a configuration must not state what the run does not do.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dpft.errors import EngineError
 
 # Settings that change no example, no gradient and no parameter that an optimiser steps on.
 _FREE = {
-    "activation_checkpointing",  # of deepspeed.checkpointing alone, which no model here calls
+    "activation_checkpointing",  # only of deepspeed.checkpointing, which no model here calls
     "aio",
     "checkpoint",
     "comet",
@@ -22,7 +22,7 @@ _FREE = {
     "disable_python_gc",
     "dump_state",
     "flops_profiler",
-    "gradient_allreduce_op",  # this and the next two: of a reduction that only ever sees zeros
+    "gradient_allreduce_op",  # this and the next two: of a reduction that only sees zeros
     "gradient_predivide_factor",
     "prescale_gradients",
     "log_level",
@@ -85,7 +85,7 @@ _FREE_OFFLOAD = {
     "pipeline_write",
 }
 
-# Settings with the values that they may have, and what another value would do. The first one is what to use.
+# Settings with their allowed values, of which the first is the one to use, and what another value would do.
 _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "gradient_accumulation_steps": (
         (1, "auto"),
@@ -138,7 +138,7 @@ _OFF = {
     "compression_training": "the gradient would be one of compressed weights",
     "curriculum_learning": "it changes which tokens are seen; lengths come from the dataset and collate_fn",
     "data_efficiency": "it changes which data are seen; the loader's Poisson samples are what is accounted for",
-    "eigenvalue": "it computes a statistic of the private data that nothing accounts for",
+    "eigenvalue": "it computes a statistic of the private data that is not accounted for",
     "elasticity": "it changes the number of processes and the batch size while training",
     "expert_parallel": "a layer that routes tokens to experts mixes examples",
     "hybrid_engine": "it is not tested with dpft",
@@ -157,7 +157,7 @@ def check_config(config: dict[str, Any]) -> None:
     """Refuse a DeepSpeed configuration in which the private gradient would not be exact.
 
     Args:
-        config: of the selected plugin, as Accelerate completed it.
+        config: of the selected plugin, with the values that Accelerate filled in.
 
     Raises:
         EngineError: names the setting and the value to use.
@@ -193,7 +193,7 @@ def check_config(config: dict[str, Any]) -> None:
 
 
 def check_engine(engine: Any, stage: int, world: int) -> None:
-    """Refuse a DeepSpeed engine that does not do what its configuration was checked for.
+    """Refuse a DeepSpeed engine that does not match the configuration that was checked.
 
     Args:
         engine: ``deepspeed.DeepSpeedEngine``, before its first forward.
@@ -226,7 +226,7 @@ def check_engine(engine: Any, stage: int, world: int) -> None:
 
 
 def replaces_optimizer(config: dict[str, Any]) -> bool:
-    """Whether Accelerate puts DeepSpeed's own Adam in the place of the user's optimiser."""
+    """Whether Accelerate replaces the user's optimiser by DeepSpeed's own Adam."""
     device = _section(_section(config.get("zero_optimization")).get("offload_optimizer")).get("device", "none")
     return device not in ("none", None) and bool(config.get("zero_force_ds_cpu_optimizer", True))
 

@@ -1,4 +1,4 @@
-"""Which engine Accelerate was launched with, and what it needs so that clipped sums reach its optimiser."""
+"""The engine that Accelerate was launched with, and its set-up, so that clipped sums reach its optimiser."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from dpft.engines import zero_layout
@@ -17,22 +16,23 @@ from dpft.engines.sums import ClippedSums, ReplicatedSums, ShardedSums
 from dpft.engines.zero import ZeroOptimizer, ZeroSums
 from dpft.optimizer import DPOptimizer
 
-# Engines under which a gradient is reduced as it is handed over: what one rank hands over all must, in one order.
+# Engines under which each gradient is reduced as soon as it is added: all ranks must add the same ones in one order.
 SENDS_AT_ONCE = ("fsdp2", "zero2", "zero3")
 
 Kind = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
 
 
 class TrainingEngine:
-    """What :class:`dpft.clipping.state.Engine` asks for, of one of the engines.
+    """Implements :class:`dpft.clipping.state.Engine` for each of the engines.
 
     Attributes:
-        kind: which.
+        kind: which engine.
         sharded: see the protocol.
         reentrant: see the protocol.
         max_batch_size: see the protocol.
         sums: the clipped sums.
-        still: called once a backward, before any step; raises if what steps is not what :func:`launch` made.
+        still: called once per backward, before any step; raises if the optimiser that steps is not the one that
+            :func:`launch` set up.
     """
 
     def __init__(self, kind: Kind, model: nn.Module, ranks: Ranks, sums: ClippedSums, max_batch_size: int) -> None:
@@ -75,9 +75,9 @@ def _nothing_to_rewind() -> None:
 
 
 def _unsharded_leaves(model: nn.Module) -> dict[str, Tensor]:
-    """The whole parameters that FSDP2 puts in the place of its shards, one module's at a time.
+    """The unsharded parameters that FSDP2 substitutes for its shards, collected module by module.
 
-    They are the same objects in every forward: FSDP2 allocates and frees their storage alone.
+    They are the same objects in every forward: FSDP2 only allocates and frees their storage.
     """
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
@@ -95,7 +95,9 @@ def _unsharded_leaves(model: nn.Module) -> dict[str, Tensor]:
 
 
 def kind_of(accelerator: Any) -> Kind:
-    """Which engine the accelerator was launched with; nothing is checked but that dpft knows it."""
+    """The engine that the accelerator was launched with, without checking its configuration."""
+    from accelerate.utils import DistributedType  # here, so that `import dpft` does without Accelerate
+
     if accelerator.distributed_type == DistributedType.FSDP:
         return "fsdp2"
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -125,7 +127,8 @@ def launch(
         make: ``make(cls, optimizer, sums)`` -> the private optimiser.
 
     Returns:
-        The prepared model, the bare one inside it, the engine, the private optimiser, and what the loop steps.
+        The prepared model, the bare one inside it, the engine, the private optimiser, and the object on which the loop
+        calls ``step``.
     """
     if kind == "fsdp2":
         private = make(DPOptimizer, optimizer, None)
@@ -134,7 +137,7 @@ def launch(
         sums: ClippedSums = ShardedSums(_trainable(bare), ranks)
         private.sums = sums
     elif kind == "ddp":
-        # Not DistributedDataParallel: its buckets are in the parameters' dtype, and would only take memory here.
+        # Without DistributedDataParallel: its buckets have the parameters' dtype, and would only take memory here.
         prepared = accelerator.prepare_model(model, evaluation_mode=True)
         bare = accelerator.unwrap_model(prepared)
         with torch.no_grad():
@@ -147,7 +150,7 @@ def launch(
         plugin = accelerator.state.deepspeed_plugin
         if plugin.is_auto("train_micro_batch_size_per_gpu"):
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = max_batch_size
-        # No gradient ever fills DeepSpeed's buckets: they need no memory, and it must not count on having set them up.
+        # No gradient ever fills DeepSpeed's buckets: they need no memory, and DeepSpeed must not expect them to exist.
         plugin.deepspeed_config["zero_optimization"]["contiguous_gradients"] = False
         if kind != "zero3":
             plugin.deepspeed_config["zero_optimization"]["overlap_comm"] = False

@@ -1,7 +1,7 @@
-"""What the processes of one training tell each other, besides gradients: counts, verdicts, agreements.
+"""Communication between the ranks of one training, other than gradients: counts, errors, consistency checks.
 
-Everything here is a collective: all ranks call it, in the same order. Nothing that depends on the private data is
-exchanged but the number of physical batches, of which the maximum is known to all.
+Everything here is a collective: all ranks call it, in the same order. The only exchanged value that depends on the
+private data is the number of physical batches, whose maximum all ranks learn.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Ranks:
         self.rank = dist.get_rank() if several else 0
 
     def _range(self, value: int, about: str) -> tuple[int, int]:
-        """The smallest and the largest of all ranks' values, which must be about the same thing."""
+        """The smallest and the largest of all ranks' values; all ranks must pass the same ``about``."""
         if self.world == 1:
             return value, value
         topic = zlib.crc32(about.encode())
@@ -44,8 +44,8 @@ class Ranks:
         largest, smallest, first, last = tensor.tolist()
         if first != topic or last != -topic:
             raise EngineError(
-                f"the ranks are at different places: this one asks about {about}, another one about something else. "
-                "Every rank must take the same batches from the loader and make the same calls."
+                f"the ranks are out of step: this one exchanges {about}, another one something else. Every rank must "
+                "take the same batches from the loader and make the same calls."
             )
         return -smallest, largest
 
@@ -66,17 +66,17 @@ class Ranks:
         return int(tensor.item())
 
     def same(self, words: str) -> bool:
-        """Whether all ranks say the same words."""
+        """Whether all ranks pass the same string."""
         number = int.from_bytes(hashlib.sha256(words.encode()).digest()[:7], "big")
         smallest, largest = self._range(number, "parameters")
         return smallest == largest
 
-    def any(self, flag: bool, about: str = "a verdict") -> bool:
+    def any(self, flag: bool, about: str = "a flag") -> bool:
         """Whether it is true on any rank."""
         return bool(self._range(int(flag), about)[1])
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in the order of the ranks. Any object that can be pickled; not for secrets."""
+        """Every rank's value, in the order of the ranks. Any picklable object; not for secrets."""
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
@@ -84,7 +84,7 @@ class Ranks:
         return values
 
     def from_first(self, value: T) -> T:
-        """Rank 0's value. It travels over the group's own connections and is written nowhere."""
+        """Rank 0's value. It is sent over the process group's own connections and stored nowhere."""
         if self.world == 1:
             return value
         box = [value]
@@ -92,7 +92,7 @@ class Ranks:
         return box[0]
 
     def together(self, act: Callable[[], T]) -> T:
-        """Run ``act`` on every rank; an exception on one is an exception on all, and nobody is left waiting.
+        """Run ``act`` on every rank; an exception on one rank is raised on all, so that no rank is left waiting.
 
         Raises:
             Exception: this rank's own; or, where only others failed, one of theirs.
@@ -115,7 +115,7 @@ class Ranks:
         raise theirs
 
     def agree(self, facts: dict[str, Any], what: str) -> None:
-        """Refuse to go on unless all ranks state the same facts.
+        """Refuse to continue unless all ranks pass the same facts.
 
         Raises:
             EngineError: on all ranks; names what differs and each rank's value.
@@ -127,12 +127,12 @@ class Ranks:
                 raise EngineError(
                     f"the ranks disagree on {what} {name!r}: "
                     + ", ".join(f"rank {rank} has {value!r}" for rank, value in enumerate(_apart(values)))
-                    + ". Every rank must be given the same; take it from one source, such as a file or an option."
+                    + ". Give every rank the same value, from one source such as a file or an option."
                 )
 
 
 def _apart(values: list[Any]) -> list[Any]:
-    """The values, or, of long lists and dictionaries, the first entry in which they differ."""
+    """The values; of lists and dictionaries only the first entry in which they differ."""
     if all(isinstance(value, dict) for value in values):
         values = [list(value.items()) for value in values]
     if not all(isinstance(value, list) for value in values):
@@ -144,7 +144,7 @@ def _apart(values: list[Any]) -> list[Any]:
 
 
 def _portable(error: Exception) -> Exception:
-    """An exception that can be pickled: itself, or its words."""
+    """A picklable exception: the same one, or an EngineError with its message."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -153,11 +153,11 @@ def _portable(error: Exception) -> Exception:
 
 
 def limit_waiting(limit: timedelta | None) -> None:
-    """Give every process group the time limit that the run was given.
+    """Set the run's timeout on every process group.
 
-    DeepSpeed, and a mesh of several dimensions, make groups of their own without one, so that a rank which hangs would
-    hold up the others for torch's default (30 minutes, 10 under NCCL). Torch has no public way to set the limit of a
-    group that exists: this is the one place that uses its private one.
+    DeepSpeed, and a mesh of several dimensions, create process groups without it, so that a rank which hangs would
+    block the others for torch's default timeout (30 minutes, 10 under NCCL). torch has no public way to set the
+    timeout of an existing group: only this function uses the private one.
 
     Args:
         limit: ``InitProcessGroupKwargs.timeout`` of the Accelerator; None leaves the defaults.

@@ -1,8 +1,8 @@
-"""What Accelerate's configuration, the model and the optimiser may be, under which private gradients are exact.
+"""Requirements on Accelerate's configuration, the model and the optimiser, under which private gradients are exact.
 
-Everything that would void the guarantee is refused before the first parameter moves. In the order of a training:
-:func:`check_accelerator` and :func:`check_model` before anything is touched, :func:`check_prepared` once the engine is
-made, :func:`watch` before each step.
+Everything that would void the guarantee is refused before the first parameter changes. In the order of a training:
+:func:`check_accelerator` and :func:`check_model` before anything is modified, :func:`check_prepared` once the engine
+exists, :func:`watch` before each step.
 """
 
 from __future__ import annotations
@@ -20,29 +20,22 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from accelerate.utils import DDPCommunicationHookType, DistributedType, DynamoBackend, is_compiled_module
 from torch import nn
 
 from dpft.engines import deepspeed_config
 from dpft.engines.engine import Kind, kind_of
 from dpft.errors import EngineError
 
-_TYPES = (
-    DistributedType.NO,
-    DistributedType.MULTI_CPU,
-    DistributedType.MULTI_GPU,
-    DistributedType.FSDP,
-    DistributedType.DEEPSPEED,
-)
+_TYPES = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED")  # of accelerate.utils.DistributedType
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
-# Optimisers that DeepSpeed's own one for the CPU computes the same steps as.
+# Optimisers whose steps DeepSpeed's own CPU optimiser computes too.
 _OFFLOADED = ("Adam", "AdamW", "DeepSpeedCPUAdam", "DeepSpeedCPULion", "DeepSpeedCPUAdagrad")
 
 
 def check_accelerator(accelerator: Any) -> Kind:
     """Refuse every configuration in which the private gradient would not be exact.
 
-    DeepSpeed's ``gradient_clipping`` is 1.0 where nobody set it (Accelerate also drops a 0.0); here it is set to 0.
+    DeepSpeed's ``gradient_clipping`` is 1.0 unless it is set (and Accelerate drops a 0.0); here it is set to 0.
 
     Args:
         accelerator: an ``accelerate.Accelerator``.
@@ -53,6 +46,9 @@ def check_accelerator(accelerator: Any) -> Kind:
     Raises:
         EngineError: names the setting and the value to use.
     """
+    # Here, so that `import dpft` does without Accelerate.
+    from accelerate.utils import DDPCommunicationHookType, DistributedType, DynamoBackend
+
     _check_launch(accelerator)
     if accelerator.mixed_precision == "fp16":
         raise EngineError(
@@ -88,8 +84,8 @@ def check_accelerator(accelerator: Any) -> Kind:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         if getattr(accelerator, "deepspeed_engine_wrapped", None) is not None:
             raise EngineError(
-                "this Accelerator has prepared a model under DeepSpeed already, and its backward stays with that one. "
-                "Call dpft.prepare once in a process."
+                "this Accelerator has prepared a model under DeepSpeed already, and its backward is bound to that "
+                "one. Call dpft.prepare once in a process."
             )
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         deepspeed_config.check_config(config)
@@ -106,10 +102,12 @@ def _check_launch(accelerator: Any) -> None:
             f"the launcher started {world} processes and Accelerate sees {accelerator.num_processes}: every process "
             "would train alone on the same data. Launch with a configuration that Accelerate supports on this device."
         )
+    from accelerate.utils import DistributedType
+
     given = accelerator.distributed_type
-    if given not in _TYPES:
+    if given not in [DistributedType(name) for name in _TYPES]:
         raise EngineError(
-            f"distributed_type is {given.value!r}; expected one of {[known.value for known in _TYPES]}. Choose one of "
+            f"distributed_type is {given.value!r}; expected one of {list(_TYPES)}. Choose one of "
             "the configurations in recipes/accelerate."
         )
     for variable, wanted in (
@@ -118,7 +116,7 @@ def _check_launch(accelerator: Any) -> None:
     ):
         if world > 1 and given != wanted and os.environ.get(variable, "false").lower() == "true":
             raise EngineError(
-                f"the configuration asks for {wanted.value} and Accelerate made {given.value} of it on this device "
+                f"the configuration asks for {wanted.value} and Accelerate chose {given.value} on this device "
                 "(use_cpu?): nothing would be sharded. Launch with a configuration that it supports here."
             )
 
@@ -129,7 +127,7 @@ def _check_loading(accelerator: Any) -> None:
         if value not in default:
             raise EngineError(
                 f"DataLoaderConfiguration.{name} is {value!r}; expected {default[0]!r}: the loader of dpft.prepare "
-                "gives each rank its own part of a Poisson sample, and Accelerate has no part in it."
+                "gives each rank its own part of a Poisson sample, and Accelerate must not change it."
             )
 
 
@@ -151,13 +149,13 @@ def _check_fsdp(plugin: Any) -> None:
         raise EngineError(f"fsdp_version is {plugin.fsdp_version}; expected 2. Set fsdp_config.fsdp_version to 2.")
     if plugin.ignored_modules:
         raise EngineError(
-            f"fsdp_ignored_modules is {plugin.ignored_modules!r}; expected none: a parameter that FSDP2 does not "
-            "shard has no place among the clipped sums. Freeze what is not to be trained instead."
+            f"fsdp_ignored_modules is {plugin.ignored_modules!r}; expected none: dpft has no clipped "
+            "sum for a parameter that FSDP2 does not shard. Freeze what is not to be trained instead."
         )
     if plugin.activation_checkpointing:
         raise EngineError(
-            "fsdp_activation_checkpointing is true; use false: Accelerate's does not keep the random state, so a "
-            "recomputed forward has another dropout. Call model.gradient_checkpointing_enable() instead."
+            "fsdp_activation_checkpointing is true; use false: Accelerate's does not restore the random state, "
+            "so a recomputed forward has another dropout mask. Call model.gradient_checkpointing_enable() instead."
         )
     policy = plugin.mixed_precision_policy
     for name in ("param_dtype", "output_dtype"):  # reduce_dtype is of a reduction that dpft does not use
@@ -168,7 +166,7 @@ def _check_fsdp(plugin: Any) -> None:
 
 
 def check_model(accelerator: Any, kind: Kind, model: nn.Module, optimizer: Any) -> None:
-    """Refuse a model or an optimiser that was given to an engine before, or that steps in another way.
+    """Refuse a model or an optimiser with which private gradients would not be exact.
 
     Args:
         accelerator: as :func:`check_accelerator` left it.
@@ -180,7 +178,7 @@ def check_model(accelerator: Any, kind: Kind, model: nn.Module, optimizer: Any) 
         EngineError: names what to change.
     """
     _check_bare(model)
-    wrapped = "_dpft_state" in model.__dict__  # those hooks are dpft's own, and dpft.wrap says what is wrong
+    wrapped = "_dpft_state" in model.__dict__  # those hooks are dpft's own, and dpft.wrap will refuse the model
     for name, p in model.named_parameters():
         given: Any = p
         if p.dtype == torch.float16:
@@ -193,15 +191,13 @@ def check_model(accelerator: Any, kind: Kind, model: nn.Module, optimizer: Any) 
         hooks = getattr(p, "_backward_hooks", None) or getattr(p, "_post_accumulate_grad_hooks", None)
         if p.requires_grad and hooks and not wrapped:
             raise EngineError(
-                f"{name!r} has a gradient hook (of an optimiser that steps inside the backward, such as LOMO or a "
-                "layer-wise one, or of your own): it would see or change the clipped sum before noise is added. "
+                f"{name!r} has a gradient hook (your own, or that of an optimiser that steps inside the backward, "
+                "such as LOMO or a layer-wise one): it would see or change the clipped sum before noise is added. "
                 "Remove it."
             )
     kinds = [cls.__name__ for cls in type(optimizer).__mro__]
     if "AcceleratedOptimizer" in kinds:
-        raise EngineError(
-            "the optimiser is prepared already; pass dpft.prepare the one that you made on model.parameters()."
-        )
+        raise EngineError("the optimiser is prepared already; pass dpft.prepare the one made with model.parameters().")
     if "DummyOptim" in kinds or "LayerWiseDummyOptimizer" in kinds:
         raise EngineError(f"{kinds[0]} does not step; pass dpft.prepare a torch optimiser on model.parameters().")
     if {"Lomo", "AdaLomo", "SparseAdam"} & set(kinds):
@@ -216,12 +212,14 @@ def check_model(accelerator: Any, kind: Kind, model: nn.Module, optimizer: Any) 
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         if deepspeed_config.replaces_optimizer(config) and kinds[0] not in _OFFLOADED:
             raise EngineError(
-                f"with offload_optimizer Accelerate puts DeepSpeedCPUAdam in the place of {kinds[0]}. Use "
+                f"with offload_optimizer Accelerate replaces {kinds[0]} by DeepSpeedCPUAdam. Use "
                 "torch.optim.AdamW, or set zero_force_ds_cpu_optimizer to false in the DeepSpeed configuration."
             )
 
 
 def _check_bare(model: nn.Module) -> None:
+    from accelerate.utils import is_compiled_module
+
     kinds = [cls.__name__ for cls in type(model).__mro__]
     if any(is_compiled_module(m) or m._compiled_call_impl is not None for m in model.modules()):
         raise EngineError("the model is compiled; torch.compile of a private model is not supported by this version.")
@@ -257,13 +255,13 @@ def check_prepared(accelerator: Any, kind: Kind, prepared: nn.Module) -> None:
 
         if not isinstance(prepared, FSDPModule):
             raise EngineError(
-                f"Accelerate made a {type(prepared).__name__} of the model that FSDP2 does not shard. Launch with "
-                "recipes/accelerate/fsdp2.yaml."
+                f"Accelerate prepared the model as a {type(prepared).__name__}, which FSDP2 does not shard. Launch "
+                "with recipes/accelerate/fsdp2.yaml."
             )
 
 
 def watch(kind: Kind, prepared: Any, guarded: torch.optim.Optimizer) -> Callable[[], None]:
-    """What is called before each step, to see that noise still stands between the sums and the parameters.
+    """Make the check that runs before each step: noise is still added between the sums and the parameters.
 
     Args:
         kind: of the engine.
@@ -297,8 +295,11 @@ def watch(kind: Kind, prepared: Any, guarded: torch.optim.Optimizer) -> Callable
 
 
 def versions() -> dict[str, str]:
-    """What all ranks must run alike: another generator of random numbers would give an example to two ranks."""
-    names = ("accelerate", "deepspeed", "dpft", "numpy", "torch", "transformers")
+    """Versions that must be the same on all ranks.
+
+    Another random generator would give one example to two ranks; another accountant would calibrate another noise.
+    """
+    names = ("accelerate", "deepspeed", "dp-accounting", "dpft", "numpy", "scipy", "torch", "transformers")
     found = {}
     for name in names:
         try:
@@ -312,13 +313,13 @@ def versions() -> dict[str, str]:
 def dataset_mark(dataset: Any, key: bytes, count: int = 16) -> str:
     """A keyed digest of some examples in their order, to be compared between ranks.
 
-    Ranks draw numbers of examples, each its own. Where they number the examples differently (an unseeded shuffle or
-    split on each rank), one example could be in two ranks' batches and count twice.
+    Each rank draws indices of its own examples. If the ranks order the examples differently (an unseeded shuffle or
+    split on each rank), one example could be in the batches of two ranks and count twice.
 
     Args:
         dataset: with ``len`` and indexing.
         key: the same on all ranks and new in each run, so that the digest says nothing about the examples.
-        count: examples to read, spread over the whole.
+        count: number of examples to read, spread over the dataset.
 
     Returns:
         Eight characters; ``"random"`` where an example read twice is not the same, so that nothing can be compared.

@@ -1,4 +1,4 @@
-"""One ledger for all ranks: rank 0 holds the file, the others what it says."""
+"""One ledger for all ranks: rank 0 has the file open, the others a copy of its content."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dpft.privacy.ledger import Ledger, LedgerContent
 
 
 class SharedLedger:
-    """The ledger of a run on several processes, read back on all of them; of one process, that process's.
+    """The ledger of a run on one or several processes, with its content on all of them.
 
     Args:
         ranks: the processes.
         open_file: opens the file; called on rank 0 alone.
 
     Raises:
-        LedgerError: on all ranks, what rank 0 met.
+        LedgerError: on all ranks, the error of rank 0.
     """
 
     def __init__(self, ranks: Ranks, open_file: Callable[[], Ledger]) -> None:
@@ -53,13 +53,13 @@ class SharedLedger:
         return [event for event in self.content().events if event[1] > 0]
 
     def content(self) -> LedgerContent:
-        """What the file says, for a report."""
+        """The content of the file, for a report."""
         *before, (mechanism, count) = self._content.events
         events = (*before, (mechanism, count + self._released))
         return LedgerContent(self.run_id, self._content.header, events, self._content.torn, self._content.unterminated)
 
     def record(self) -> int:
-        """Write one release on rank 0; returns on every rank when it is on the disk. A collective.
+        """Write one release on rank 0; returns on every rank once it is on disk. A collective.
 
         Raises:
             LedgerError: on all ranks; the release must not happen on any.
@@ -78,6 +78,6 @@ class SharedLedger:
         self._ranks.together(lambda: check(self, state))  # type: ignore[arg-type]  # it asks for run_id, count and path
 
     def close(self) -> None:
-        """Close the file, which ends its lock. More than once does no harm."""
+        """Close the file and release its lock. May be called more than once."""
         if self._file is not None:
             self._file.close()

@@ -1,9 +1,9 @@
 """The clipped sums of a logical batch, where several processes train one model.
 
-An engine shards, gathers and steps; the gradients are dpft's. No hook of an engine sees one before it is private: a
-weighted gradient goes straight from the layer to :meth:`ClippedSums.add`, which adds it up over ranks and physical
-batches in float32, whatever the dtypes, averages, clipping or compression that the engine is set to. What comes out of
-:meth:`ClippedSums.release` has been noised, each element once, by the rank that owns it.
+The engine shards, gathers and steps; dpft handles the gradients. No engine hook sees a gradient before it is private:
+a weighted gradient goes directly from the layer to :meth:`ClippedSums.add`, which sums it over ranks and physical
+batches in float32, whatever dtypes, averaging, clipping or compression the engine is configured with. After
+:meth:`ClippedSums.release` each element has been noised, once, by the rank that owns it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dpft.rules.base import full_shape
 
 # Elements that are reduced, noised and gathered at a time.
 BUCKET = 1 << 25
-# Gradients on their way to other ranks at a time: one is formed while the one before travels.
+# Gradients being sent to other ranks at a time: one is computed while the previous one is sent.
 IN_FLIGHT = 2
 
 
@@ -37,8 +37,8 @@ class ClippedSums(abc.ABC):
         ranks: the processes.
 
     Attributes:
-        owned: elements that this rank noises.
-        total: elements of all parameters: the sum of ``owned`` over all ranks.
+        owned: number of elements to which this rank adds noise.
+        total: number of elements of all parameters: the sum of ``owned`` over all ranks.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], ranks: Ranks) -> None:
@@ -46,7 +46,7 @@ class ClippedSums(abc.ABC):
         self.shapes = {name: full_shape(p) for name, p in parameters.items()}
         self.total = sum(shape.numel() for shape in self.shapes.values())
         self.owned = 0
-        self._released = False  # what is held is a release: nothing may be added to it
+        self._released = False  # the buffers hold a release: nothing may be added to it
         self._travelling: deque[tuple[Any, Callable[[], None]]] = deque()
 
     def _count_owned(self, owned: int) -> None:
@@ -59,14 +59,14 @@ class ClippedSums(abc.ABC):
         covered = self.ranks.total(owned)
         if covered != self.total:
             raise EngineError(
-                f"the ranks own {covered} elements of trainable parameters between them and there are {self.total}: "
+                f"together the ranks own {covered} elements of trainable parameters, and there are {self.total}: "
                 "noise would be missing or doubled. The engine's way of sharding has changed; this version of it is "
                 "not supported."
             )
 
     @abc.abstractmethod
     def add(self, name: str, grad: Tensor) -> None:
-        """Add this rank's part: the whole shape, float32 or float64, given up to this object. A collective."""
+        """Add this rank's part, of the whole shape, float32 or float64; the caller gives up ``grad``. A collective."""
 
     @abc.abstractmethod
     def release(self, noise: GaussianNoise, std: float, divisor: float) -> None:
@@ -78,14 +78,14 @@ class ClippedSums(abc.ABC):
 
     @abc.abstractmethod
     def gradient(self, name: str) -> Tensor:
-        """What :meth:`release` left, as the parameter's ``.grad`` wants it; given up by this object."""
+        """The released gradient, in the layout of the parameter's ``.grad``; this object keeps no reference to it."""
 
     @abc.abstractmethod
     def discard(self) -> None:
         """Drop the sums of a logical batch."""
 
     def _later(self, work: Any, then: Callable[[], None]) -> None:
-        """Let a collective run while the next gradient is formed; ``then`` uses its result."""
+        """Let a collective run while the next gradient is computed; ``then`` uses its result."""
         self._travelling.append((work, then))
         while len(self._travelling) > IN_FLIGHT:
             self._arrive()
@@ -97,12 +97,12 @@ class ClippedSums(abc.ABC):
         then()
 
     def settle(self) -> None:
-        """Wait for what travels: a gradient that has arrived is kept by nobody."""
+        """Wait for the pending collectives, after which no gradient that was sent is kept."""
         while self._travelling:
             self._arrive()
 
     def _check_noised(self, count: int) -> None:
-        # On all ranks together: one that went on would wait for the others.
+        # On all ranks together: one that continued would wait for the others.
         if self.ranks.any(count != self.owned, "noise"):
             raise EngineError(
                 f"{count} elements were noised and this rank owns {self.owned}"
@@ -112,7 +112,7 @@ class ClippedSums(abc.ABC):
             )
 
     def _forget(self) -> None:
-        """A new logical batch: nothing that still travels belongs to it."""
+        """Before a new logical batch: drop what is still being sent, which does not belong to it."""
         while self._travelling:
             work, _ = self._travelling.popleft()
             if work is not None:
@@ -123,7 +123,7 @@ class ClippedSums(abc.ABC):
         if self._released:
             raise EngineError(
                 "a gradient came after its logical batch was released, whose noise is drawn already; it was not "
-                "added. Call backward once for each batch of the loader; after an error begin iterating over it anew."
+                "added. Call backward once for each batch of the loader; after an error start a new iteration over it."
             )
         if self.shapes.get(name) != grad.shape:
             raise EngineError(
@@ -135,8 +135,8 @@ class ClippedSums(abc.ABC):
 class ReplicatedSums(ClippedSums):
     """Every rank holds all parameters (data parallelism without an engine's wrapper).
 
-    Sums stay on their rank until the release, which reduces and scatters them, noises a part on each rank, and gathers
-    the parts: the bytes of one all-reduce, every element drawn once, replicas equal by construction.
+    Sums stay on their rank until the release, which reduce-scatters them, adds noise to one part on each rank, and
+    gathers the parts: as many bytes as one all-reduce, noise drawn once per element, replicas equal by construction.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], ranks: Ranks) -> None:
@@ -153,7 +153,7 @@ class ReplicatedSums(ClippedSums):
         self._count_owned(sum(self._mine(names)[1] for names in self._buckets))
 
     def _mine(self, names: list[str]) -> tuple[int, int]:
-        """Elements of a bucket: of one rank's part with its padding, and that this rank owns."""
+        """Numbers of elements of a bucket: in one rank's part, padding included, and those that this rank owns."""
         numel = sum(self.shapes[name].numel() for name in names)
         part = -(-numel // self.ranks.world)
         return part, max(0, min(part, numel - self.ranks.rank * part))
@@ -192,7 +192,7 @@ class ReplicatedSums(ClippedSums):
         self._check_noised(noised)
 
     def _flatten(self, names: list[str]) -> Tensor:
-        """The sums of a bucket end to end, padded to equal parts, and given up."""
+        """The sums of a bucket, concatenated and padded to equal parts, and no longer kept here."""
         wide = torch.float64 if any(self.parameters[name].dtype == torch.float64 for name in names) else torch.float32
         part = self._mine(names)[0]
         flat = torch.zeros(part * self.ranks.world, dtype=wide, device=self.parameters[names[0]].device)
@@ -213,7 +213,7 @@ class ReplicatedSums(ClippedSums):
 
 
 class ShardedSums(ClippedSums):
-    """Parameters are DTensors (FSDP2): each gradient is reduced and scattered as it is handed over.
+    """Parameters are DTensors (FSDP2): each gradient is reduce-scattered as soon as it is added.
 
     On a mesh with a replicated dimension (HSDP) the first replica draws the noise and the others receive it.
     """

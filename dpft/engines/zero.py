@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO: the clipped sums of its shards, and the optimiser whose step DeepSpeed makes."""
+"""DeepSpeed ZeRO: the clipped sums of its shards, and the optimiser that DeepSpeed steps."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from dpft.optimizer import DPOptimizer
 class ZeroSums(ClippedSums):
     """Sums in the layout of ZeRO's flat partitions.
 
-    Under ZeRO-1 a rank adds up whole gradients and gives the others their parts at the release; under ZeRO-2 and 3
-    each gradient is reduced to its owners as it is handed over.
+    Under ZeRO-1 a rank sums whole gradients and sends the other ranks their parts at the release; under ZeRO-2 and 3
+    each gradient is reduced to its owners as soon as it is added.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], ranks: Ranks, layout: Layout) -> None:
@@ -96,7 +96,7 @@ class ZeroSums(ClippedSums):
         raise NotImplementedError("ZeRO steps on flat partitions: see flat_gradient")
 
     def flat_gradient(self, number: int) -> Tensor:
-        """The release, in the layout of one flat partition; its padding is zero. Given up by this object."""
+        """The release, in the layout of one flat partition; its padding is zero. Not kept here afterwards."""
         flat = self._flat(number)
         del self._flats[number]
         return flat
@@ -111,9 +111,9 @@ class ZeroOptimizer(DPOptimizer):
     """The private optimiser where DeepSpeed decides when to step: inside ``accelerator.backward``.
 
     The release is made in a step hook of the innermost torch optimiser, which ZeRO calls once for each flat partition.
-    What DeepSpeed hands it there is a gradient of zeros, since no gradient ever came its way; anything else is an
-    error. If the hook did not run at all, the parameters would step on zeros and :meth:`step` would say so: what is
-    not noised is never in reach of the parameters.
+    There DeepSpeed passes a gradient of zeros, since it never receives one; anything else is an error. If the hook did
+    not run at all, the parameters would step on zeros and :meth:`step` would raise: a sum without noise never reaches
+    the parameters.
 
     Args:
         optimizer: the innermost one.
@@ -190,8 +190,8 @@ class ZeroOptimizer(DPOptimizer):
             raise EngineError(
                 f"DeepSpeed stepped on {'none' if left is None else 'all but ' + str(left)} of its "
                 f"{len(self._zero_sums.layout.flats)} partitions in this logical batch: call "
-                "accelerator.backward(loss) before optimizer.step(), once for each batch, and make no optimiser "
-                "another than the one that dpft.prepare was given."
+                "accelerator.backward(loss) before optimizer.step(), once for each batch, and do not replace the "
+                "optimiser that was passed to dpft.prepare."
             )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -200,7 +200,7 @@ class ZeroOptimizer(DPOptimizer):
             self.discard()
 
     def discard(self) -> None:
-        """As :meth:`DPOptimizer.discard`; what DeepSpeed holds as gradients is zeros again."""
+        """As :meth:`DPOptimizer.discard`; the gradients that DeepSpeed keeps are zeroed."""
         self._link()  # DeepSpeed loads a checkpoint into the inner optimiser itself, which then has other groups
         for p in self.parameters():
             p.grad = None

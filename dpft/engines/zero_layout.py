@@ -1,7 +1,7 @@
-"""Where DeepSpeed's ZeRO keeps which elements: the one place that reads what DeepSpeed does not document.
+"""How DeepSpeed's ZeRO shards the parameters: the only module that reads what DeepSpeed does not document.
 
-ZeRO steps on flat float32 partitions. DeepSpeed documents no way to ask which elements of which parameter lie where in
-one, nor to set gradients exactly (``safe_set_full_grad`` rounds to bf16 under ZeRO-1 and 2, and fails under ZeRO-3
+ZeRO steps on flat float32 partitions. DeepSpeed documents no way to find which elements of which parameter lie where
+in one, nor to set gradients exactly (``safe_set_full_grad`` rounds to bf16 under ZeRO-1 and 2, and fails under ZeRO-3
 where a size is not a multiple of the ranks). So this module reads, of deepspeed 0.19:
 
 - ZeRO-1, 2: ``parameter._hp_mapping``, ``optimizer.bit16_groups`` and ``optimizer.single_partition_of_fp32_groups``;
@@ -10,8 +10,8 @@ where a size is not a multiple of the ranks). So this module reads, of deepspeed
   ``parameter.ds_*``, ``parameter.all_gather`` and ``parameter.partition``; the modules' counters
   in :data:`_COUNTERS`.
 
-Nothing is taken on trust: :func:`read_layout` compares the values of every part with the parameter's own, and that
-the ranks' parts are all elements, each once. A DeepSpeed that keeps them otherwise is refused before training.
+Everything is verified: :func:`read_layout` compares the values of every part with the parameter's own, and checks that
+the ranks' parts cover every element exactly once. A DeepSpeed that shards differently is refused before training.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _GROUPS = {1: "bit16_groups", 2: "bit16_groups", 3: "fp16_groups"}
 
 @dataclass(frozen=True)
 class Fragment:
-    """Elements of one parameter that one rank steps.
+    """Elements of one parameter that one rank updates.
 
     Attributes:
         rank: of the owner.
         start: first element, in the parameter flattened.
-        numel: how many.
+        numel: number of elements.
         flat: number of the owner's flat partition, in the order of :attr:`Layout.flats`.
-        offset: where they begin in it.
+        offset: of the first element in that partition.
     """
 
     rank: int
@@ -57,8 +57,8 @@ class Layout:
 
     Attributes:
         stage: 1, 2 or 3.
-        flats: this rank's flat float32 partitions: what the innermost optimiser steps on.
-        fragments: by parameter, of all ranks, by their start.
+        flats: this rank's flat float32 partitions, which the innermost optimiser updates.
+        fragments: of all ranks, by parameter name, in the order of their start.
     """
 
     stage: int
@@ -84,9 +84,9 @@ def innermost(zero: Any) -> torch.optim.Optimizer:
 
 
 def skip_reduction(engine: Any) -> None:
-    """ZeRO-1, 2 with the optimiser on the CPU: no reduction after backward, which expects a bucket that was filled.
+    """ZeRO-1, 2 with the optimiser on the CPU: no reduction after backward, because it expects a filled bucket.
 
-    Without offloading the reduction of no gradient is what gives ZeRO the zeros that it steps with.
+    Without offloading it must run: the reduction of no gradient gives ZeRO the zeros that it steps with.
     """
     if getattr(engine.optimizer, "cpu_offload", False):
         if not hasattr(engine, "enable_backward_allreduce"):
@@ -113,8 +113,8 @@ def read_layout(zero: Any, stage: int, parameters: dict[str, nn.Parameter], rank
         if unknown:
             raise EngineError(
                 f"{unknown[:3]} of {len(unknown)} trainable parameters are not in DeepSpeed's groups: the optimiser "
-                "was not given them, or this DeepSpeed groups otherwise. Make the optimiser on all parameters that "
-                "require gradients, freeze the others, and use deepspeed 0.19."
+                "was not given them, or this DeepSpeed groups differently. Make the optimiser with all parameters "
+                "that require gradients, freeze the others, and use deepspeed 0.19."
             )
         try:
             flats = list(zero.fp32_partitioned_groups_flat if stage == 3 else zero.single_partition_of_fp32_groups)
@@ -168,7 +168,7 @@ def _partitioned(zero: Any, parameter: Any, ranks: Ranks) -> Fragment | None:
 
 
 def _verify(name: str, parameter: Any, fragment: Fragment, flats: list[Tensor]) -> None:
-    """The flat partition holds at that place, in float32, what the parameter holds there."""
+    """Check that the flat partition has, at that place and in float32, the parameter's values."""
     flat = flats[fragment.flat]
     if flat.dtype != torch.float32 or flat.dim() != 1:
         raise EngineError(
@@ -187,8 +187,8 @@ def _verify(name: str, parameter: Any, fragment: Fragment, flats: list[Tensor]) 
         )
 
 
-# How many backwards a module's weights are still to be gathered for, and how many gradients of its inputs are still to
-# come before they are put away. ZeRO-3 counts them up in the forward, for one backward.
+# For how many more backwards a module's weights have to be gathered, and how many gradients of its inputs are pending
+# before they are partitioned again. ZeRO-3 counts them up in the forward, for one backward.
 _COUNTERS = ("applied_pre_backward_ref_cnt", "ds_grads_remaining")
 
 
@@ -208,21 +208,21 @@ class Rewind:
         ]
 
     def __call__(self) -> None:
-        """Before another traversal: the counters as they were before the first."""
+        """Before another traversal: reset the counters to what they were before the first."""
         for module, name, value in self._counters:
             module.__dict__[name] = value
 
 
 @contextmanager
 def held(weight: Any) -> Iterator[None]:
-    """ZeRO-3: the whole weight for as long as the context lasts, also where the engine has put it away."""
+    """ZeRO-3: the whole weight within the context, also if the engine has partitioned it already."""
     status = getattr(weight, "ds_status", None)
     if status is None or status.name == "AVAILABLE":
         yield
         return
     if status.name == "INFLIGHT":
         raise EngineError(
-            "ZeRO-3 is gathering a weight ahead of time that a backward needs now. Set stage3_prefetch_bucket_size to "
+            "ZeRO-3 is still prefetching a weight that a backward needs now. Set stage3_prefetch_bucket_size to "
             "0 in zero_optimization, or use strategy='one_pass'."
         )
     weight.all_gather()

@@ -10,14 +10,13 @@ from __future__ import annotations
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 __all__ = ["Operation", "StepMeter"]
 
@@ -72,7 +71,11 @@ class StepMeter(TorchDispatchMode):
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
+        # Not at the top: it imports Triton, half a second, and nothing but a plan needs it.
+        from torch.utils.flop_counter import flop_registry
+
         super().__init__()
+        self._formulas = flop_registry
         self.live = self.peak = 0
         self.operations: Counter[Operation] = Counter()
         self._held = list(known)  # so that their keys are not used again
@@ -85,7 +88,7 @@ class StepMeter(TorchDispatchMode):
         out = func(*args, **kwargs)
         kind = self._kinds.get(func)
         if kind is None:
-            kind = self._kinds[func] = _kind_of(func)
+            kind = self._kinds[func] = _kind_of(func, self._formulas)
         outputs = list(_tensors((out,)))
         for t in outputs:
             self._born(t.untyped_storage())
@@ -151,13 +154,13 @@ class StepMeter(TorchDispatchMode):
         return sum(op.flops * count for op, count in counted)
 
 
-def _kind_of(func: Any) -> _Kind:
+def _kind_of(func: Any, formulas: Mapping[Any, Any]) -> _Kind:
     names = [argument.name for argument in func._schema.arguments]
     name = func._schema.name.split("::")[1]
     attention = "attention" in name
     return _Kind(
         name=name,
-        formula=flop_registry.get(func._overloadpacket),
+        formula=formulas.get(func._overloadpacket),
         view=any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns),
         causal_at=names.index("is_causal") if attention and "is_causal" in names else None,
     )

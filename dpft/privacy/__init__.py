@@ -1,4 +1,4 @@
-"""Sampling, accounting, ledger and report: what the privacy guarantee rests on. Imports nothing of dpft but errors."""
+"""Sampling, accounting, ledger and report: the basis of the privacy guarantee. Imports only errors from dpft."""
 
 from __future__ import annotations
 

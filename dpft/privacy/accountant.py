@@ -1,30 +1,28 @@
 """Epsilon from a mechanism and a number of releases.
 
 The numbers come from Google's ``dp_accounting``: privacy loss distributions (PLD, the default; connect-the-dots,
-pessimistic, hence an upper bound up to float64 rounding), or Renyi DP (RDP, up to 3.8 times looser). What this module
-adds is which event a sampler *is* (:mod:`dpft.privacy.mechanism` has the theorems), how fine a grid the losses
-need, and a refusal wherever no theorem covers what would be run.
+pessimistic, hence an upper bound up to float64 rounding), or Renyi DP (RDP, up to 3.8 times looser). This module
+chooses the event that describes each sampler (:mod:`dpft.privacy.mechanism` lists the theorems) and the discretisation
+of the privacy losses, and refuses whatever no theorem covers.
 
-The grid. Losses are rounded to multiples of an interval h, pessimistically, at every step. That adds a variance of
-the order of h^2 to the loss of each step: *measured*, epsilon becomes some 0.08 (h / s)^2 too large, relative, where s
-is the standard deviation of the loss of one step. At q = 1e-4, sigma = 1 (s = 1.3e-4), 300,000 steps, the usual
-h = 1e-3 says 0.544, h = 2e-5 says 0.240. So h is the largest of a ladder that is at most s / 16, and 1e-3 at most. It
-depends on the mechanism alone, never on the number of steps, so that epsilon is monotone in the steps.
+Discretisation. At every step, losses are rounded pessimistically to multiples of an interval h. That adds a variance
+of the order of h^2 to the loss of each step: *measured*, epsilon is overestimated by a relative 0.08 (h / s)^2, where
+s is the standard deviation of the loss of one step. At q = 1e-4, sigma = 1 (s = 1.3e-4), 300,000 steps, the usual
+h = 1e-3 gives 0.544, h = 2e-5 gives 0.240. So h is the largest value of a fixed ladder that is at most s / 16 and at
+most 1e-3. It depends on the mechanism alone, never on the number of steps, so that epsilon is monotone in the steps.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from collections.abc import Sequence
 from typing import Any
 
-import dp_accounting
 import numpy as np
-from dp_accounting import pld, rdp
-from scipy import special, stats
 
-from dpft.errors import AccountingError
+from dpft.errors import AccountingError, MissingPackageError
 from dpft.privacy.mechanism import AccountantName, Mechanism
 
 Event = tuple[Mechanism, int]
@@ -32,16 +30,33 @@ Event = tuple[Mechanism, int]
 
 _LADDER = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1, 0.2, 0.5, 1.0)
 _LARGEST_FINE, _LARGEST_COARSE = 1e-3, 5e-3
-# Points of the distribution of one step, beyond which h is made larger: about 1 s for one epsilon.
+# Number of points of the distribution of one step above which a larger h is taken: about 1 s per epsilon.
 _MOST_POINTS = 100_000
-_MOST_MIXTURE_POINTS = 30_000  # a mixture's losses are inverted one by one, in Python: some 3 s
-_SMALLEST_DELTA = 1e-12  # below, the rounding of float64 FFTs is as large as delta itself
+_MOST_MIXTURE_POINTS = 30_000  # a mixture's losses are inverted one by one, in Python: about 3 s
+_SMALLEST_DELTA = 1e-12  # below it, the rounding error of float64 FFTs is as large as delta itself
 
+# Names of dp_accounting.NeighboringRelation.
 _RELATIONS = {
-    "add_or_remove_one": dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
-    "replace_one": dp_accounting.NeighboringRelation.REPLACE_ONE,
-    "zero_out": dp_accounting.NeighboringRelation.REPLACE_SPECIAL,
+    "add_or_remove_one": "ADD_OR_REMOVE_ONE",
+    "replace_one": "REPLACE_ONE",
+    "zero_out": "REPLACE_SPECIAL",
 }
+
+
+def _import(name: str) -> Any:
+    """``dp_accounting``, ``scipy`` or a part of them. Imported at first use: dp_accounting takes two seconds.
+
+    Raises:
+        MissingPackageError: not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingPackageError(
+            f"dpft needs the packages dp-accounting and scipy to compute epsilon or to calibrate noise: pip install "
+            f"dp-accounting scipy ({error}). Training with a given noise_multiplier works without them.",
+            name=error.name,
+        ) from error
 
 
 def epsilon(mechanism: Mechanism, steps: int, delta: float, *, accountant: AccountantName = "pld") -> float:
@@ -63,11 +78,11 @@ def epsilon(mechanism: Mechanism, steps: int, delta: float, *, accountant: Accou
 
 
 def compose_epsilon(events: Sequence[Event], delta: float, *, accountant: AccountantName = "pld") -> float:
-    """The epsilon of several mechanisms run one after the other on the same data (adaptively).
+    """The epsilon of the adaptive composition of several mechanisms on the same data.
 
     Args:
-        events: mechanisms with their numbers of releases. Two entries of ``shuffle`` count their epochs apart, because
-            the second one starts with a fresh permutation.
+        events: mechanisms with their numbers of releases. Two entries of ``shuffle`` count their epochs separately,
+            because the second one starts with a fresh permutation.
         delta: in (0, 1).
         accountant: ``pld`` or ``rdp``.
 
@@ -81,11 +96,11 @@ def compose_epsilon(events: Sequence[Event], delta: float, *, accountant: Accoun
 
 
 def rounded_up(value: float) -> str:
-    """An epsilon to four digits, for people. Upwards: to state less than was spent is a false statement."""
+    """An epsilon with four digits, for display. Rounded up: to state less than was spent would be false."""
     if not math.isfinite(value) or value == 0:
         return f"{value:g}"
     unit = 10.0 ** (math.floor(math.log10(abs(value))) - 3)
-    # The hair keeps 8 at 8: the quotient may come out as 8000.000000000001.
+    # The small factor keeps 8 at 8: the quotient may be 8000.000000000001.
     return f"{math.ceil(value / unit * (1 - 1e-12)) * unit:.4g}"
 
 
@@ -113,12 +128,12 @@ def check_supported(mechanism: Mechanism, accountant: AccountantName) -> None:
 
 
 def discretization(mechanism: Mechanism, *, coarse: bool = False) -> float:
-    """The interval h of the grid of privacy losses that PLD uses for a mechanism (module docstring).
+    """The discretisation interval h of the privacy losses that PLD uses for a mechanism (see the module docstring).
 
     Args:
         mechanism: with noise.
-        coarse: eight times coarser, for progress bars and the first steps of a search; still an upper bound, of an
-            epsilon some 2 % larger at most (at least where no limit on the points intervenes).
+        coarse: eight times coarser, for progress bars and the first steps of a search. Its epsilon is still an upper
+            bound, larger by at most about 2 % (at least where the limit on the number of points does not apply).
 
     Returns:
         h, dimensionless (nats).
@@ -136,10 +151,10 @@ def discretization(mechanism: Mechanism, *, coarse: bool = False) -> float:
 
 # --------------------------------------------------------------------------------------------------- compose
 def merged(events: Sequence[Event]) -> list[Event]:
-    """Drops empty entries, adds up equal ones (but never ``shuffle``: each entry starts an epoch)."""
+    """Drops empty entries and adds up equal ones (but never ``shuffle``: each entry starts an epoch)."""
     kept: list[Event] = []
     counts: dict[Mechanism, int] = {}
-    count: Any  # the annotation of Event is a promise, not a check
+    count: Any  # nothing enforces the annotation of Event at run time
     for mechanism, count in events:
         if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 0:
             raise AccountingError(f"steps={count!r}; expected a whole number >= 0.")
@@ -167,10 +182,10 @@ def compose_cached(events: tuple[Event, ...], delta: float, accountant: Accounta
         return _compose_rdp(events, delta)
     if delta < _SMALLEST_DELTA:
         raise AccountingError(
-            f"delta={delta!r} is below {_SMALLEST_DELTA}, where PLD's floating point no longer bounds anything; take "
+            f"delta={delta!r} is below {_SMALLEST_DELTA}, where PLD in float64 gives no bound any more; take "
             "a larger delta, or accountant='rdp'."
         )
-    # The coarsest of the grids, because it costs least and errs only upwards.
+    # The coarsest of the intervals: it costs least, and its error only increases epsilon.
     h = max(discretization(mechanism, coarse=coarse) for mechanism, _ in events)
     if any(mechanism.sampler == "truncated_poisson" for mechanism, _ in events):
         # The neighbour has one example more or one less; the bound takes the larger N of the two, and is not
@@ -187,7 +202,7 @@ def _check_common(events: tuple[Event, ...]) -> None:
             "epsilon; keep the unit of the first run, or start a new ledger on data that was not used before."
         )
     kinds = {mechanism.adjacency for mechanism, _ in events}
-    # Poisson's losses are the same under zero-out as under add/remove: those two compose.
+    # Poisson sampling has the same losses under zero-out as under add/remove: those two compose.
     if len(kinds) > 1 and kinds != {"add_or_remove_one", "zero_out"}:
         raise AccountingError(
             f"releases under different adjacencies on the same data, {sorted(kinds)}: no theorem composes them; keep "
@@ -198,7 +213,7 @@ def _check_common(events: tuple[Event, ...]) -> None:
 
 
 def _gaussian_releases(mechanism: Mechanism, steps: int) -> int:
-    """Of ``shuffle``: in how many batches one example can have been, one per epoch that was begun."""
+    """For ``shuffle``: in how many batches one example can have been, one per epoch that has begun."""
     assert mechanism.steps_per_epoch is not None
     return math.ceil(steps / mechanism.steps_per_epoch)
 
@@ -217,8 +232,8 @@ def _compose_pld(events: tuple[Event, ...], delta: float, h: float, extra: int) 
 
 @functools.lru_cache(maxsize=8)
 def _base_pld(mechanism: Mechanism, h: float, extra: int) -> Any:
-    """The privacy loss distribution of one release (of one epoch for ``shuffle``), on a grid of interval h."""
-    module = pld.privacy_loss_distribution
+    """The privacy loss distribution of one release (of one epoch for ``shuffle``), discretised with interval h."""
+    module = _import("dp_accounting.pld.privacy_loss_distribution")
     sigma = mechanism.noise_multiplier
     if mechanism.sampler == "shuffle":
         return module.from_gaussian_mechanism(sigma, value_discretization_interval=h)
@@ -241,34 +256,37 @@ def _base_pld(mechanism: Mechanism, h: float, extra: int) -> Any:
 
 
 def _mixture(mechanism: Mechanism) -> tuple[list[float], list[float]]:
-    """How many of a user's k examples are in the batch, and how probably: Binomial(k, q)."""
+    """The possible numbers of a user's k examples in the batch, and their probabilities: Binomial(k, q)."""
     k = 1 if mechanism.examples_per_user is None else mechanism.examples_per_user
     counts = np.arange(k + 1)
-    probabilities = stats.binom.pmf(counts, k, mechanism.sample_rate)
+    probabilities = _import("scipy.stats").binom.pmf(counts, k, mechanism.sample_rate)
     keep = probabilities > 0  # q = 1, and powers of a tiny q that underflow
     return [float(c) for c in counts[keep]], [float(p) for p in probabilities[keep] / probabilities[keep].sum()]
 
 
 def _loss_span_and_deviation(mechanism: Mechanism) -> tuple[float, float]:
-    """Roughly, of one release: the width of the losses that are kept (10 sigmas), and their standard deviation."""
+    """Approximate range of the losses of one release that are kept (10 sigmas), and their standard deviation."""
     sigma = mechanism.noise_multiplier
     if mechanism.sampler == "shuffle":
         return 20 / sigma, 1 / sigma
     if mechanism.sampler == "truncated_poisson":
-        # The part with the doubled sensitivity is the wider; the other is the narrower, and mostly the more probable.
+        # The component with the doubled sensitivity is the wider; the other is narrower, and usually more probable.
         assert mechanism.sample_rate is not None
         return 4 / (2 * sigma**2) + 20 / sigma, _chi(np.array([1.0]), np.array([mechanism.sample_rate]), sigma)
     sensitivities, probabilities = (np.asarray(values) for values in _mixture(mechanism))
-    # dp_accounting drops a mass of e^-50: the outcome at which the Gaussian around each sensitivity has that left.
+    # dp_accounting truncates a mass of e^-50: the outcome beyond which the Gaussian at each sensitivity has that left.
     reach = float(np.max(sensitivities + sigma * np.sqrt(np.maximum(0, 2 * (50 + np.log(probabilities))))))
     exponents = (sensitivities * reach - sensitivities**2 / 2) / sigma**2
-    highest = float(special.logsumexp(exponents, b=probabilities))
+    highest = float(_import("scipy.special").logsumexp(exponents, b=probabilities))
     lowest = math.log(probabilities[0]) if sensitivities[0] == 0 else -highest
     return max(highest - lowest, 1e-12), _chi(sensitivities, probabilities, sigma)
 
 
 def _chi(sensitivities: Any, probabilities: Any, sigma: float) -> float:
-    """Root of the chi-squared divergence of a mixture of Gaussians from the one at 0: their deviation, if small."""
+    """Square root of the chi-squared divergence of a mixture of Gaussians from the one at 0.
+
+    Where it is small, it approximates the standard deviation of the losses.
+    """
     exponents = np.minimum(np.outer(sensitivities, sensitivities) / sigma**2, 100.0)
     return float(math.sqrt(probabilities @ np.expm1(exponents) @ probabilities))
 
@@ -276,7 +294,7 @@ def _chi(sensitivities: Any, probabilities: Any, sigma: float) -> float:
 @functools.lru_cache(maxsize=64)
 def _rdp_of_one(mechanism: Mechanism) -> tuple[float, ...]:
     """RDP of one release at dp_accounting's default orders; RDP adds up over releases."""
-    sigma = mechanism.noise_multiplier
+    dp_accounting, sigma = _import("dp_accounting"), mechanism.noise_multiplier
     event: Any
     if mechanism.sampler == "fixed_size":
         # dp_accounting's GaussianDpEvent says "standard deviation over the bound on one value's norm", but its RDP of
@@ -288,15 +306,17 @@ def _rdp_of_one(mechanism: Mechanism) -> tuple[float, ...]:
         event = dp_accounting.GaussianDpEvent(sigma)
     else:
         event = dp_accounting.PoissonSampledDpEvent(mechanism.sample_rate, dp_accounting.GaussianDpEvent(sigma))
-    accountant = rdp.RdpAccountant(neighboring_relation=_RELATIONS[mechanism.adjacency])
+    relation = getattr(dp_accounting.NeighboringRelation, _RELATIONS[mechanism.adjacency])
+    accountant = _import("dp_accounting.rdp").RdpAccountant(neighboring_relation=relation)
     accountant.compose(event)
     return tuple(float(value) for value in accountant._rdp)
 
 
 def _compose_rdp(events: tuple[Event, ...], delta: float) -> float:
-    orders = rdp.rdp_privacy_accountant.DEFAULT_RDP_ORDERS
+    rdp = _import("dp_accounting.rdp.rdp_privacy_accountant")
+    orders = rdp.DEFAULT_RDP_ORDERS
     total = np.zeros(len(orders))
     for mechanism, count in events:
         times = _gaussian_releases(mechanism, count) if mechanism.sampler == "shuffle" else count
         total += times * np.asarray(_rdp_of_one(mechanism))
-    return float(rdp.rdp_privacy_accountant.compute_epsilon(orders, total, delta)[0])
+    return float(rdp.compute_epsilon(orders, total, delta)[0])

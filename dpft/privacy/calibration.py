@@ -1,4 +1,4 @@
-"""From a budget back to the noise that keeps within it, or to the number of steps that it allows."""
+"""The inverse of the accountant: the noise multiplier, or the number of steps, that stays within a budget."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def calibrate_noise_multiplier(
     """The smallest noise multiplier, to ``rel_tol``, whose epsilon is at most ``target_epsilon``.
 
     Args:
-        mechanism: its own noise multiplier is not looked at.
+        mechanism: its own noise multiplier is ignored.
         steps: number of releases, >= 1.
         target_epsilon: > 0.
         delta: in (0, 1).
         accountant: ``pld`` or ``rdp``.
-        history: what was released on the same data before.
-        rel_tol: how far above the smallest one the answer may lie, relative.
+        history: earlier releases on the same data.
+        rel_tol: how far above the smallest noise multiplier the result may be, relative.
 
     Returns:
-        The noise multiplier, always on the safe side: :func:`epsilon` of it is at most the target.
+        The noise multiplier; never too small: its :func:`epsilon` is at most the target.
 
     Raises:
-        AccountingError: no noise reaches the target (the history alone may exceed it), or no theorem.
+        AccountingError: no noise multiplier meets the target (the history alone may exceed it), or no theorem.
         PrivacyConfigError: ``steps`` or ``target_epsilon`` out of range.
     """
     if not steps >= 1:
@@ -62,15 +62,15 @@ def max_steps_within(
     """The largest number of further releases whose epsilon, with ``history``, stays at most ``target_epsilon``.
 
     Args:
-        mechanism: what the further releases are.
+        mechanism: of the further releases.
         target_epsilon: the budget.
         delta: in (0, 1).
         accountant: ``pld`` or ``rdp``.
-        history: what was released on the same data before.
-        limit: look no further than this many.
+        history: earlier releases on the same data.
+        limit: largest number that is considered.
 
     Returns:
-        A number in [0, limit]; 0 where the history alone has spent the budget, or without noise.
+        A number in [0, limit]; 0 if the history alone has spent the budget, or without noise.
 
     Raises:
         AccountingError: as :func:`compose_epsilon`.
@@ -109,7 +109,7 @@ def _calibrate(
         value = compose_cached((*past, (mechanism.with_noise(sigma), steps)), delta, accountant, coarse)
         return math.log(value / target) if value > 0 else -math.inf
 
-    # A coarse search first: its epsilon is an upper bound too, so it errs to the safe side by a few per cent at most.
+    # A coarse search first: its epsilon is an upper bound too, so it errs on the safe side, by a few per cent at most.
     low, high = 1.0, 1.0
     while excess(high, True) > 0:
         low, high = high, high * 2
@@ -128,7 +128,7 @@ def _calibrate(
                 "nothing; lower target_epsilon, or set noise_multiplier yourself."
             )
     low, high = _narrow(lambda sigma: excess(sigma, True), low, high, 0.02)
-    # The fine epsilon is lower or equal, up to the grid: widen until it brackets, then narrow.
+    # The fine epsilon is lower or equal, up to discretisation: widen until the bracket holds for it, then narrow.
     while excess(high, False) > 0:
         low, high = high, high * 1.02
     while excess(low, False) <= 0:
@@ -141,7 +141,7 @@ def _narrow(excess: Callable[[float], float], low: float, high: float, rel_tol: 
     over, under = excess(low), excess(high)
     while high / low > 1 + rel_tol:
         a, b = math.log(low), math.log(high)
-        # Secant in log-log, where epsilon is nearly straight; then a hair to the safe side, so that one more step
+        # Secant in log-log, where epsilon is nearly linear; shifted slightly to the safe side, so that one more step
         # on the other side closes the bracket. Never nearer to an end than a third of the tolerance.
         step = over / (over - under) if math.isfinite(under) and over > under else 0.5
         guess = a + (b - a) * step + rel_tol / 3

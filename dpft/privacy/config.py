@@ -1,4 +1,4 @@
-"""The privacy configuration: what a user declares, checked when made."""
+"""The privacy configuration: what a user declares, checked on construction."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from dpft.errors import PrivacyConfigError
+from dpft.errors import MissingPackageError, PrivacyConfigError
 from dpft.privacy.accountant import check_supported, epsilon
 from dpft.privacy.calibration import calibrate_noise_multiplier
 from dpft.privacy.mechanism import AccountantName, Mechanism, SamplerName, UnitName
@@ -38,18 +38,18 @@ _MAY_BE_ZERO = ("noise_multiplier",)
 class PrivacyConfig:
     """Everything that changes the privacy of a training, and nothing else.
 
-    Exactly one of ``target_epsilon`` and ``noise_multiplier``, and exactly one of ``num_steps`` and ``num_epochs``.
+    Give exactly one of ``target_epsilon`` and ``noise_multiplier``, and one of ``num_steps`` and ``num_epochs``.
 
     Attributes:
         target_delta: delta, in (0, 1); should be well below 1 / number of examples.
-        expected_batch_size: the constant b that the noisy sum is divided by; never the size of a drawn batch.
+        expected_batch_size: the constant b by which the noisy sum is divided; never the size of a drawn batch.
         target_epsilon: the budget; the noise multiplier is calibrated to it.
         noise_multiplier: sigma; noise has standard deviation sigma * ``max_grad_norm``. 0: not private, for debugging.
         num_steps: logical batches.
         num_epochs: passes over the data in expectation.
         max_grad_norm: clip norm C, over all trainable parameters together.
         sample_rate: a declared constant q for the Poisson samplers; None: ``expected_batch_size / len(dataset)``,
-            which takes the number of examples for public, and the report says so.
+            which treats the number of examples as public; the report says so.
         sampler: ``poisson``, ``truncated_poisson`` (with ``max_batch_size``), ``fixed_size`` (with
             ``accountant="rdp"``), ``shuffle`` (accounted without any amplification).
         max_batch_size: cap on the logical batch of ``truncated_poisson``.
@@ -57,7 +57,7 @@ class PrivacyConfig:
         clip_gamma: stability constant of ``automatic`` (Bu et al. 2023, arXiv 2206.07136).
         accountant: ``pld`` or ``rdp``.
         secure_rng: noise from a cryptographic generator, safe against floating-point attacks.
-        unit: ``example``, or ``user`` with ``examples_per_user``, an upper bound that the data must keep.
+        unit: ``example``, or ``user`` with ``examples_per_user``, an upper bound that the data must satisfy.
         examples_per_user: see ``unit``.
 
     Raises:
@@ -87,7 +87,7 @@ class PrivacyConfig:
                 raise PrivacyConfigError(f"{field.name}=None; give it a value ({field.type}).")
         for name in _REALS + _WHOLE:
             if getattr(self, name) is not None:
-                # A frozen dataclass: so that 1 and 1.0, numpy's and Python's, give one fingerprint.
+                # Normalised, so that 1 and 1.0, numpy's and Python's, give one fingerprint; the dataclass is frozen.
                 object.__setattr__(self, name, _number(name, getattr(self, name), whole=name in _WHOLE))
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
@@ -133,12 +133,12 @@ class PrivacyConfig:
 
     # ------------------------------------------------------------------------------------------ as data
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able, every field."""
+        """Every field, JSON-serialisable."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PrivacyConfig:
-        """Inverse of :meth:`to_dict`; fields that are left out take their defaults.
+        """Inverse of :meth:`to_dict`; omitted fields take their defaults.
 
         Raises:
             PrivacyConfigError: an unknown field, or as the constructor.
@@ -157,9 +157,9 @@ class PrivacyConfig:
 
     # ------------------------------------------------------------------------------------------ resolve
     def resolve(self, dataset_size: int) -> PrivacySchedule:
-        """Everything that follows from this configuration on a dataset: noise, steps, epsilon.
+        """Compute what follows from this configuration on a dataset: noise multiplier, steps, epsilon.
 
-        Deterministic; takes some seconds where noise is calibrated. On unlike machines take rank 0's schedule.
+        Deterministic; takes a few seconds where the noise is calibrated. On different machines use rank 0's schedule.
 
         Args:
             dataset_size: number of examples N, >= 1.
@@ -169,13 +169,15 @@ class PrivacyConfig:
 
         Raises:
             PrivacyConfigError: the batch is larger than the dataset.
-            AccountingError: no theorem covers the sampler with this accountant and unit, or no noise is enough.
+            AccountingError: no theorem covers the sampler with this accountant and unit, or no noise meets the target.
+            MissingPackageError: ``target_epsilon`` is given, and the accountant's packages are not installed. If
+                ``noise_multiplier`` is given instead, this warns, and reading the schedule's epsilon raises.
         """
         n = _number("dataset_size", dataset_size, whole=True)
         if self.target_delta >= 1 / n:
             warnings.warn(
-                f"target_delta={self.target_delta:g} is not below 1/N = {1 / n:.3g} (N={n}): publishing one whole "
-                "example at random would be allowed. Lower target_delta.",
+                f"target_delta={self.target_delta:g} is not below 1/N = {1 / n:.3g} (N={n}): publishing one "
+                "random example in full would be allowed. Lower target_delta.",
                 UserWarning,
                 stacklevel=2,
             )
@@ -188,7 +190,7 @@ class PrivacyConfig:
         steps = self.num_steps
         if steps is None:
             assert self.num_epochs is not None
-            # The hair keeps 3 / 0.1 at 30 steps; it is in floating point 30.000000000000004 in places.
+            # The tolerance keeps 3 / 0.1 at 30 steps, where floating point may give 30.000000000000004.
             steps = max(1, math.ceil(self.num_epochs / rate - 1e-9))
         public_n = self._takes_n_for_public()
         rated = self.sampler in ("poisson", "truncated_poisson")
@@ -210,7 +212,14 @@ class PrivacyConfig:
             sigma = calibrate_noise_multiplier(
                 shape, steps, self.target_epsilon, self.target_delta, accountant=self.accountant
             )
-        spent = epsilon(shape.with_noise(sigma), steps, self.target_delta, accountant=self.accountant)
+        spent: float | None
+        try:
+            spent = epsilon(shape.with_noise(sigma), steps, self.target_delta, accountant=self.accountant)
+        except MissingPackageError as error:
+            if self.target_epsilon is not None:
+                raise
+            spent = None
+            warnings.warn(f"the epsilon of this training is not computed: {error}", UserWarning, stacklevel=2)
         return PrivacySchedule(
             noise_multiplier=float(sigma),
             sample_rate=rate,
@@ -219,7 +228,7 @@ class PrivacyConfig:
             max_grad_norm=self.max_grad_norm,
             target_delta=self.target_delta,
             target_epsilon=self.target_epsilon,
-            epsilon=spent,
+            computed_epsilon=spent,
             sampler=self.sampler,
             max_batch_size=self.max_batch_size,
             clip_function=self.clip_function,
@@ -256,17 +265,17 @@ class PrivacyConfig:
             lines.append(f"no user has more than {self.examples_per_user} examples")
         lines.append(
             "hyperparameters, tokenizer and pretrained weights do not depend on these data, or what they reveal of "
-            "them is not counted"
+            "them is not accounted for"
         )
         lines.append("which examples were drawn, and how many, stays secret; so do the seeds")
         return lines
 
 
 def _number(name: str, value: Any, *, whole: bool) -> Any:
-    """A plain Python number > 0 (or >= 0 where 0 means something).
+    """A plain Python number > 0 (or >= 0 where 0 is meaningful).
 
     Raises:
-        PrivacyConfigError: anything else, booleans and NaN among it.
+        PrivacyConfigError: anything else, including booleans and NaN.
     """
     zero = name in _MAY_BE_ZERO
     expected = f"a {'whole' if whole else 'finite'} number {'>=' if zero else '>'} 0"

@@ -1,4 +1,4 @@
-"""Epsilon for a progress bar, and whether one more release is within the budget."""
+"""Epsilon after a number of releases, cheap enough for a progress bar."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ _GRID = 48
 
 
 class EpsilonMeter:
-    """Epsilon after a number of releases, cheap enough to ask at every step, and never below the exact value.
+    """Epsilon after a number of releases, cheap enough to compute at every step, and never below the exact value.
 
-    :meth:`at` evaluates on some 48 step counts only, and rounds the steps up to the next of them; it uses a coarser
-    grid of losses, whose epsilon is an upper bound too. It is monotone, and equals :meth:`exact` at the horizon.
+    :meth:`at` evaluates about 48 step counts only, rounding the steps up to the next of them, with a coarser
+    discretisation, whose epsilon is an upper bound too. It is monotone, and equals :meth:`exact` at the horizon.
     *Measured*, q = 0.018, sigma = 0.53, all 120 steps of a training together, on one core: 0.5 s, and at most 2 %
     above the exact values from step 10 on, which take 0.02 s each.
 
-    After a resume, count from there, and the meter adds what was before::
+    After a resume, count from there, and pass the earlier releases as ``history``, which the meter adds::
 
         history, before = ledger.events(), ledger.count
         meter = EpsilonMeter(schedule.mechanism, schedule.target_delta, schedule.num_steps - before, history=history)
         meter.at(ledger.count - before)
 
     Args:
-        mechanism: what one release is.
+        mechanism: of one release.
         delta: in (0, 1).
-        horizon: the number of releases that are planned, >= 1.
+        horizon: the planned number of releases, >= 1.
         accountant: ``pld`` or ``rdp``.
-        history: what was released on the same data before; ``steps`` does not count it.
+        history: earlier releases on the same data; ``steps`` does not count them.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class EpsilonMeter:
         self.history = tuple(history)
 
     def at(self, steps: int) -> float:
-        """An upper bound on :meth:`exact`, at most some per cent above it, and equal to it at the horizon.
+        """An upper bound on :meth:`exact`, at most a few per cent above it, and equal to it at the horizon.
 
         Args:
             steps: releases so far, >= 0.
@@ -64,13 +64,13 @@ class EpsilonMeter:
         return min(bound, self.exact(self.horizon)) if steps < self.horizon else max(bound, self.exact(self.horizon))
 
     def exact(self, steps: int) -> float:
-        """The accountant's epsilon after ``steps`` releases; up to a second."""
+        """The accountant's epsilon after ``steps`` releases; takes up to a second."""
         events = [*self.history, (self.mechanism, steps)]
         return accounting.compose_epsilon(events, self.delta, accountant=self.accountant)
 
     def _rounded_up(self, steps: int) -> int:
         if self.horizon <= _GRID:
             return steps
-        # Squares, because epsilon grows about as the root of the steps: equal increments of epsilon.
+        # Quadratic spacing: epsilon grows about as the square root of the steps, so its increments are equal.
         nth = math.ceil(_GRID * math.sqrt(steps / self.horizon) - 1e-9)
         return max(steps, math.ceil(self.horizon * (nth / _GRID) ** 2))

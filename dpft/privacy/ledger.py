@@ -1,21 +1,21 @@
 """The ledger: an append-only file with one line per release, on disk before the release happens.
 
-A run that is killed and resumed reports the epsilon of what the ledger counts, never less than was spent: every
-release is written and fsynced *before* the parameters change, so a crash can only over-count. A checkpoint holds no
-more than ``{run_id, count}``; a checkpoint that is behind the ledger continues from the ledger's count.
+A run that is killed and resumed reports the epsilon of the releases in the ledger, never less than was spent: every
+release is written and fsynced *before* the parameters change, so a crash can only over-count. A checkpoint holds
+only ``{run_id, count}``; a checkpoint that is behind the ledger continues from the ledger's count.
 
 The file holds JSON lines, each with a CRC-32 of itself:
 
 - the header: format, run id, configuration and schedule, and the mechanism of segment 0;
 - ``segment``: every resume begins one, with the mechanism from there on;
 - ``release``: its number, 1, 2, 3, ... without gaps, and its segment;
-- ``torn``: written at the next start, after a last line that a crash cut short. A torn line counts as a release.
+- ``torn``: written at the next start, after a last line that a crash truncated. A torn line counts as a release.
 
 A line that is damaged anywhere else, or a number out of order, is a :class:`~dpft.errors.LedgerError`: the count
-cannot be known, so nothing goes on. The CRC finds accidents, not forgers.
+cannot be known, so training does not continue. The CRC detects accidental damage, not tampering.
 
-Nothing that depends on the data is written: no losses, norms or sizes of drawn batches. Times are cut to the hour,
-because the time between two releases tells how large the drawn batch was.
+Nothing that depends on the data is written: no losses, norms or sizes of drawn batches. Times are
+truncated to the hour, because the time between two releases reveals how large the drawn batch was.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class LedgerContent:
-    """What a ledger file says.
+    """The content of a ledger file.
 
     Attributes:
         run_id: UUID of the run, the same over all resumes.
         header: the first line.
         events: mechanism and number of releases of each segment, in order; segments without releases included.
-        torn: how many lines at the end were cut short and are not marked so yet; they are counted in ``events``.
+        torn: number of truncated lines at the end that are not marked as torn yet; they are counted in ``events``.
         unterminated: whether the last line lacks its newline.
     """
 
@@ -59,14 +59,14 @@ class LedgerContent:
 
     @property
     def count(self) -> int:
-        """Releases, torn lines among them."""
+        """Releases, including torn lines."""
         return sum(count for _, count in self.events)
 
 
 class Ledger:
-    """An open ledger, locked against every other process. Make it with :meth:`open`; only one rank may.
+    """An open ledger, locked against every other process. Create it with :meth:`open`, on one rank only.
 
-    The caller's duty: call :meth:`record` before the parameters of a release change, and let its exception stop the
+    The caller must call :meth:`record` before a release changes the parameters, and must let its exception prevent the
     release.
     """
 
@@ -93,22 +93,22 @@ class Ledger:
         fingerprint: str | None = None,
         schedule: dict[str, Any] | None = None,
     ) -> Ledger:
-        """Creates a ledger, or opens one to go on with.
+        """Creates a ledger, or opens one to continue.
 
         Args:
             path: the file.
-            mode: ``new``: there must be no releases in it yet. ``resume``: it must exist and be whole.
-            mechanism: of the releases to come; on resume it may differ from the one before.
+            mode: ``new``: it must not have any releases yet. ``resume``: it must exist and be undamaged.
+            mechanism: of the releases to come; on resume it may differ from the earlier one.
             config: ``PrivacyConfig.to_dict()``, for the reader.
             fingerprint: ``PrivacyConfig.fingerprint()``.
             schedule: ``PrivacySchedule.to_dict()``, for the reader.
 
         Returns:
-            The open ledger. Its lock ends with :meth:`close` or with the process, however it dies.
+            The open ledger. Its lock ends with :meth:`close` or with the process, however that ends.
 
         Raises:
-            LedgerError: another process has it open, it is missing, damaged, not empty in mode ``new``, or the disk
-                refuses.
+            LedgerError: another process has it open, it is missing, damaged, not empty in mode ``new``, or cannot be
+                written.
         """
         if mode not in ("new", "resume"):
             raise LedgerError(f"mode={mode!r}; expected 'new' or 'resume'.")
@@ -138,7 +138,7 @@ class Ledger:
         """Reads a ledger without locking or changing it, for reports.
 
         Raises:
-            LedgerError: missing, damaged, or no ledger.
+            LedgerError: the file is missing, damaged, or not a ledger.
         """
         try:
             return _parse(Path(path).read_bytes(), Path(path))
@@ -146,7 +146,7 @@ class Ledger:
             raise LedgerError(f"cannot read the ledger {path}: {error}.") from error
 
     def close(self) -> None:
-        """Closes the file, which ends the lock. More than once does no harm."""
+        """Closes the file and releases the lock. May be called more than once."""
         self._finalizer()
 
     def __enter__(self) -> Ledger:
@@ -159,22 +159,22 @@ class Ledger:
 
     # ------------------------------------------------------------------------------------------ the releases
     def record(self) -> int:
-        """Writes one release, and returns when it is on the disk. Call it *before* the parameters change.
+        """Writes one release, and returns once it is on disk. Call it *before* the parameters change.
 
         Returns:
             The number of the release, from 1.
 
         Raises:
-            LedgerError: the disk refused (full, gone), or this process may not write: the release must not happen.
-                After a refusal every further call fails, until the ledger is opened again with ``resume``.
+            LedgerError: the write failed (disk full or gone), or this process may not write: the release must not
+                happen. After a failed write every further call fails, until the ledger is opened with ``resume``.
         """
         if os.getpid() != self._pid:
-            raise LedgerError(f"process {os.getpid()} inherited the ledger {self.path}; its parent writes.")
+            raise LedgerError(f"process {os.getpid()} inherited the ledger {self.path}; only its parent may write.")
         if not self._finalizer.alive:
             raise LedgerError(f"the ledger {self.path} is closed; open it with mode='resume' before releasing more.")
         if self._failed:
             raise LedgerError(
-                f"writing to the ledger {self.path} failed before; end the run, free the disk, and resume."
+                f"writing to the ledger {self.path} failed before; end the run, free disk space, and resume."
             )
         number = self.count + 1
         line = _encode({"release": number, "segment": len(self._events) - 1, "time": _hour()})
@@ -183,13 +183,13 @@ class Ledger:
                 raise OSError("the file was deleted while the run went on")
             _write(self._fd, line)
         except BaseException as error:
-            # Whatever it was (a signal, too), part of a line may be in the file.
+            # Whatever the error (even a signal), part of a line may be in the file.
             self._failed = True
             if not isinstance(error, OSError):
                 raise
             raise LedgerError(
                 f"release {number} could not be written to the ledger {self.path} ({error}); it did not happen. Free "
-                "the disk and resume."
+                "disk space and resume."
             ) from error
         mechanism, count = self._events[-1]
         self._events[-1] = (mechanism, count + 1)
@@ -197,7 +197,7 @@ class Ledger:
 
     @property
     def count(self) -> int:
-        """Releases so far, over all resumes; lines that a crash cut short count."""
+        """Releases so far, over all resumes; truncated lines count."""
         return sum(count for _, count in self._events)
 
     @property
@@ -208,23 +208,23 @@ class Ledger:
     def events(self) -> list[Event]:
         """Mechanism and count of each segment, for :func:`~dpft.privacy.accountant.compose_epsilon`.
 
-        Segments are not merged: for ``shuffle`` each one starts with an epoch of its own.
+        Segments are not merged: for ``shuffle`` each one starts with a new epoch.
         """
         return [event for event in self._events if event[1] > 0]
 
     # ------------------------------------------------------------------------------------------ checkpoints
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint: which ledger, and how far it was. No secret, no random state."""
+        """For a checkpoint: the run id and the count. No secret, no random state."""
         return {"run_id": self.run_id, "count": self.count}
 
     def check_resume(self, state: dict[str, Any]) -> None:
-        """Checks that a checkpoint belongs to this ledger. A checkpoint that is behind is fine.
+        """Checks that a checkpoint belongs to this ledger. A checkpoint that is behind the ledger is accepted.
 
         Args:
-            state: from :meth:`state_dict`, out of the checkpoint.
+            state: the checkpoint's :meth:`state_dict`.
 
         Raises:
-            LedgerError: another run's ledger, or one that counts less than the checkpoint.
+            LedgerError: this is another run's ledger, or it counts fewer releases than the checkpoint.
         """
         try:
             run_id, count = str(state["run_id"]), int(state["count"])
@@ -238,7 +238,7 @@ class Ledger:
         if count > self.count:
             raise LedgerError(
                 f"the checkpoint counts {count} releases and the ledger {self.path} only {self.count}: it is an old "
-                "copy, or was cut; give the ledger that was written with the checkpoint."
+                "copy, or was truncated; give the ledger that was written with the checkpoint."
             )
 
 
@@ -273,7 +273,7 @@ def _start_new(fd: int, file: Path, fields: dict[str, Any]) -> LedgerContent:
     data = _read_all(fd)
     if data and (count := _parse(data, file).count):
         raise LedgerError(
-            f"the ledger {file} has {count} releases already. To go on with that run, resume it (mode='resume'); for "
+            f"the ledger {file} has {count} releases already. To continue that run, open it with mode='resume'; for "
             "a new run choose another path. Deleting it makes the epsilon that was spent on these data unknown."
         )
     header = {"dpft_ledger": FORMAT, "run_id": str(uuid.uuid4()), "created": _hour(), **fields}
@@ -300,7 +300,7 @@ def _start_again(fd: int, file: Path, fields: dict[str, Any]) -> LedgerContent:
 
 
 def _parse(data: bytes, file: Path) -> LedgerContent:
-    """Reads every line; anything but a torn end is an error."""
+    """Reads every line; any damage other than a torn end is an error."""
     lines = data.split(b"\n")
     unterminated = bool(lines.pop())  # what follows the last newline: nothing, in a whole file
     if unterminated:
@@ -308,8 +308,8 @@ def _parse(data: bytes, file: Path) -> LedgerContent:
     header = _decode(lines[0]) if lines else None
     if header is None or "dpft_ledger" not in header:
         raise LedgerError(
-            f"{file} does not begin with a whole ledger header: it is no ledger, is damaged, or its run died before "
-            "its first release. Restore it from a copy; delete it only if that run released nothing."
+            f"{file} does not begin with a complete ledger header: it is not a ledger, is damaged, or its run died "
+            "before its first release. Restore it from a backup; delete it only if that run released nothing."
         )
     if header["dpft_ledger"] != FORMAT:
         raise LedgerError(f"{file} has ledger format {header['dpft_ledger']!r}; this dpft reads {FORMAT}.")
@@ -342,12 +342,12 @@ def _parse(data: bytes, file: Path) -> LedgerContent:
     except LedgerError:
         raise
     except (DPFTError, KeyError, TypeError, AttributeError) as error:
-        raise LedgerError(f"the ledger {file} is damaged: {error!r}. Restore it from a copy.") from error
+        raise LedgerError(f"the ledger {file} is damaged: {error!r}. Restore it from a backup.") from error
     return LedgerContent(run_id, header, tuple(zip(mechanisms, counts, strict=True)), torn, unterminated)
 
 
 def _damaged(file: Path, number: int, what: str) -> str:
-    return f"the ledger {file} is damaged: line {number} {what}. What was spent is unknown; restore it from a copy."
+    return f"the ledger {file} is damaged: line {number} {what}. What was spent is unknown; restore it from a backup."
 
 
 def _encode(fields: dict[str, Any]) -> bytes:
@@ -356,7 +356,7 @@ def _encode(fields: dict[str, Any]) -> bytes:
 
 
 def _decode(raw: bytes) -> dict[str, Any] | None:
-    """The fields of a line; None where it is not whole."""
+    """The fields of a line; None if it is incomplete or damaged."""
     body, mark, crc = raw.rpartition(b',"crc":"')
     if not mark or crc != f'{zlib.crc32(body + b"}"):08x}"}}'.encode():
         return None
@@ -368,7 +368,7 @@ def _decode(raw: bytes) -> dict[str, Any] | None:
 
 
 def _write(fd: int, data: bytes) -> None:
-    """All of it, on the disk when this returns."""
+    """Writes all of it; it is on disk when this returns."""
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
@@ -384,7 +384,7 @@ def _read_all(fd: int) -> bytes:
 
 
 def _fsync_directory(file: Path) -> None:
-    """Without it the name of a new file may be lost with the power, and the file with it."""
+    """Without this, a power failure may lose the name of a new file, and the file with it."""
     fd = os.open(file.parent, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -1,7 +1,7 @@
-"""What one release is, as far as accounting is concerned: the sampler, its constants, and the noise multiplier.
+"""The mechanism of one release, as the accountant sees it: the sampler, its constants, and the noise multiplier.
 
-A :class:`Mechanism` is the part of the configuration that decides how much one release costs. The accountant takes it,
-the ledger stores it, and nothing else about a run changes the epsilon.
+A :class:`Mechanism` is the part of the configuration that determines the privacy cost of one release. The accountant
+computes with it, the ledger stores it, and nothing else about a run changes the epsilon.
 
 One release is ``sum of clipped gradients of the sampled examples + N(0, (noise_multiplier * max_grad_norm)^2 I)``.
 One example changes the sum by at most ``max_grad_norm`` =: C when it is added or removed, under both clip functions:
@@ -42,8 +42,8 @@ AdjacencyName = Literal["add_or_remove_one", "replace_one", "zero_out"]
 
 SAMPLERS: tuple[str, ...] = get_args(SamplerName)
 
-# Which of the constants each sampler's theorem speaks of. The others must be None, so that equal mechanisms compare
-# equal, and so that the number of examples is not written down where it need not be public.
+# The constants that each sampler's theorem uses. The others must be None, so that equal mechanisms compare equal, and
+# so that the number of examples is not stored where it need not be public.
 _NEEDS: dict[str, frozenset[str]] = {
     "poisson": frozenset({"sample_rate"}),
     "truncated_poisson": frozenset({"sample_rate", "max_batch_size", "dataset_size"}),
@@ -68,8 +68,8 @@ class Mechanism:
         sample_rate: probability q of each example, in (0, 1]; ``poisson`` and ``truncated_poisson`` only.
         batch_size: examples per logical batch; ``fixed_size`` and ``shuffle`` only.
         max_batch_size: cap on the logical batch; ``truncated_poisson`` only.
-        dataset_size: number of examples N; only where the theorem takes it as public.
-        unit: what one person's data is, ``example`` or ``user``.
+        dataset_size: number of examples N; only where the theorem treats it as public.
+        unit: the privacy unit, one person's data: ``example`` or ``user``.
         examples_per_user: upper bound k on the examples of one user; ``unit="user"`` only.
 
     Raises:
@@ -92,9 +92,9 @@ class Mechanism:
         for name in ("sample_rate", "batch_size", "max_batch_size", "dataset_size"):
             came, needed = getattr(self, name), name in _NEEDS[self.sampler]
             if needed and came is None:
-                raise PrivacyConfigError(f"sampler={self.sampler!r} needs {name}, and it is None; give it.")
+                raise PrivacyConfigError(f"sampler={self.sampler!r} needs {name}, which is None; give it.")
             if not needed and came is not None:
-                raise PrivacyConfigError(f"sampler={self.sampler!r} takes no {name}, and got {came!r}; leave it out.")
+                raise PrivacyConfigError(f"sampler={self.sampler!r} takes no {name}, but got {came!r}; leave it out.")
         if not (math.isfinite(self.noise_multiplier) and self.noise_multiplier >= 0):
             raise PrivacyConfigError(f"noise_multiplier={self.noise_multiplier!r}; expected a finite number >= 0.")
         if self.sample_rate is not None and not 0 < self.sample_rate <= 1:
@@ -117,18 +117,18 @@ class Mechanism:
             raise PrivacyConfigError(f"examples_per_user={self.examples_per_user!r}; expected a whole number >= 1.")
         if self.unit == "user" and self.sampler != "poisson":
             raise AccountingError(
-                f"unit='user' with sampler={self.sampler!r}: dpft has a theorem for users (mixture of Gaussians) only "
-                "with Poisson sampling; use sampler='poisson', or unit='example'."
+                f"unit='user' with sampler={self.sampler!r}: dpft implements a theorem for users (mixture of "
+                "Gaussians) only with Poisson sampling; use sampler='poisson', or unit='example'."
             )
 
     @property
     def adjacency(self) -> AdjacencyName:
-        """Which two datasets count as neighbours."""
+        """The adjacency: which two datasets are neighbours."""
         return _ADJACENCY[self.sampler]
 
     @property
     def sensitivity(self) -> str:
-        """How much one unit changes the clipped sum at most, in words, C being ``max_grad_norm``."""
+        """The most by which one unit changes the clipped sum, in words, with C = ``max_grad_norm``."""
         if self.unit == "user":
             return f"up to {self.examples_per_user} C (mixture of Gaussians)"
         return {"truncated_poisson": "C, or 2 C where the batch is cut", "fixed_size": "2 C"}.get(self.sampler, "C")
@@ -145,7 +145,7 @@ class Mechanism:
         return dataclasses.replace(self, noise_multiplier=noise_multiplier)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; constants that do not apply are left out."""
+        """JSON-serialisable; constants that do not apply are left out."""
         return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The privacy statement: what was run, what it guarantees, and what was taken for granted."""
+"""The privacy statement: what was run, what it guarantees, and under which assumptions."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def privacy_report(
     tuning: str | None = None,
     notes: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """Everything a reader needs to judge the guarantee, JSON-able.
+    """Everything a reader needs to judge the guarantee, JSON-serialisable.
 
     Args:
         schedule: what was planned.
-        ledger: what was released; a number of releases of the schedule's mechanism where there is no file; None where
-            nobody counted, and then no epsilon is stated as spent.
+        ledger: the releases that were made; without a file, their number under the schedule's mechanism; None if they
+            were not counted, and then no epsilon is stated as spent.
         clipping: the mode, as given to ``dpft.wrap``; ``"none"`` is not private.
         noise_seed_known: the noise had a fixed seed.
         sampling_seed_known: the sampler had a fixed seed.
@@ -41,11 +41,13 @@ def privacy_report(
         notes: further assumptions, such as packed documents.
 
     Returns:
-        A dictionary; infinite numbers are the string ``inf``. ``private`` is false where ``not_private_because`` says
-        why, and both epsilons are ``inf`` then.
+        A dictionary; infinite numbers are the string ``inf``. ``private`` is false where ``not_private_because`` has
+        reasons, and both epsilons are ``inf`` then (a spent epsilon of None stays None).
 
     Raises:
         AccountingError: the ledger's releases have no common epsilon.
+        MissingPackageError: there is noise, and the accountant's packages are not installed: no report states a
+            guarantee without an epsilon.
     """
     events = _events(schedule, ledger)
     planned: float = schedule.epsilon
@@ -161,7 +163,7 @@ def privacy_statement_markdown(report: dict[str, Any]) -> str:
         for segment in report["segments"]:
             constants = ", ".join(f"{key} {value}" for key, value in segment["mechanism"].items())
             lines.append(f"- {segment['releases']}: {constants}")
-    lines += ["", "Taken for granted:", "", *(f"- {line}" for line in report["assumptions"])]
+    lines += ["", "Assumptions:", "", *(f"- {line}" for line in report["assumptions"])]
     return "\n".join(lines) + "\n"
 
 

@@ -1,20 +1,21 @@
 """Which examples are in a logical batch, and how it is cut into physical ones.
 
 A sampler draws, per step, the indices of **this rank's part** of the logical batch. Rank r of W owns the examples
-whose index is r modulo W, so that no example is in two ranks whatever W is, and all ranks together own all.
+whose index is r modulo W: for any W, every example is owned by exactly one rank.
 
-- :class:`PoissonSampler`: every example joins independently with probability q. The number that join is drawn from
-  Binomial(n, q), then which ones, without replacement: the same distribution, in time O(batch). Ranks draw from their
-  own parts, independently; nothing need be shared.
-- :class:`TruncatedPoissonSampler`: the same over the whole dataset; where more than the cap join, a uniform subset of
-  the size of the cap is kept. The cap is global, so every rank draws the same logical batch, from one shared seed, and
-  keeps its own part.
+- :class:`PoissonSampler`: every example is included independently with probability q. The number of included examples
+  is drawn from Binomial(n, q), then which ones, without replacement: the same distribution, in time O(batch). Ranks
+  draw from their own parts, independently; nothing need be shared.
+- :class:`TruncatedPoissonSampler`: the same over the whole dataset; if more than the cap are included, a uniform
+  subset of the size of the cap is kept. The cap is global, so every rank draws the same logical batch, from one shared
+  seed, and keeps its own part.
 - :class:`FixedSizeSampler`: a uniform subset of fixed size, fresh at every step; shared seed.
 - :class:`ShuffleSampler`: a permutation per epoch, cut into batches; shared seed. No amplification may be claimed.
 
 Seeds come from the operating system at every start, never from ``torch.manual_seed`` or ``numpy.random.seed``, never
-from a checkpoint. Amplification by sampling needs that nobody knows which examples were drawn: treat a shared seed as
-a secret. The generator (PCG64DXSM) is of good statistical quality but not cryptographic; its output is not released.
+from a checkpoint. Amplification by sampling requires that nobody knows which examples were drawn: treat a shared
+seed as a secret. The generator (PCG64DXSM) is of good statistical quality but not cryptographic; its output is not
+released.
 """
 
 from __future__ import annotations
@@ -34,19 +35,19 @@ Indices = npt.NDArray[np.int64]
 
 
 def draw_seed() -> int:
-    """127 bits from the operating system: rank 0 draws one and sends it to all, once per start."""
+    """127 bits from the operating system: rank 0 draws a seed and sends it to all ranks, once per start."""
     return secrets.randbits(127)
 
 
 class LogicalBatchSampler(abc.ABC):
-    """Draws this rank's part of one logical batch after the other.
+    """Draws this rank's part of each logical batch.
 
     Args:
         dataset_size: number of examples N, >= 1.
         rank: of this process.
         world_size: number of processes that share the logical batch.
-        shared_seed: from :func:`draw_seed`, the same on all ranks; needed by samplers that draw globally on several.
-        test_seed: a fixed seed, for tests only: with it nothing is private.
+        shared_seed: from :func:`draw_seed`, the same on all ranks; samplers that draw globally require it on several.
+        test_seed: a fixed seed, for tests only: the run is then not private.
 
     Raises:
         PrivacyConfigError: numbers out of range, or a shared seed is missing.
@@ -69,7 +70,7 @@ class LogicalBatchSampler(abc.ABC):
             raise PrivacyConfigError(f"rank={rank!r} of world_size={world_size!r}; expected 0 <= rank < world_size.")
         if self.draws_globally and world_size > 1 and shared_seed is None and test_seed is None:
             raise PrivacyConfigError(
-                f"{type(self).__name__} on {world_size} ranks has no shared seed, so every rank would cut another "
+                f"{type(self).__name__} on {world_size} ranks has no shared seed, so every rank would draw another "
                 "logical batch; call dpft.privacy.draw_seed() on rank 0, send it to all, and pass shared_seed=."
             )
         self.dataset_size, self.rank, self.world_size = dataset_size, rank, world_size
@@ -93,8 +94,8 @@ class LogicalBatchSampler(abc.ABC):
     def draw(self, step: int) -> Indices:
         """This rank's part of the logical batch of a step.
 
-        Every call draws afresh, also for a step that was drawn before, except that ``shuffle`` has the batch of a step
-        laid down. On several ranks all must call alike.
+        Every call makes a fresh draw, also for a step that was drawn before, except that ``shuffle`` fixes the batch
+        of each step. All ranks must make the same calls.
 
         Args:
             step: number of the release, from 0.
@@ -109,7 +110,7 @@ class LogicalBatchSampler(abc.ABC):
 
 
 class PoissonSampler(LogicalBatchSampler):
-    """Each example joins with probability ``sample_rate``, at each step, independently."""
+    """Includes each example independently with probability ``sample_rate``, at each step."""
 
     draws_globally = False
 
@@ -124,7 +125,7 @@ class PoissonSampler(LogicalBatchSampler):
 
 
 class TruncatedPoissonSampler(LogicalBatchSampler):
-    """Poisson over the whole dataset, cut to a uniform subset of ``max_batch_size`` where more joined."""
+    """Poisson over the whole dataset, cut to a uniform subset of ``max_batch_size`` if more are included."""
 
     def __init__(self, dataset_size: int, sample_rate: float, max_batch_size: int, **ranks: int | None) -> None:
         super().__init__(dataset_size, **ranks)  # type: ignore[arg-type]  # rank and world_size are never None
@@ -151,7 +152,7 @@ class ShuffleSampler(LogicalBatchSampler):
 
     Args:
         first_step: number of the release at which this sampler begins, with a new epoch. After a restart that is the
-            ledger's count: the ledger counts the epochs of each start apart, so no seed need be kept.
+            ledger's count: the epochs of each start are counted separately, so no seed need be kept.
     """
 
     def __init__(self, dataset_size: int, batch_size: int, *, first_step: int = 0, **ranks: int | None) -> None:
@@ -163,7 +164,7 @@ class ShuffleSampler(LogicalBatchSampler):
     def draw(self, step: int) -> Indices:
         if step < self.first_step:
             raise PrivacyConfigError(
-                f"step {step} lies before this shuffle began, at step {self.first_step}: its examples would take part "
+                f"step {step} lies before this shuffle began, at step {self.first_step}: its examples would be used "
                 "twice in an epoch; continue from the ledger's count."
             )
         epoch, position = divmod(step - self.first_step, self.steps_per_epoch)
@@ -182,7 +183,7 @@ def make_sampler(
     first_step: int = 0,
     test_seed: int | None = None,
 ) -> LogicalBatchSampler:
-    """The sampler that a schedule was accounted for.
+    """The sampler that the accounting of a schedule assumes.
 
     Args:
         schedule: from ``config.resolve(dataset_size)``.
@@ -228,12 +229,12 @@ def _checked_batch(batch_size: int, dataset_size: int) -> int:
 # ------------------------------------------------------------------------------------------- physical batches
 @dataclass(frozen=True)
 class PhysicalBatch:
-    """One pass through the model: real examples, then rows of weight zero.
+    """The rows of one pass through the model: real examples, then padding of weight zero.
 
     Attributes:
-        indices: of the examples, at most ``max_physical_batch_size`` of them, perhaps none.
-        num_padding: rows to add so that every physical batch has the same number of rows.
-        is_last: whether the logical batch ends here: noise, release, parameters change.
+        indices: of the examples, 0 to ``max_physical_batch_size`` of them.
+        num_padding: number of rows to add, so that every physical batch has the same number of rows.
+        is_last: whether the logical batch ends here: then noise is added and the parameters change.
         step: number of the logical batch, from 0.
     """
 
@@ -254,9 +255,9 @@ def physical_batches(
     """Cuts a rank's part of a logical batch into physical batches of equal size.
 
     Args:
-        indices: any number of them; none gives one physical batch of padding, for the noise must be released anyway.
+        indices: any number; if empty, one physical batch of padding results, because noise must be released anyway.
         max_physical_batch_size: rows of each, >= 1.
-        num_physical: how many to make, agreed between ranks; None: as few as hold the indices.
+        num_physical: how many to make, agreed between ranks; None: as few as can hold the indices.
         step: number of the logical batch.
 
     Returns:
@@ -287,15 +288,15 @@ def _alone(count: int) -> int:
 
 
 class PhysicalBatchSampler:
-    """Iterates over the physical batches of one logical batch after the other: a batch sampler for a DataLoader.
+    """Iterates over the physical batches of successive logical batches: a batch sampler for a DataLoader.
 
     Args:
         sampler: draws the logical batches.
         max_physical_batch_size: rows of every physical batch.
         num_steps: the number of logical batches of the whole training; iteration ends there.
-        first_step: where iteration begins, read anew at every ``iter()``; pass ``lambda: ledger.count``, so that a
-            second loop, or a resumed run, does not make more releases than were planned.
-        agree: the maximum of a count over all ranks (a collective), so that all make the same number of passes.
+        first_step: where iteration begins; a callable is evaluated at every ``iter()``. Pass ``lambda: ledger.count``,
+            so that a second loop, or a resumed run, does not make more releases than were planned.
+        agree: returns the maximum of a count over all ranks (a collective), so that all make equally many passes.
     """
 
     def __init__(

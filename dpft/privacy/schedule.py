@@ -1,4 +1,4 @@
-"""What a privacy configuration comes to on a dataset: all constants resolved, epsilon known before the first step."""
+"""A privacy configuration resolved on a dataset: every constant, and the epsilon before the first step."""
 
 from __future__ import annotations
 
@@ -8,30 +8,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dpft.errors import PrivacyConfigError
-from dpft.privacy.accountant import Event, discretization, rounded_up
+from dpft.errors import MissingPackageError, PrivacyConfigError
+from dpft.privacy.accountant import Event, discretization, epsilon, rounded_up
 from dpft.privacy.epsilon_meter import EpsilonMeter
 from dpft.privacy.mechanism import AccountantName, Mechanism, SamplerName, UnitName
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacySchedule:
-    """A resolved :class:`~dpft.privacy.config.PrivacyConfig`. Make it with ``config.resolve(len(dataset))``.
+    """A resolved :class:`~dpft.privacy.config.PrivacyConfig`. Create it with ``config.resolve(len(dataset))``.
 
     The optimiser adds noise of standard deviation ``noise_multiplier * max_grad_norm`` to the clipped sum, once per
     logical batch, and divides by ``expected_batch_size``.
 
     Attributes:
         noise_multiplier: sigma, given or calibrated; 0 means not private.
-        sample_rate: probability of each example (``fixed_size``, ``shuffle``: the share of a batch, for information).
-        num_steps: logical batches, hence releases.
+        sample_rate: probability of each example (``fixed_size``, ``shuffle``: batch size / N, for information only).
+        num_steps: number of logical batches, and so of releases.
         expected_batch_size: the constant divisor b.
         max_grad_norm: the clip norm C.
         target_delta: delta.
         target_epsilon: the budget; None where the noise was given.
-        epsilon: after ``num_steps``; inf without noise.
-        dataset_size: N where the configuration takes it as public, else None: it is then written nowhere.
-        assumptions: in words, what the epsilon takes for granted.
+        computed_epsilon: what :attr:`epsilon` returns; None where it could not be computed when the configuration was
+            resolved, because ``noise_multiplier`` was given and the accountant's packages are not installed.
+        dataset_size: N where the configuration treats it as public; else None, and N is stored nowhere.
+        assumptions: of the epsilon, in words.
         config_fingerprint: of the configuration that this schedule came from.
     """
 
@@ -42,7 +43,7 @@ class PrivacySchedule:
     max_grad_norm: float
     target_delta: float
     target_epsilon: float | None
-    epsilon: float
+    computed_epsilon: float | None
     sampler: SamplerName
     max_batch_size: int | None
     clip_function: str
@@ -56,8 +57,19 @@ class PrivacySchedule:
     config_fingerprint: str
 
     @property
+    def epsilon(self) -> float:
+        """Epsilon after ``num_steps`` releases; inf without noise.
+
+        Raises:
+            MissingPackageError: it was not computed yet, and the accountant's packages are still not installed.
+        """
+        if self.computed_epsilon is not None:
+            return self.computed_epsilon
+        return epsilon(self.mechanism, self.num_steps, self.target_delta, accountant=self.accountant)
+
+    @property
     def private(self) -> bool:
-        """Whether the schedule has a finite epsilon at all."""
+        """Whether the schedule has a finite epsilon at all. Raises MissingPackageError as :attr:`epsilon`."""
         return self.noise_multiplier > 0 and math.isfinite(self.epsilon)
 
     @property
@@ -80,7 +92,7 @@ class PrivacySchedule:
         """The accountant with its discretisation, for reports."""
         if self.accountant == "rdp":
             return "dp_accounting RDP"
-        if not self.private:
+        if self._known_epsilon() in (None, math.inf):
             return "dp_accounting PLD"
         return f"dp_accounting PLD (pessimistic, discretisation {discretization(self.mechanism):g})"
 
@@ -90,14 +102,25 @@ class PrivacySchedule:
             self.mechanism, self.target_delta, self.num_steps, accountant=self.accountant, history=history
         )
 
+    def _known_epsilon(self) -> float | None:
+        try:
+            return self.epsilon
+        except MissingPackageError:
+            return None
+
     def describe(self) -> str:
-        """Several lines for a person, before anything runs (``--dry-run``)."""
+        """A summary in several lines, before anything runs (``--dry-run``).
+
+        It says ``NOT COMPUTED`` where epsilon cannot be computed (see :attr:`epsilon`).
+        """
+        planned = self._known_epsilon()
+        shown = "NOT COMPUTED (pip install dp-accounting scipy)" if planned is None else rounded_up(planned)
         target = "none given" if self.target_epsilon is None else f"{self.target_epsilon:g}"
         noise = self.noise_multiplier * self.max_grad_norm
         cap = "" if self.max_batch_size is None else f", at most {self.max_batch_size}"
         unit = self.unit if self.unit == "example" else f"user, at most {self.examples_per_user} examples each"
         lines = [
-            f"epsilon            {rounded_up(self.epsilon)} after {self.num_steps} steps (target: {target})",
+            f"epsilon            {shown} after {self.num_steps} steps (target: {target})",
             f"delta              {self.target_delta:g}",
             f"noise multiplier   {self.noise_multiplier:.6g} (standard deviation {noise:.6g} on the clipped sum)",
             f"clip norm          {self.max_grad_norm:g}, clip function {self.clip_function}",
@@ -108,17 +131,15 @@ class PrivacySchedule:
             f"accountant         {self.accountant_label}",
             *(f"assumed            {line}" for line in self.assumptions),
         ]
-        if not self.private:
+        if planned == math.inf:
             lines.insert(0, "NOT PRIVATE: no noise is added (noise_multiplier = 0); epsilon is infinite.")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able; an infinite epsilon is the string ``inf``, which strict JSON has no number for."""
+        """JSON-serialisable. An infinite ``epsilon`` is the string ``inf`` (strict JSON has no number for it)."""
         values = dataclasses.asdict(self)
-        values["assumptions"] = list(self.assumptions)
-        if math.isinf(self.epsilon):
-            values["epsilon"] = "inf"
-        return values
+        epsilon = values.pop("computed_epsilon")
+        return {**values, "assumptions": list(self.assumptions), "epsilon": "inf" if epsilon == math.inf else epsilon}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PrivacySchedule:
@@ -128,7 +149,8 @@ class PrivacySchedule:
             PrivacyConfigError: not the dictionary of a schedule.
         """
         try:
-            fixed = {"epsilon": float(values["epsilon"]), "assumptions": tuple(values["assumptions"])}
-            return cls(**{**values, **fixed})
+            rest = dict(values)
+            epsilon, assumptions = rest.pop("epsilon"), tuple(rest.pop("assumptions"))
+            return cls(**rest, computed_epsilon=None if epsilon is None else float(epsilon), assumptions=assumptions)
         except (KeyError, TypeError, ValueError) as error:
             raise PrivacyConfigError(f"not a privacy schedule: {error}; expected what to_dict gave.") from error

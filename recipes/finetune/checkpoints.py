@@ -1,4 +1,4 @@
-"""Checkpoints of a run: whole or not there, and loadable by another number of processes than wrote them."""
+"""Checkpoints of a run: complete or absent, and loadable by another number of processes than wrote them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from finetune.setup import CHECKPOINTS
 
 KEPT = 2
 ABOUT = "written_by.json"
-# The folder that Accelerate gives DeepSpeed within a checkpoint, and DeepSpeed's name for what all ranks can load.
+# The folder of a checkpoint in which Accelerate has DeepSpeed save its state.
 DEEPSPEED = "pytorch_model"
 
 
 class SaveError(RuntimeError):
-    """A checkpoint could not be written; those before it are whole."""
+    """A checkpoint could not be written; the earlier ones are intact."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One that can be loaded.
+    """A checkpoint that can be loaded.
 
     Attributes:
         step: logical steps that were released when it was written.
@@ -40,7 +40,7 @@ class Checkpoint:
 
 
 def save(accelerator: Accelerator, output: Path, step: int) -> None:
-    """Save the state after a step: under another name until it is whole, since any process may die meanwhile.
+    """Save the state after a step: under another name until it is complete, since any process may die meanwhile.
 
     Raises:
         SaveError: on the ranks that failed; the others wait, so that the process has to end.
@@ -56,7 +56,7 @@ def save(accelerator: Accelerator, output: Path, step: int) -> None:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # torch.distributed.checkpoint has errors that are no Exception
-        # The engines' own words seldom name the reason, and the last ones are the nearest to it.
+        # The engines' messages seldom name the cause; their end comes nearest to it.
         raise SaveError(
             f"the checkpoint of step {step} could not be saved (... {' '.join(str(error).split())[-200:]}). Is the "
             f"disk full, or a quota used up? Make room first; {partial.name} is what was written of it."
@@ -74,7 +74,7 @@ def save(accelerator: Accelerator, output: Path, step: int) -> None:
 def find(accelerator: Accelerator, output: Path) -> Checkpoint:
     """The checkpoint to resume from, in a form that this engine and this number of processes can load.
 
-    To be called before the model is prepared: DeepSpeed has to be told then. A collective.
+    To be called before the model is prepared, when DeepSpeed has to be configured for it. A collective.
 
     Raises:
         FileNotFoundError: there is none.
@@ -89,7 +89,7 @@ def find(accelerator: Accelerator, output: Path) -> Checkpoint:
 
 
 def load(accelerator: Accelerator, checkpoint: Checkpoint) -> None:
-    """Load the state into what was prepared. A collective."""
+    """Load the state into the prepared objects. A collective."""
     accelerator.load_state(str(checkpoint.path))
     accelerator.wait_for_everyone()
     if checkpoint.converted and accelerator.is_main_process:
@@ -106,7 +106,7 @@ def _find(accelerator: Accelerator, output: Path) -> Checkpoint:
     try:
         about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        about = {"engine": WHOLE, "processes": 1}  # before checkpoints said so, there was one process
+        about = {"engine": WHOLE, "processes": 1}  # checkpoints without this file are of one process
     here, there = engine_name(accelerator), about["engine"]
     if here != there:
         words = {WHOLE: "one process or data parallelism (ddp.yaml)"}
@@ -123,7 +123,7 @@ def _find(accelerator: Accelerator, output: Path) -> Checkpoint:
 def _convert(path: Path) -> Path:
     """Make a DeepSpeed checkpoint universal: its own is bound to the number of processes that wrote it.
 
-    Every element of weights and moments is kept, as DeepSpeed's tool ``deepspeed.checkpoint.ds_to_universal`` does it.
+    DeepSpeed's tool ``deepspeed.checkpoint.ds_to_universal`` does it, and keeps every element of weights and moments.
     """
     whole = path.with_name(f"universal_{path.name}")
     shutil.rmtree(whole, ignore_errors=True)
@@ -141,7 +141,7 @@ def _convert(path: Path) -> Path:
 
 
 def _whole(output: Path) -> list[Path]:
-    """Those that were written to their end; others have another name."""
+    """The complete checkpoints; incomplete ones have another name."""
     return [p for p in (output / CHECKPOINTS).glob("step_*") if p.name.removeprefix("step_").isdigit()]
 
 

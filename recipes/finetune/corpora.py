@@ -118,7 +118,7 @@ def synthetic_tickets(
         customers: number of customers, each with one to eight tickets.
         seed: seed of everything that is drawn.
         canaries: number of tickets with a random secret code, for measuring what a model memorises.
-        canary_repeats: how often each canary is in the data, under the same customer.
+        canary_repeats: how many copies of each canary are in the data, under the same customer.
 
     Returns:
         Records with ``customer_id`` (the privacy unit), ``ticket_id``, ``text``, ``canary`` (the secret, or an empty

@@ -1,4 +1,4 @@
-"""What differs between one process and many, so that the rest of the recipe need not know the engine."""
+"""Everything that depends on the engine, so that the rest of the recipe need not know it."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ WHOLE = "whole"  # one process, or data parallelism: every process holds all of 
 def make_accelerator(options: Options) -> Accelerator:
     """The Accelerator of a run.
 
-    Under FSDP2 and DeepSpeed ``--bf16`` is theirs to do: they compute in bfloat16 and keep what they step on in
-    float32. Elsewhere it is the dtype of the weights, and Accelerate's mixed precision (autocast) stays off.
+    Under FSDP2 and DeepSpeed ``--bf16`` is their mixed precision: they compute in bfloat16 and step on float32
+    weights. Elsewhere it is the dtype of the weights, and Accelerate's mixed precision (autocast) stays off.
     """
     flags = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # set by the launcher
     mixes = any(parse_flag_from_env(flag) for flag in flags)
     return Accelerator(
-        mixed_precision="bf16" if options.bf16 and mixes else None,  # None: as the launcher says
+        mixed_precision="bf16" if options.bf16 and mixes else None,  # None: as set by the launcher
         log_with="all" if options.with_tracking and not options.dry_run else None,
         project_dir=".",
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=options.rank_timeout))],
@@ -42,7 +42,7 @@ def make_accelerator(options: Options) -> Accelerator:
 
 
 def engine_name(accelerator: Accelerator) -> str:
-    """Who shards: ``whole`` (nobody), ``fsdp2``, ``zero1``, ``zero2`` or ``zero3``."""
+    """The engine that shards: ``whole`` (none), ``fsdp2``, ``zero1``, ``zero2`` or ``zero3``."""
     if accelerator.distributed_type == DistributedType.FSDP:
         return "fsdp2"
     plugin = accelerator.state.deepspeed_plugin
@@ -50,7 +50,7 @@ def engine_name(accelerator: Accelerator) -> str:
 
 
 def shards_parameters(accelerator: Accelerator) -> bool:
-    """Whether a forward of the model is a collective, which all ranks must make as often."""
+    """Whether a forward of the model is a collective, which all ranks must call equally often."""
     return engine_name(accelerator) in ("fsdp2", "zero3")
 
 
@@ -65,15 +65,15 @@ def weight_dtype(options: Options, accelerator: Accelerator) -> torch.dtype:
 
 
 def compute_dtype(options: Options, accelerator: Accelerator) -> torch.dtype:
-    """The dtype that forwards are made in."""
+    """The dtype of the forward pass."""
     return torch.bfloat16 if options.bf16 or accelerator.mixed_precision == "bf16" else torch.float32
 
 
 @contextmanager
 def unsharded(accelerator: Accelerator) -> Iterator[None]:
-    """Inside, ``from_pretrained`` loads a whole model, on the rank that asks: under ZeRO-3 it shards one over all.
+    """Within it ``from_pretrained`` loads a whole model on the calling rank, which under ZeRO-3 would be sharded.
 
-    Not by ``DeepSpeedPlugin.zero3_init_context_manager``: with accelerate 1.15 transformers goes on sharding in it.
+    ``DeepSpeedPlugin.zero3_init_context_manager`` does not do: with accelerate 1.15 transformers still shards in it.
     """
     plugin = accelerator.state.deepspeed_plugin
     if plugin is None:
@@ -87,7 +87,7 @@ def unsharded(accelerator: Accelerator) -> Iterator[None]:
 
 
 def from_first(accelerator: Accelerator, act: Callable[[], T]) -> T:
-    """Rank 0 acts, and every rank has the result, or the error. A collective; ``act`` may hold none.
+    """Run ``act`` on rank 0; every rank gets its result, or its error. A collective; ``act`` must not call any.
 
     Raises:
         Exception: what ``act`` raised, on all ranks.
@@ -96,7 +96,7 @@ def from_first(accelerator: Accelerator, act: Callable[[], T]) -> T:
     if accelerator.is_main_process:
         try:
             box[0] = act()
-        except Exception as error:  # every rank has to hear of it, or the others wait for ever
+        except Exception as error:  # every rank has to raise it, or the others wait for ever
             if accelerator.num_processes == 1:
                 raise
             plain = isinstance(error, OSError | ValueError)  # can be pickled
@@ -109,13 +109,13 @@ def from_first(accelerator: Accelerator, act: Callable[[], T]) -> T:
 
 @contextmanager
 def ending_all(accelerator: Accelerator, output: Path) -> Iterator[None]:
-    """Say what ended a training, and how to go on; then end this process, for which the launcher ends the others.
+    """Say what ended a training, and how to continue; then end this process, after which the launcher ends the others.
 
-    A rank that fails must not call a collective any more: the others may be in another one. Its end is the message.
-    Theirs comes with the connections that close, with the launcher's signal, or when ``--rank-timeout`` has passed.
+    A rank that fails must not call another collective: the others may be in a different one. They notice its end when
+    their connections close, by the launcher's signal, or after ``--rank-timeout``.
 
     Raises:
-        SystemExit: of status 1, in the place of every error.
+        SystemExit: with status 1, in place of every error.
     """
     try:
         yield
@@ -131,8 +131,8 @@ def ending_all(accelerator: Accelerator, output: Path) -> Iterator[None]:
         elif ranks > 1 and _of_another(str(error)):
             words.append("another rank failed, or hung for longer than --rank-timeout: see what it wrote above.")
         words.append(
-            "the run ends on all ranks. What the ledger counts is spent; the last checkpoint is whole. Go on with the "
-            f"same options and --resume-from-checkpoint --output-dir {output}"
+            "the run ends on all ranks. What the ledger counts is spent; the last checkpoint is intact. Continue with "
+            f"the same options and --resume-from-checkpoint --output-dir {output}"
         )
         print("\n    ".join(words), file=sys.stderr, flush=True)
         raise SystemExit(1) from error

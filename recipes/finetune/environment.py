@@ -1,4 +1,4 @@
-"""What torch reads when it is imported, so that this module is imported before it; and the threads of torch on a CPU.
+"""Environment variables that torch reads on import (so import this module first), and torch's threads on a CPU.
 
 OpenMP's threads wait for each other by spinning, unless told otherwise. On a machine where another process wants a
 core too, a thread that spins keeps the one that it waits for from running. *Measured*, a physical batch of 32 x 128
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 
-# Never over what the user set.
+# Never overrides what the user set.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 

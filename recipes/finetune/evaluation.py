@@ -1,4 +1,4 @@
-"""What is measured on a model: its loss on a fixed set of validation examples, and what it writes."""
+"""Evaluation of a model: its loss on a fixed set of validation examples, and generated text."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def choose_examples(dataset: Any, at_most: int, seed: int) -> list[dict[str, Any
 def batches_of(examples: Sequence[dict[str, Any]], tokens: int = TOKENS_AT_ONCE) -> list[list[dict[str, Any]]]:
     """Cut the examples into batches of at most ``tokens`` tokens, padding included, or of one example.
 
-    By length, so that little is padded: these are not the batches of training, whose making is part of the privacy.
+    Sorted by length, so that little is padded. Training batches must not be: how they are drawn is part of the
+    privacy.
     """
     batches: list[list[dict[str, Any]]] = []
     for example in sorted(examples, key=lambda example: len(example["input_ids"])):
@@ -52,11 +53,11 @@ def validation_loss(
 ) -> float:
     """Mean loss in nats a token over all tokens of the examples.
 
-    From the logits, and not the loss that the model returns: a wrapped and a bare model average a batch differently,
-    and this number is compared before, after, and with the model read back from disk.
+    Computed from the logits, not from the loss that the model returns: a wrapped and a bare model average a batch
+    differently, and this number is compared before and after training and with the model reloaded from disk.
 
     Args:
-        model: a causal language model, wrapped by dpft or not; left in the mode it was in.
+        model: a causal language model, wrapped by dpft or not; its training mode is restored.
         examples: tokenised examples.
         collate: from a list of examples to a batch.
         accelerator: shares the batches between ranks; every rank runs the same number, as sharded engines need.
@@ -92,10 +93,10 @@ def sample_text(
     seed: int,
     accelerator: Accelerator | None = None,
 ) -> str:
-    """Let the model continue a prompt, with a seed of its own that touches no other random number.
+    """Let the model continue a prompt, with its own generator, which affects no other random number.
 
-    Not ``model.generate``, which goes around the outermost module, where a sharding engine gathers. Nothing is cached:
-    it is meant for a line or two.
+    Does not use ``model.generate``, which bypasses the outermost module, where a sharding engine gathers. There is no
+    key-value cache: this is meant for a line or two.
 
     Args:
         model: a causal language model, or what an engine made of one.
@@ -103,7 +104,7 @@ def sample_text(
         prompt: public text.
         tokens: number of tokens to write.
         seed: seed of the sampling.
-        accelerator: of a run; all ranks call this then, and take rank 0's tokens. A collective.
+        accelerator: of the run; then all ranks must call this, and use rank 0's tokens. A collective.
 
     Returns:
         The prompt and what follows it.

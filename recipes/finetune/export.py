@@ -1,4 +1,4 @@
-"""The trained model as transformers loads it, from every engine, and the check that it does."""
+"""Export of the trained model for transformers, from every engine, and the check that it loads."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from finetune.options import Options
 from finetune.private import Prepared, unwrap
 from finetune.setup import Materials, load_model
 
-RELOAD_TOLERANCE = 1e-3  # nats; reading back the same numbers differs at most by the order of the sums
+RELOAD_TOLERANCE = 1e-3  # nats; the same weights differ at most by the order of the sums
 
 
 def export(accelerator: Accelerator, prepared: Prepared, materials: Materials, options: Options, output: Path) -> None:
-    """Write the model and its tokenizer; of LoRA the adapter, and the whole model, which needs no peft. A collective.
+    """Write model and tokenizer; with LoRA the adapter and the merged model, which needs no peft. A collective.
 
     Shards are gathered into the memory of rank 0's CPU, and merged there.
 
     Raises:
-        Exception: on all ranks, what rank 0 met.
+        Exception: on all ranks, the error of rank 0.
     """
     state = accelerator.get_state_dict(prepared.model)
     bare = unwrap(accelerator, prepared.model)
@@ -49,10 +49,10 @@ def export(accelerator: Accelerator, prepared: Prepared, materials: Materials, o
 def reload_and_check(
     accelerator: Accelerator, options: Options, materials: Materials, output: Path, after: float
 ) -> None:
-    """Read the model back on one device and compare its validation loss. For one rank: it holds no collective.
+    """Reload the model on one device and compare its validation loss. For one rank: it calls no collective.
 
     Raises:
-        RuntimeError: the model that was read back has another loss.
+        RuntimeError: the reloaded model has another loss.
     """
     dtype = compute_dtype(options, accelerator)
     with unsharded(accelerator):

@@ -1,4 +1,4 @@
-"""The training loop: an ordinary Accelerate loop, with a progress bar, checks and a clean way to stop."""
+"""The training loop: an ordinary Accelerate loop, with a progress bar, checks and a clean stop on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class StaleWeightsError(RuntimeError):
 
 
 class Interrupt:
-    """Turns the first Ctrl-C into a wish to stop after the logical batch; the second one stops at once."""
+    """Turns the first Ctrl-C into a request to stop after the logical batch; the second one stops at once."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -41,7 +41,7 @@ class Interrupt:
 
     @contextmanager
     def listening(self) -> Iterator[Interrupt]:
-        """Listen while the body runs, then put the handlers back that were there."""
+        """Handle the signals while the body runs, then restore the previous handlers."""
         before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield self
@@ -51,7 +51,7 @@ class Interrupt:
 
 
 class WeightWatch:
-    """Notices an optimiser that trains nothing, such as one that holds parameters which were replaced since.
+    """Detects an optimiser that trains nothing, such as one whose parameters were replaced after it was made.
 
     Keeps some elements of every trainable tensor, not a second copy of the model.
     """
@@ -92,14 +92,14 @@ NOT_FOR_PUBLICATION = (
 
 @dataclass
 class History:
-    """The metrics of a run, kept and written as JSON lines as they come; the first line says what they reveal."""
+    """The metrics of a run, kept and appended to a JSON-lines file; the first line says what they reveal."""
 
     path: Path | None
     private: bool = True
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def start(self, private: bool) -> None:
-        """Write the line that says what the others reveal. ``private`` then stands in every row."""
+        """Write the line that says what the others reveal. ``private`` is then in every row."""
         self.private = private
         if not self.rows:
             self.add({"step": 0, "note": NOT_FOR_PUBLICATION if private else "NOT PRIVATE. " + NOT_FOR_PUBLICATION})
@@ -113,11 +113,11 @@ class History:
                 file.write(json.dumps(row) + "\n")
 
     def read(self) -> None:
-        """Take the rows that an interrupted run left."""
+        """Read the rows of an interrupted run."""
         if self.path is not None and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines()
             self.rows = [json.loads(line) for line in lines if line.endswith("}")]
-            # a run killed while it wrote leaves half a line, which the next row must not be glued to
+            # a run killed while writing leaves half a line, to which the next row must not be appended
             self.path.write_text("".join(line + "\n" for line in lines if line.endswith("}")), encoding="utf-8")
 
     def summary(self) -> dict[str, float]:
@@ -149,13 +149,13 @@ def train(
         accelerator: of the run.
         prepared: model, optimiser, loader.
         options: of the run.
-        history: takes a row for each logical batch.
+        history: receives a row for each logical batch.
         evaluate: validation loss of a model.
-        scheduler: of the learning rate; takes a step for each logical batch.
+        scheduler: of the learning rate; stepped once for each logical batch.
         checkpoint: saves the state after a logical step.
 
     Returns:
-        Whether the run came to its end; False if it was interrupted, and then a checkpoint was written.
+        True if the run finished; False if it was interrupted, and then a checkpoint was written.
 
     Raises:
         StaleWeightsError: the first step changed nothing.
@@ -247,7 +247,7 @@ def describe(row: dict[str, Any], target: float) -> str:
 
 
 def make_optimizer(options: Options, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW on what is trained, the same with and without privacy."""
+    """AdamW on the trainable parameters, the same with and without privacy."""
     return torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
         lr=options.learning_rate,
@@ -259,7 +259,7 @@ def make_optimizer(options: Options, model: nn.Module) -> torch.optim.Optimizer:
 def make_scheduler(options: Options, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
     """The schedule of the learning rate, one step for each logical batch.
 
-    It is not handed to ``accelerator.prepare``, which would step it once for each process.
+    It is not passed to ``accelerator.prepare``, which would step it once for each process.
     """
     return get_scheduler(
         options.lr_scheduler_type, optimizer, num_warmup_steps=options.warmup_steps, num_training_steps=num_steps

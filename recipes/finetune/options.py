@@ -31,7 +31,7 @@ def option(default: Any, group: str, help: str, *, also: tuple[str, ...] = (), *
 
 @dataclass
 class Options:
-    """Everything that a recipe can be told; the defaults are the demonstration with no network and no GPU."""
+    """All options of a recipe; the defaults are the demonstration, which needs no network and no GPU."""
 
     model: str = option(
         str(BASE_MODEL),
@@ -75,12 +75,12 @@ class Options:
     text_column: str | None = option(
         None,
         "data",
-        "column of the text; found by itself where it is plain",
+        "column of the text; detected where it is unambiguous",
         also=("dataset_text_field",),
         metavar="NAME",
     )
     seq_len: int = option(
-        128, "data", "tokens of an example at most; longer ones are cut", also=("max_length",), metavar="T"
+        128, "data", "maximum number of tokens of an example; longer ones are cut", also=("max_length",), metavar="T"
     )
 
     target_epsilon: float | None = option(
@@ -99,7 +99,7 @@ class Options:
     expected_batch_size: float = option(
         512,
         "privacy",
-        "expected size of a logical batch; each example joins with this over N, independently",
+        "expected size B of a logical batch; each of N examples is included independently with probability B / N",
         metavar="B",
     )
     num_steps: int | None = option(
@@ -109,7 +109,7 @@ class Options:
         None, "privacy", "instead of steps: expected passes over the data", also=("num_train_epochs",)
     )
     secure_rng: bool = option(
-        False, "privacy", "noise and sampling from a cryptographic generator, hardened against floating-point attacks"
+        False, "privacy", "noise from a cryptographic generator, hardened against floating-point attacks"
     )
     tuning_note: str | None = option(
         None,
@@ -146,7 +146,7 @@ class Options:
     )
 
     learning_rate: float = option(5e-3, "optimisation", "peak of the learning rate (AdamW)", metavar="LR")
-    adam_beta1: float = option(0.8, "optimisation", "AdamW's beta 1; few steps want a short memory", metavar="BETA")
+    adam_beta1: float = option(0.8, "optimisation", "AdamW's beta 1; a short memory suits few steps", metavar="BETA")
     adam_beta2: float = option(0.95, "optimisation", "AdamW's beta 2", metavar="BETA")
     weight_decay: float = option(0.0, "optimisation", "AdamW's weight decay", metavar="DECAY")
     warmup_steps: int = option(0, "optimisation", "logical steps of linear warm-up", metavar="N")
@@ -165,14 +165,14 @@ class Options:
     output_dir: str | None = option(
         None,
         "output",
-        "folder for model, ledger, metrics, plot and card; if not given, outputs/llama_dp, numbered where taken",
+        "folder for model, ledger, metrics, plot and card; if not given, outputs/llama_dp, with a number if it exists",
         metavar="DIR",
     )
     overwrite_output_dir: bool = option(
         False, "output", "start anew in a folder that holds a run; what that run spent on its records stays spent"
     )
     resume_from_checkpoint: bool = option(
-        False, "output", "go on from the last checkpoint in output_dir; the ledger there says what was spent"
+        False, "output", "continue from the last checkpoint in output_dir; the ledger there says what was spent"
     )
     checkpoint_every: int = option(
         10, "output", "logical steps between checkpoints, of which the last two are kept; 0 writes none", metavar="N"
@@ -202,7 +202,7 @@ class Options:
     )
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant. The privacy parameters are checked by ``dpft.PrivacyConfig``."""
+        """Refuse contradictory or out-of-range options. ``dpft.PrivacyConfig`` checks the privacy parameters."""
         if self.noise_multiplier is not None and self.target_epsilon is not None:
             raise ValueError(
                 f"got both --target-epsilon {self.target_epsilon:g} and --noise-multiplier {self.noise_multiplier:g}; "

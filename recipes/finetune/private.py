@@ -1,4 +1,4 @@
-"""The one place where the recipe touches dpft: from options to a private loop, and what is read back from it."""
+"""The only module that trains with dpft: from the options to a private loop, and what is read back from it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from accelerate import Accelerator
 from finetune.options import Options
 
 LEDGER = "ledger.jsonl"
-ONE_RECORD = "one record is one example, cut to {} tokens: of a person with several records each is protected, not all"
+ONE_RECORD = (
+    "one record is one example, cut to {} tokens: if a person has several records, each is protected, not all together"
+)
 TUNED_ON_DOCSTRINGS = (
     "not accounted for: the recipe's defaults (expected batch, steps, learning rate, Adam's betas) were chosen by "
     "the validation loss of several private runs on these same docstrings, which are public"
@@ -61,17 +63,17 @@ class Prepared:
 
     @property
     def ends_logical_batch(self) -> bool:
-        """Whether the physical batch at hand is the last one of its logical batch."""
+        """Whether the current physical batch is the last one of its logical batch."""
         return bool(self.loader.is_last)
 
     def epsilon(self, exact: bool = False) -> float | None:
-        """Spent so far, rounded up unless ``exact``: cheap enough for a progress bar. None if not private."""
+        """Epsilon spent so far, rounded up unless ``exact``: cheap enough for a progress bar. None if not private."""
         return float(self.loader.privacy.epsilon(exact=exact)) if self.private else None
 
     def clipped(self, batch: dict[str, torch.Tensor]) -> tuple[float, float, torch.Tensor]:
-        """Of the last physical batch: how many examples were clipped, how many there were, their norms [examples].
+        """Numbers of clipped and of all examples in the last physical batch, and the norms [examples].
 
-        Figures of the private data without noise: for the eyes of whoever trains, not for publication.
+        Computed from the private data without noise: for whoever trains, not for publication.
         """
         real = batch["example_weight"] > 0
         last = dpft.stats(self.model)
@@ -106,14 +108,14 @@ def prepare(
 
 
 def unwrap(accelerator: Accelerator, model: nn.Module) -> Any:
-    """The bare Hugging Face model, without what an engine or dpft put around or into it."""
+    """The bare Hugging Face model, without the wrappers and hooks of the engine and of dpft."""
     return dpft.unwrap(accelerator.unwrap_model(model))
 
 
 def explain(model: nn.Module, options: Options) -> list[str]:
     """What dpft does with the largest physical batch and with a single example, and why: lines of text.
 
-    The model is wrapped for it, and bare again afterwards.
+    The model is wrapped for this, and unwrapped afterwards.
     """
     dpft.wrap(
         model,

@@ -1,4 +1,4 @@
-"""What a run leaves behind for a reader: the model card with the privacy statement, and the picture."""
+"""The report of a run: the model card with the privacy statement, and the picture."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ records themselves."""
 
 
 def shown(model: str) -> str:
-    """A model's name for a card: that of the hub, or the last part of a local path, which is nobody's business."""
+    """A model's name for a card: that of the hub, or the last part of a local path, the rest of which is private."""
     if Path(model).resolve() == BASE_MODEL:
         return "the bundled base model of dpft's recipes"
     return Path(model).name if Path(model).exists() else model
@@ -55,7 +55,7 @@ def model_card(
         given["model"] = shown(options.model)
     for of_the_machine in ("output_dir", "overwrite_output_dir", "resume_from_checkpoint"):
         given.pop(of_the_machine, None)
-    if Path(options.dataset).exists():  # a path of somebody's machine is nobody's business
+    if Path(options.dataset).exists():  # a card must not disclose a path of the machine
         given["dataset"] = Path(options.dataset).name
     command = yaml.safe_dump(given, sort_keys=True).rstrip()
     rows = "\n".join(f"| {name} | {_figure(value)} |" for name, value in figures.items())

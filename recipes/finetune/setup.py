@@ -1,4 +1,4 @@
-"""What is made before a run: threads, folders, model, tokenizer, examples, and the forecast of a dry run."""
+"""The set-up of a run: folders, model, tokenizer, examples, and the memory estimate of a dry run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _choose_output(options: Options) -> Path:
             *(DEFAULT_OUTPUT.with_name(f"{DEFAULT_OUTPUT.name}-{n}") for n in range(2, 10_000)),
         ]
         first_free = next(i for i, folder in enumerate(candidates) if not folder.exists())
-        # to resume is to go on with the last one
+        # resuming continues the last one
         chosen = candidates[max(0, first_free - 1) if options.resume_from_checkpoint else first_free]
     if chosen.exists() and not chosen.is_dir():
         raise FileExistsError(f"--output-dir {str(chosen)!r} is a file; expected a folder, or a name that is free.")
@@ -59,7 +59,7 @@ def _choose_output(options: Options) -> Path:
 
 
 def _clear(folder: Path, ledger: Path, overwrite: bool) -> None:
-    """Make room for a new run. The ledger of the old one is put aside, not deleted: what it spent stays spent."""
+    """Make room for a new run. The ledger of the old one is renamed, not deleted: what it spent stays spent."""
     releases = sum(line.startswith('{"release"') for line in ledger.read_text(encoding="utf-8").splitlines())
     if releases and not overwrite:
         raise FileExistsError(
@@ -69,7 +69,7 @@ def _clear(folder: Path, ledger: Path, overwrite: bool) -> None:
     if releases:
         ledger.rename(folder / f"earlier-{sum(1 for _ in folder.glob(f'earlier-*-{LEDGER}')) + 1}-{LEDGER}")
     ledger.unlink(missing_ok=True)  # a run that ended before its first release
-    for name in (METRICS, CARD, PICTURE):  # what says something of the old run; the model's files are written over
+    for name in (METRICS, CARD, PICTURE):  # they describe the old run; the model's files are overwritten
         (folder / name).unlink(missing_ok=True)
     for inner in (CHECKPOINTS, "adapter"):
         shutil.rmtree(folder / inner, ignore_errors=True)
@@ -108,7 +108,7 @@ def load_materials(options: Options, accelerator: Accelerator) -> Materials:
 
 
 def load_model(options: Options, dtype: torch.dtype) -> nn.Module:
-    """Load the model, with adapters and checkpointing as asked for.
+    """Load the model, with the adapters and checkpointing that the options ask for.
 
     Args:
         options: of the run.
@@ -141,13 +141,13 @@ def _with_lora(model: nn.Module, options: Options) -> nn.Module:
     names: str | list[str] = options.lora_target_modules
     if names != "all-linear":
         names = [name.strip() for name in options.lora_target_modules.split(",") if name.strip()]
-    torch.manual_seed(options.seed)  # adapters start at random, and the same on every rank
+    torch.manual_seed(options.seed)  # adapters are initialised at random, and alike on every rank
     config = LoraConfig(r=options.lora_r, lora_alpha=options.lora_alpha, target_modules=names, task_type="CAUSAL_LM")
     return get_peft_model(model, config)
 
 
 def steady_memory(model: nn.Module, accelerator: Accelerator) -> str:
-    """What a process holds for the whole run, in words: parameters, clipped sums, AdamW; activations come on top."""
+    """The memory that a process always needs, in words: parameters, clipped sums, AdamW; activations come on top."""
     engine, ranks = engine_name(accelerator), accelerator.num_processes
     zero = engine.startswith("zero")
     every = sum(_numel(p) * p.element_size() for p in model.parameters())

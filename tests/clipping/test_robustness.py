@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -13,6 +14,7 @@ from tests import oracle, zoo
 from tests.clipping.against_oracle import (
     CHECKPOINTING,
     STRATEGIES,
+    Case,
     case_of,
     check_grads,
     clipped_loss,
@@ -33,13 +35,18 @@ def embeds_batch(seed: int = 3) -> dict[str, Tensor]:
     return batch
 
 
+@functools.cache
+def embeds_case(entry: zoo.Entry) -> Case:
+    return make_case(entry, embeds_batch())
+
+
 @strategies
 @pytest.mark.parametrize("value", BAD, ids=BAD_IDS)
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("entry", [zoo.LLAMA_TIED, zoo.GPT2], ids=str)
 def test_bad_example_counts_for_nothing(entry: zoo.Entry, checkpointing: str, value: float, strategy: str) -> None:
     """NaN or infinite: exactly zero, and the others are as if it were not there."""
-    case = make_case(entry, embeds_batch())
+    case = embeds_case(entry)
     batch = {k: v.clone() for k, v in case.batch.items()}
     batch["inputs_embeds"][1] = value
     model = dpft.wrap(case.build(), strategy=strategy, max_grad_norm=case.max_grad_norm)
@@ -99,7 +106,7 @@ def test_all_examples_bad(strategy: str) -> None:
 @strategies
 def test_bad_step_leaves_no_trace(strategy: str) -> None:
     """The step after a NaN is as good as any, and so is what was accumulated before it."""
-    case = make_case(zoo.LLAMA_TIED, embeds_batch())
+    case = embeds_case(zoo.LLAMA_TIED)
     bad = {k: v.clone() for k, v in case.batch.items()}
     bad["inputs_embeds"][:] = math.nan
     model = dpft.wrap(case.build(), strategy=strategy, max_grad_norm=case.max_grad_norm)

@@ -9,6 +9,7 @@ launch costs more than all that is done here. Writes ``FOLDER/ENGINE/*.json``, a
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import os
 import sys
@@ -215,6 +216,7 @@ if __name__ == "__main__":
 
     import finetune.checkpoints  # noqa: F401  # imported once, the same
 
+    gc.freeze()  # what is imported stays: DeepSpeed collects garbage at every end of an engine
     for engine in sys.argv[2:]:
         folder = Path(sys.argv[1]) / engine
         folder.mkdir(parents=True)

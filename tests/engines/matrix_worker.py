@@ -1,6 +1,4 @@
-"""What one engine does, case by case, against the float64 oracle. Launched by ``test_matrix.py``; writes JSON.
-
-    accelerate launch --config_file ... matrix_worker.py OUTPUT_FOLDER all|matrix|hybrid
+"""What one engine does, case by case, against the float64 oracle. ``engine_worker.py`` runs it; it writes JSON.
 
 Weights are numbers that bf16 holds exactly, so that one oracle serves float32 and bf16.
 """
@@ -10,7 +8,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,11 +102,15 @@ class Bench:
         self.deepspeed = False
         self._last: Any = None
 
-    def accelerator(self, precision: str) -> Accelerator:
+    def forget(self) -> None:
+        """Ends what the last case has left, so that an Accelerator can be made anew."""
         if self.deepspeed:
             self._last.destroy()  # its hooks and process groups would stay
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
+
+    def accelerator(self, precision: str) -> Accelerator:
+        self.forget()
         options: dict[str, Any] = {"mixed_precision": "bf16" if precision == "bf16" else "no"}
         if self.hybrid:
             options["parallelism_config"] = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
@@ -353,7 +354,8 @@ def run_situations(bench: Bench) -> None:
             bench.sum(f"bf16 weights, {strategy}", "llama", "bf16 weights", strategy, 5, 2, False)
 
 
-def main(output: Path, which: str) -> None:
+def run(output: Path, which: str) -> Bench:
+    """``all``, ``matrix`` or ``hybrid``."""
     gc.freeze()  # what is imported stays: DeepSpeed collects garbage at every end of an engine
     bench = Bench(output, which == "hybrid")
     if which == "hybrid":
@@ -363,10 +365,4 @@ def main(output: Path, which: str) -> None:
         if which == "all":
             run_situations(bench)
     bench.write(dist.get_rank() if dist.is_initialized() else 0)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    return bench

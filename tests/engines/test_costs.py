@@ -9,6 +9,7 @@ import pytest
 
 from tests.engines.launching import ROOT, launch, succeed
 
+pytestmark = pytest.mark.slow
 WORKER = ROOT / "tools" / "engines/worker.py"
 SHAPES = {"width": 64, "layers": 2, "tokens": 16, "vocab": 64, "rows": 2}
 EMBEDDING = 4 * 64 * 64  # bytes of the one weight of which a backward needs only the gradient

@@ -30,6 +30,7 @@ KILLS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", KILLS)
 def test_killed_and_resumed(engine: str, tmp_path: Path) -> None:
     campaign = kill_ranks.Campaign(engine, tmp_path, cpu=True, kills=len(KILLS[engine]))

@@ -1,13 +1,15 @@
 """Every engine, launched as users launch it, gives the same private gradient and noise of the same law.
 
-One launch an engine runs every case (``matrix_worker.py``); what it wrote is judged here. The criterion for sums is
-the oracle's: 1e-5 relative in float32, twice plain PyTorch's own error in bf16.
+One launch an engine runs every case (``matrix_worker.py``), and then those of ``test_refusals_ranks.py``; what the
+first wrote is judged here. The criterion for sums is the oracle's: 1e-5 relative in float32, twice plain PyTorch's own
+error in bf16.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,12 +19,12 @@ import torch
 from torch import Tensor
 
 from dpft.privacy.sampler import FixedSizeSampler
+from tests.engines.conftest import SITUATIONS, WORKER
 from tests.engines.launching import ENGINES, launch, succeed
 from tests.engines.matrix_worker import ADAM, CLIP, STEPS, Examples, plain_llama
 from tests.oracle import oracle, plain_error, rows, trainable
 
-SITUATIONS = ("ddp", "fsdp2", "zero2", "zero3")  # the others differ from these in what the matrix alone covers
-WORKER = Path(__file__).with_name("matrix_worker.py")
+pytestmark = pytest.mark.slow
 SIGMAS = 6.0  # of a statistic's own deviation: one run in 10^8 goes red by chance
 
 
@@ -133,10 +135,8 @@ def test_hybrid_sharding(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_engine(engine: str, tmp_path: Path) -> None:
-    output = tmp_path / "output"
-    output.mkdir()
-    succeed(launch(engine, WORKER, str(output), "all" if engine in SITUATIONS else "matrix", scratch=tmp_path))
+def test_engine(engine: str, launched: Callable[[str], Path]) -> None:
+    output = launched(engine)
     processes = 1 if engine == "single" else 2
     every = [json.loads((output / f"results_{rank}.json").read_text()) for rank in range(processes)]
     check_physical(every)

@@ -222,7 +222,7 @@ def test_a_deepspeed_engine_that_is_not_what_was_asked_for(change: dict[str, Any
 def test_an_optimiser_that_offloading_would_swap(tmp_path: Path, name: str) -> None:
     make = getattr(torch.optim, name)
     offload: dict[str, Any] = {"zero__offload_optimizer": {"device": "cpu"}}
-    refused(deepspeed(**offload), tmp_path / "ledger", f"place of {name}", make=lambda ps: make(ps, lr=1.0))
+    refused(deepspeed(**offload), tmp_path / "ledger", f"replaces {name} by", make=lambda ps: make(ps, lr=1.0))
     model = tiny_llama()
     for accelerator, optimizer in (
         (deepspeed(**offload), torch.optim.AdamW(model.parameters())),

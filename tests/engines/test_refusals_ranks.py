@@ -1,19 +1,20 @@
 """Two ranks, launched as users do: what is refused on one is refused on both, and no parameter has moved.
 
-The wrong things are done in `refusals_worker.py`, many in each launch.
+The wrong things are done in `refusals_worker.py`, all in the launch of an engine whose sums `test_matrix.py` judges.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.engines import launching
+from tests.engines.conftest import SITUATIONS
 
-WORKER = Path(__file__).with_name("refusals_worker.py")
+pytestmark = pytest.mark.slow
 
 # What the message names, for each setting that rank 1 has otherwise.
 DISAGREE = {
@@ -62,11 +63,10 @@ DEEPSPEED = {
 RELEASED = ("skip_one", "retried")  # their error comes after the line in the ledger
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
-def test_what_two_ranks_refuse(tmp_path: Path, engine: str) -> None:
+@pytest.mark.parametrize("engine", SITUATIONS)
+def test_what_two_ranks_refuse(engine: str, launched: Callable[[str], Path]) -> None:
     """Each case with an error of dpft on both ranks, that names what is wrong; DDP also sees ranks disagree."""
-    options = ["disagree"] if engine == "ddp" else []
-    launching.succeed(launching.launch(engine, WORKER, str(tmp_path / "out"), *options, scratch=tmp_path))
+    output = launched(engine)
     expected = {**CHANGES, **(DEEPSPEED if engine.startswith("zero") else {})}
     if engine == "ddp":
         expected |= {**DISAGREE, "unfrozen on one rank": "embed_tokens"}
@@ -75,7 +75,7 @@ def test_what_two_ranks_refuse(tmp_path: Path, engine: str) -> None:
     if engine == "fsdp2":
         del expected["replace before_step"]  # FSDP2 puts its own parameter back, so nothing is wrong then
     for rank in range(2):
-        seen: dict[str, Any] = json.loads((tmp_path / f"out.{rank}").read_text())
+        seen: dict[str, Any] = json.loads((output / f"refusals.{rank}").read_text())
         fine = seen.pop("nothing wrong")
         assert fine["error"] is None and fine["moved"] and fine["steps"] == 1, "the loop itself must work"
         assert seen.keys() == expected.keys()

@@ -39,6 +39,7 @@ def test_triton_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch
             function(HERE, HERE, impl="triton")
 
 
+@pytest.mark.slow
 def test_dpft_works_without_triton() -> None:
     program = (
         "import sys; sys.modules['triton'] = None\n"  # an import of it raises ImportError
@@ -119,6 +120,7 @@ class TestTriton:
         with pytest.raises(KernelError, match="shared memory"):
             fused._run("gram", HERE, HERE, fused.GRAM_TILES[4], out_of_shared_memory)
 
+    @pytest.mark.slow  # a compiler, for seconds
     @pytest.mark.parametrize(("dtype", "capability"), [("fp32", 90), ("bf16", 80), ("bf16", 90)])
     def test_kernels_compile(
         self, fused: Any, dtype: str, capability: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

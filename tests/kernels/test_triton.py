@@ -22,6 +22,7 @@ from dpft.kernels.linear import choose_method
 
 pytest.importorskip("triton", reason="triton is not installed: dpft[triton]")
 
+pytestmark = pytest.mark.slow
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # By how much of itself a number changes at most when it is written in that dtype.

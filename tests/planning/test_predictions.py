@@ -18,20 +18,21 @@ FP32, BF16 = torch.float32, torch.bfloat16
 # A CPU's: the chunk of the head is then the one that the measured step takes.
 CPU = Hardware("test", 2**33, {FP32: 1e11, BF16: 1e11, torch.float64: 5e10}, 0.5, 1e10, 1e-5, False, "made up")
 
+# Every strategy with and without checkpointing, in both dtypes and for both families, once; not their product.
 STEPS = [
     # model, B, T, checkpointing, dtype, strategies
     ("llama", 1, 160, False, FP32, (None, "one_pass", "two_pass", "per_example")),
-    ("llama", 4, 64, True, FP32, (None, "one_pass", "two_pass", "per_example")),
+    ("llama", 3, 64, True, FP32, (None, "one_pass", "two_pass", "per_example")),
     ("llama-tied", 1, 160, True, BF16, (None, "one_pass", "two_pass")),
     ("llama-tied", 4, 96, False, FP32, ("one_pass", "two_pass")),
     ("llama-wide-vocabulary", 1, 300, False, FP32, (None, "one_pass", "two_pass", "per_example")),
-    ("llama-wide-vocabulary", 4, 64, False, BF16, (None, "one_pass", "two_pass")),
+    ("llama-wide-vocabulary", 4, 64, False, BF16, ("one_pass", "two_pass")),
     ("llama-eager", 2, 96, False, FP32, (None, "one_pass")),
     ("gpt2", 1, 160, False, FP32, (None, "per_example")),
     ("gpt2", 4, 64, True, BF16, (None, "one_pass", "two_pass")),
     ("gpt2-untied", 4, 64, False, FP32, ("one_pass", "two_pass")),
     ("lora", 1, 160, True, FP32, (None, "one_pass")),
-    ("lora", 4, 300, False, BF16, (None, "one_pass", "two_pass", "per_example")),
+    ("lora", 2, 300, False, BF16, (None, "one_pass", "two_pass", "per_example")),
 ]
 
 
@@ -72,9 +73,9 @@ def test_a_plan_is_of_the_dtype_and_checkpointing_asked_for() -> None:
 
 def test_fused_attention_counts_as_pytorch_counts_it() -> None:
     """Fused or not, the same products: eager attention computes them with bmm, which the counter knows."""
-    fused, eager = (plan(built(name), 2, 64, hardware=CPU).plain for name in ("llama", "llama-eager"))
+    fused, eager = (plan(built(name), 2, 64, hardware=CPU).plain for name in ("llama-1", "llama-eager"))
     # the fused backward makes the scores again: five products instead of four
-    layers, examples, heads, tokens, width = 2, 2, 4, 64, 16
+    layers, examples, heads, tokens, width = 1, 2, 4, 64, 16
     again = 2 * layers * examples * heads * tokens * tokens * width
     assert fused.flops == eager.flops + again
     assert eager.peak_bytes > fused.peak_bytes

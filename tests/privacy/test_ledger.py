@@ -348,6 +348,7 @@ for line in sys.stdin:
 """
 
 
+@pytest.mark.slow
 def test_sigkill_at_random_instants_never_loses_a_release(tmp_path: Path) -> None:
     path, seen = tmp_path / "ledger", tmp_path / "ledger.seen"
     dice = random.Random(0)

@@ -34,7 +34,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.launch
+@pytest.mark.slow
 def test_the_launched_demonstration_leaves_everything(tmp_path: Path) -> None:
     output = tmp_path / "run"
     words = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", "accelerate_config.yaml"]
@@ -77,7 +77,7 @@ def test_the_launched_demonstration_leaves_everything(tmp_path: Path) -> None:
     assert [p.name for p in (output / "checkpoints").iterdir()] == ["step_4"]
 
 
-@pytest.mark.launch
+@pytest.mark.slow
 def test_a_killed_run_is_resumed_and_counts_what_it_spent(tmp_path: Path, records: str) -> None:
     """SIGKILL, at a moment that is not chosen; the checkpoint may be behind the ledger, which stands."""
     output, planned = tmp_path / "run", 20

@@ -44,7 +44,7 @@ def check_result(output: Path, dtype: torch.dtype) -> None:
     assert whole(output)[-1] == "step_5"
 
 
-@pytest.mark.launch
+@pytest.mark.slow
 def test_fsdp2_lora_a_full_disk_ends_all_ranks_and_the_run_is_resumed(tmp_path: Path, records: str) -> None:
     """Rank 1 cannot write its part of the second checkpoint."""
     output = tmp_path / "run"
@@ -59,7 +59,7 @@ def test_fsdp2_lora_a_full_disk_ends_all_ranks_and_the_run_is_resumed(tmp_path: 
     assert (output / "adapter" / "adapter_model.safetensors").exists()
 
 
-@pytest.mark.launch
+@pytest.mark.slow
 def test_zero3_a_rank_that_hangs_ends_the_run_and_one_process_goes_on(tmp_path: Path, records: str) -> None:
     """A limit of seconds, and then DeepSpeed's state in another number of processes."""
     output = tmp_path / "run"
@@ -75,7 +75,7 @@ def test_zero3_a_rank_that_hangs_ends_the_run_and_one_process_goes_on(tmp_path: 
     assert not list((output / "checkpoints").glob("universal_*"))
 
 
-@pytest.mark.launch
+@pytest.mark.slow
 def test_ddp_is_interrupted_and_resumed_by_one_process(tmp_path: Path, records: str) -> None:
     """SIGINT to the launcher alone, as a terminal's Ctrl-C comes to it: ranks are in sessions of their own."""
     output = tmp_path / "run"
@@ -103,7 +103,7 @@ def test_ddp_is_interrupted_and_resumed_by_one_process(tmp_path: Path, records: 
     assert releases(output) == STEPS
 
 
-@pytest.mark.launch
+@pytest.mark.slow
 def test_zero2_lora_in_bfloat16(tmp_path: Path, records: str) -> None:
     output = tmp_path / "run"
     words = words_of(records, output, "--bf16", "--lora-r", "2")
