@@ -32,7 +32,7 @@ from tools.benchmarks.cases import METHODS, Shape, find_method
 from tools.benchmarks.plots import plot_steps
 from tools.benchmarks.presets import EVERYTHING, PRESETS, Longest, Preset, Run
 from tools.benchmarks.runner import GRACE, Budget, Machine, ShapeRunner, longest_context
-from tools.common.conditions import conditions
+from tools.common.conditions import conditions, describe_device
 from tools.common.json_files import json_path, write_json
 from tools.common.meter import MIB
 
@@ -177,9 +177,8 @@ def main(args: argparse.Namespace) -> int:
         "results": [],
         "longest": [],
     }
-    describer = machine.worker("describe")
-    report["conditions"].update(describer.ask("describe_device", device, seconds=10 * GRACE))
-    describer.end()
+    with machine.worker("describe") as worker:
+        report["conditions"].update(worker.ask(describe_device, device, seconds=10 * GRACE))
 
     def keep(results: str, found: dict[str, Any]) -> None:
         report[results].append(found)

@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tools.benchmarks import oracle
-from tools.benchmarks.cases import STRATEGIES, Method, find_method
+from tools.benchmarks.cases import STRATEGIES, Method, Shape, find_method
 from tools.benchmarks.digest import Digest, Error, error_of
 from tools.benchmarks.presets import Longest, Run
-from tools.benchmarks.worker import Worker, WorkerError, end_all
+from tools.benchmarks.worker import PRELOAD, Case, predict
+from tools.common.worker import Worker, WorkerError, end_all
 
 REFERENCE = "per_example"
 PEERS = ("opacus", "fastdp")
@@ -55,7 +56,7 @@ class Machine:
 
     def worker(self, label: str) -> Worker:
         """A new process."""
-        return Worker(self.threads, self.device, label)
+        return Worker(label, preload=PRELOAD, threads=self.threads)
 
 
 @dataclass
@@ -112,8 +113,8 @@ class ShapeRunner:
         try:
             # dpft.plan predicts a step without its optimiser.
             planned = not self.run.shape.update and any(e.name in STRATEGIES for e in self.entries)
-            plan = self._once("predict") if planned else None
-            self.expected = self._once("expectations")
+            plan = self._once(predict) if planned else None
+            self.expected = self._once(oracle.expectations)
             if self.run.alone:
                 for entry in self.entries:
                     self._prepare([entry])
@@ -129,18 +130,16 @@ class ShapeRunner:
     def _spent(self) -> str:
         return f"not run: the time budget of {self.budget.seconds:.0f} s is spent"
 
-    def _once(self, name: str) -> dict[str, Any]:
-        """What a process made for it answers; ``reason`` where it failed."""
-        self.say(name)
-        worker = self.machine.worker(name)
-        try:
-            answer = worker.ask(name, self.run.shape, self.machine.device, seconds=self.budget.allowed)
-            assert isinstance(answer, dict)
-            return answer
-        except WorkerError as error:
-            return {"reason": str(error)}
-        finally:
-            worker.end()
+    def _once(self, function: Callable[[Shape, str], dict[str, Any]]) -> dict[str, Any]:
+        """What a function of shape and device gives in a process made for it; ``reason`` where it failed."""
+        self.say(function.__name__)
+        with self.machine.worker(function.__name__) as worker:
+            try:
+                answer = worker.ask(function, self.run.shape, self.machine.device, seconds=self.budget.allowed)
+                assert isinstance(answer, dict)
+                return answer
+            except WorkerError as error:
+                return {"reason": str(error)}
 
     def _ask(self, entry: Entry, name: str, *arguments: Any) -> Any:
         """The answer, or None after a failure, which ends the entry's part. A parked model is back for it."""
@@ -162,11 +161,12 @@ class ShapeRunner:
         """Models are built at the same time, in their processes."""
         for entry in entries:
             entry.worker = self.machine.worker(entry.name)
-            entry.worker.send("start", self.run.shape, self.machine.device, entry.name, frozen_norms)
+            entry.worker.send(Case, self.run.shape, self.machine.device, entry.name, frozen_norms)
         for entry in entries:
             assert entry.worker is not None
             try:
-                entry.row["parameters"] = entry.worker.receive(self.budget.allowed)
+                entry.worker.receive(self.budget.allowed)
+                entry.row["parameters"] = entry.worker.ask("parameters", seconds=GRACE)
             except WorkerError as error:
                 entry.stop(str(error))
                 continue
@@ -340,7 +340,7 @@ def _longest_of(
             try:
                 if worker is None:
                     worker = machine.worker(name)
-                    worker.ask("start", search.shape, machine.device, name, seconds=budget.allowed)
+                    worker.ask(Case, search.shape, machine.device, name, seconds=budget.allowed)
                     if machine.memory_limit is not None:
                         worker.ask("limit", machine.memory_limit, seconds=GRACE)
                 good, why = worker.ask("fits", tokens, seconds=budget.allowed), "out of memory"

@@ -1,21 +1,9 @@
-"""The processes of benchmark_steps.py: one case each, which builds its model and then does as it is told.
-
-They are forked from one server that has imported torch and the libraries but run nothing, so a start costs a fork.
-What fails is answered with its reason; a process that dies is noticed by :class:`Worker`.
-"""
+"""What a process of benchmark_steps.py does: one method at one shape, or what ``dpft.plan`` says of a shape."""
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import multiprocessing
-import os
-import signal
-import sys
 import time
-import warnings
-from collections.abc import Callable, Iterable
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -25,10 +13,9 @@ import dpft
 from tools.benchmarks import oracle
 from tools.benchmarks.cases import Shape, Step, build_model, find_method, input_ids, make_optimizer
 from tools.benchmarks.digest import digest
-from tools.common.conditions import describe_device
-from tools.common.failures import out_of_memory, reason_of
+from tools.common.failures import out_of_memory
 from tools.common.meter import Meter
-from tools.common.processes import end_process, limit_memory
+from tools.common.processes import limit_memory
 
 PRELOAD = ["torch", "transformers.models.llama.modeling_llama", "transformers.models.gpt2.modeling_gpt2"]
 PRELOAD += ["tools.benchmarks.worker", "opacus", "fastDP"]
@@ -43,7 +30,6 @@ class Case:
         self.shape, self.device, self.steps = shape, device, 0
         built = find_method("fastdp") if frozen_norms else find_method(method)
         self.model = build_model(shape, device, built)
-        self.parameters = sum(p.numel() for p in self.model.parameters())
         self.gradients: Step = find_method(method).make(self.model, shape)
         self.optimizer = make_optimizer(built, self.model, shape) if shape.update else None
         self.tiny = input_ids(shape, device, min(FIRST_TOKENS, shape.tokens))
@@ -51,6 +37,10 @@ class Case:
         for _ in range(FIRST_STEPS):
             self.steps += 1
             self.gradients(self.tiny)
+
+    def parameters(self) -> int:
+        """How many the model has."""
+        return sum(p.numel() for p in self.model.parameters())
 
     def step(self, ids: Tensor) -> dict[str, Tensor]:
         """One step, counted; its gradients, unless an optimiser has used them up."""
@@ -156,104 +146,3 @@ def predict(shape: Shape, device: str) -> dict[str, Any]:
     found = {name: {f: getattr(p, f) for f in fields} for name, p in planned.predictions.items()}
     plain = {f: getattr(planned.plain, f) for f in fields[:3]}
     return {"choice": planned.choice, "reason": planned.reason, "plain": plain, "strategies": found}
-
-
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "expectations": oracle.expectations,
-    "predict": predict,
-    "describe_device": describe_device,
-}
-
-
-def serve(connection: Connection, threads: int, device: str) -> None:
-    """Answer commands ``(name, arguments)`` with ``(True, value)`` or ``(False, reason)`` until the other end closes.
-
-    ``start`` makes the :class:`Case`; other names are its methods, or of :data:`FUNCTIONS`.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its children
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for as long as the process lives: libraries print
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(threads)
-    if device == "cuda":
-        torch.cuda.init()
-    case: Case | None = None
-    while True:
-        try:
-            name, arguments = connection.recv()
-        except EOFError:
-            return
-        try:
-            value = None
-            if name == "start":
-                case = Case(*arguments)
-                value = case.parameters
-            elif name in FUNCTIONS:
-                value = FUNCTIONS[name](*arguments)
-            else:
-                value = getattr(case, name)(*arguments)
-            answer = (True, value)
-        except Exception as error:  # whatever a library raises is a result of the benchmark
-            answer = (False, reason_of(error))
-        with contextlib.suppress(BrokenPipeError):
-            connection.send(answer)
-
-
-class WorkerError(RuntimeError):
-    """What a worker was asked to do failed; the text is the reason."""
-
-
-class Worker:
-    """The other end of :func:`serve`, in a process of its own that ends with this object's :meth:`end`."""
-
-    def __init__(self, threads: int, device: str, label: str) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, threads, device), name=label, daemon=True)
-        self._process.start()
-        theirs.close()
-
-    def send(self, name: str, *arguments: Any) -> None:
-        """Give a command; :meth:`receive` has its answer."""
-        with contextlib.suppress(BrokenPipeError):
-            self._connection.send((name, arguments))
-
-    def receive(self, seconds: float) -> Any:
-        """The answer to the command given.
-
-        Raises:
-            WorkerError: it failed, took longer, or the process died.
-        """
-        if not self._connection.poll(max(0.0, seconds)):
-            self.end()
-            raise WorkerError(f"stopped after {seconds:.0f} s")
-        try:
-            good, value = self._connection.recv()
-        except (EOFError, ConnectionResetError):
-            self._process.join(10)
-            status = self._process.exitcode
-            raise WorkerError(f"its process ended with status {status}" + " (killed)" * (status == -9)) from None
-        if not good:
-            raise WorkerError(value)
-        return value
-
-    def ask(self, name: str, *arguments: Any, seconds: float) -> Any:
-        """:meth:`send` and :meth:`receive`."""
-        self.send(name, *arguments)
-        return self.receive(seconds)
-
-    @property
-    def alive(self) -> bool:
-        """Whether the process is there."""
-        return self._process.is_alive()
-
-    def end(self) -> None:
-        """End the process, whatever it is doing."""
-        self._connection.close()
-        end_process(self._process)
-
-
-def end_all(workers: Iterable[Worker]) -> None:
-    """End several."""
-    for worker in workers:
-        worker.end()
