@@ -47,7 +47,7 @@ LAYERS["__init__"] = set(LAYERS)
 
 # A benchmark of the kernels is of what stands behind the public names, and a simulated profile of how plans are made.
 INSIDE_TOOLS = {
-    "tools.benchmark_norms": frozenset({"kernels"}),
+    "tools.benchmarks.norm_times": frozenset({"kernels"}),
     "tools.memory.simulate": frozenset({"kernels", "planning"}),
 }
 

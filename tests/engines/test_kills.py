@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tools import kill_ranks
+from tools.faults import campaign as campaigns
 from tools.faults.invariants import Kill, Start, violations
 
 KILLS = {
@@ -33,7 +33,7 @@ KILLS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", KILLS)
 def test_killed_and_resumed(engine: str, tmp_path: Path) -> None:
-    campaign = kill_ranks.Campaign(engine, tmp_path, cpu=True, kills=len(KILLS[engine]))
+    campaign = campaigns.Campaign(engine, tmp_path, cpu=True, kills=len(KILLS[engine]))
     assert not campaign.run(KILLS[engine])
     *killed, last = campaign.starts
     assert [start.struck for start in killed] == [True] * len(killed)
@@ -41,10 +41,10 @@ def test_killed_and_resumed(engine: str, tmp_path: Path) -> None:
         assert start.kill is not None
         assert start.status == 1
         # A hung rank is waited for; of a dead one the others know at once.
-        assert start.seconds < (kill_ranks.HASTY if start.kill.victim == "hang" else 0) + 30
+        assert start.seconds < (campaigns.HASTY if start.kill.victim == "hang" else 0) + 30
         assert "FAILED" in start.said
     assert last.status == 0
-    assert last.released == kill_ranks.LAST_RELEASES
+    assert last.released == campaigns.LAST_RELEASES
     assert last.lines("ready")[0]["loaded"] >= 2
     released = sum(start.released for start in campaign.starts)
     assert released <= last.ledger <= released + len(killed)
@@ -143,4 +143,4 @@ def test_count_reads_a_torn_line(tmp_path: Path) -> None:
     ledger = tmp_path / "ledger.jsonl"
     lines = ['{"dpft_ledger":1}', '{"release":1}', '{"segment":1}', '{"release":2}', '{"rel']
     ledger.write_text("\n".join(lines))
-    assert kill_ranks._count(ledger) == 3
+    assert campaigns._count(ledger) == 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections import Counter
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from finetune.corpora import in_validation, stdlib_docstrings, synthetic_tickets
+from tools.base_model.text import split_topics
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -64,11 +64,7 @@ def test_the_split_is_by_name_and_does_not_depend_on_the_others(docstrings: list
 
 def test_the_base_model_was_not_trained_on_the_private_docstrings(docstrings: list[dict[str, str]]) -> None:
     """No docstring is in the public text, and no long run of one but for phrases that both took from the manual."""
-    spec = importlib.util.spec_from_file_location("train_base_model", ROOT / "tools" / "train_base_model.py")
-    assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    train, held_out = tool.split_topics()
+    train, held_out = split_topics()
     assert len(train) > 50 and len(held_out) > 4
     assert not set(train) & set(held_out)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from tools.benchmarks.cases import STRATEGIES, Method, Shape, find_method
 from tools.benchmarks.digest import Digest, Error, error_of
 from tools.benchmarks.presets import Longest, Run
 from tools.benchmarks.worker import PRELOAD, Case, predict
+from tools.common.spread import spread
 from tools.common.worker import Worker, WorkerError, end_all
 
 REFERENCE = "per_example"
@@ -82,12 +83,6 @@ class Entry:
         if self.worker is not None:
             self.worker.end()
             self.worker = None
-
-
-def spread(values: Iterable[float]) -> dict[str, float]:
-    """Median, least and most."""
-    found = list(values)
-    return {"median": statistics.median(found), "min": min(found), "max": max(found)}
 
 
 class ShapeRunner:

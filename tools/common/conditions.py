@@ -13,7 +13,7 @@ import psutil
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-LIBRARIES = ("torch", "transformers", "opacus", "numpy", "triton", "fastDP")
+LIBRARIES = ("torch", "transformers", "accelerate", "deepspeed", "opacus", "numpy", "triton", "fastDP")
 
 
 def _git(*arguments: str) -> str:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tools.common.command_line import say
 from tools.memory.compare import compare
 from tools.memory.derived import time_ratio
 from tools.memory.measurement import measure, prepare_environment
@@ -18,11 +19,6 @@ from tools.memory.report import summary, write_report
 from tools.memory.result import SUMMARY, load_results, ordered, write_result, write_text
 from tools.memory.setup import Setup
 from tools.memory.units import unit_for
-
-
-def say(line: str) -> None:
-    """Progress, to the terminal's error stream."""
-    print(f"  ... {line}", file=sys.stderr, flush=True)
 
 
 def run_directory(parent: Path) -> Path:

@@ -15,13 +15,13 @@ from typing import Any
 
 import psutil
 
-from tools.benchmarks.runner import spread
 from tools.common.conditions import conditions
 from tools.common.meter import MIB
+from tools.common.rounds import Stepper, Times, lacked_memory, time_in_rounds, too_large
+from tools.common.spread import spread
 from tools.common.worker import Worker, WorkerError
 from tools.memory.memory_process import measure_memory
 from tools.memory.result import SCHEMA
-from tools.memory.rounds import Stepper, Times, lacked_memory, time_in_rounds, too_large
 from tools.memory.setup import EXPERIMENTS, Setup
 from tools.memory.steps import TimedSteps
 

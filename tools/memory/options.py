@@ -6,11 +6,11 @@ import argparse
 import os
 from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
 from tools.benchmarks.cases import STRATEGIES
+from tools.common.command_line import Parser
 from tools.common.json_files import json_path
 from tools.memory.setup import DEFAULT_EXPERIMENTS, EXPERIMENTS, Setup
 
@@ -25,21 +25,13 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong with the command line in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with status 2."""
-        self.exit(2, f"profile_memory: {message}\n")
-
-
 def parse(description: str | None, arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line, :data:`sys.argv` where no ``arguments`` are given; what is wrong with it exits with status 2.
 
     Args:
         description: what ``--help`` says of the program.
     """
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("profile_memory", description)
     commands = parser.add_subparsers(dest="command", required=True)
     listed = "; ".join(f"{name}: {experiment.words}" for name, experiment in EXPERIMENTS.items())
 

@@ -29,8 +29,9 @@ def total_of(row: dict[str, Any]) -> Count:
 
 
 def baseline_of(result: dict[str, Any]) -> dict[str, Any] | None:
-    """The row of plain training, where it succeeded."""
-    return next((row for row in result["rows"] if row["trainer"] == BASELINE and row["status"] == "ok"), None)
+    """The row of plain training, where it succeeded and has been timed."""
+    timed = (row for row in result["rows"] if row["status"] == "ok" and "seconds" in row)
+    return next((row for row in timed if row["trainer"] == BASELINE), None)
 
 
 def complete(result: dict[str, Any]) -> dict[str, Any]:
@@ -39,13 +40,15 @@ def complete(result: dict[str, Any]) -> dict[str, Any]:
     rows = []
     for row in result["rows"]:
         row = dict(row)
-        if row["status"] == "ok":
+        if row["status"] == "ok" and "seconds" in row:
             whole = total_of(row)
             row["bytes_moved"], row["flops"] = whole.bytes, whole.flops
             row["time_ratio"] = row["peak_ratio"] = row["bytes_ratio"] = row["flops_ratio"] = None
             if plain is not None:
                 reference = total_of(plain)
-                row["time_ratio"] = row["seconds"]["median"] / plain["seconds"]["median"]
+                shared = row.get("time_over_plain")  # of the same rounds
+                apart = row["seconds"]["median"] / plain["seconds"]["median"]
+                row["time_ratio"] = shared["median"] if shared else apart
                 row["peak_ratio"] = row["peak_bytes"] / plain["peak_bytes"]
                 row["bytes_ratio"] = whole.bytes / reference.bytes
                 row["flops_ratio"] = whole.flops / reference.flops
@@ -76,7 +79,7 @@ def explain(row: dict[str, Any], plain: dict[str, Any] | None) -> str:
     grown = {o["name"]: o["seconds"] - known.get(o["name"], 0.0) for o in row["operators"]}
     private = [f"{_mib(row['classes'][c]['bytes'])} MiB in {WORDS[c]}" for c in ("norm", "clip", "einsum")]
     return (
-        f"{name} takes {seconds / before:.2f} x the time of {BASELINE}: {_ms(seconds)} against {_ms(before)} ms a "
+        f"{name} takes {row['time_ratio']:.2f} x the time of {BASELINE}: {_ms(seconds)} against {_ms(before)} ms a "
         f"step, a difference of {_signed(seconds - before)} ms, of which {_changes(phase, PHASE_WORDS)}. In a "
         f"step in which each operator is timed by itself, {_ms(total_of(row).seconds)} against "
         f"{_ms(total_of(plain).seconds)} ms in all: {_changes(classes, WORDS)}. The profiler's largest "

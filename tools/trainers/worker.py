@@ -1,7 +1,7 @@
-"""One trainer at one shape, measured in a process of its own.
+"""What a process does for one trainer at one shape: steps that are counted, profiled or timed.
 
-Memory is measured over the trainer's construction and its first steps, time after them without a profiler, then
-operators by class, and last what ``torch.profiler`` sees. Each has steps of its own: none disturbs another.
+Memory is measured over the trainer's construction and its first steps, then operators by class, and last what
+``torch.profiler`` sees. Each has steps of its own: none disturbs another. Times are of another process.
 """
 
 from __future__ import annotations
@@ -9,16 +9,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-import multiprocessing
-import os
-import signal
 import statistics
-import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +22,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from tools.benchmarks.cases import Method, Shape, build_model, input_ids, plain
 from tools.common.conditions import describe_device
-from tools.common.failures import out_of_memory, reason_of
 from tools.common.meter import Meter
-from tools.common.processes import end_process
 from tools.trainers.implementations import TRAINERS, Trainer
 from tools.trainers.operators import OperatorCounter
 
@@ -111,6 +103,13 @@ class Session:
         while any((self.steps + k) & (self.steps + k - 1) == 0 for k in range(1, count + 1)):
             self.step(self.tiny)
 
+    def warm_up(self) -> None:
+        """Make the trainer, and take the steps before those that are measured."""
+        self.trainer = self._make(self.model, rows=self.job.shape.rows)
+        for _ in range(self.job.warmup):
+            self.step(self.ids)
+        self.settle()
+
     def memory(self) -> dict[str, int]:
         """Make the trainer, warm up, and measure the peak of a step and what stays after it, in bytes.
 
@@ -120,10 +119,7 @@ class Session:
         known = [*self.model.parameters(), *self.model.buffers(), self.ids, self.tiny]
         base = storage_bytes(known)
         with contextlib.nullcontext() if self.cuda else Meter(known) as meter:
-            self.trainer = self._make(self.model, rows=self.job.shape.rows)
-            for _ in range(self.job.warmup):
-                self.step(self.ids)
-            self.settle()
+            self.warm_up()
             gc.collect()
             if meter is None:
                 self.synchronize()
@@ -145,23 +141,22 @@ class Session:
             "retained_gradient_bytes": storage_bytes(p.grad for p in parameters),
         }
 
-    def time(self) -> dict[str, Any]:
-        """Seconds of a step and of each phase of it, a GPU waited for after each: median, least, most."""
-        phases: dict[str, list[float]] = {name: [] for name in PHASES}
+    def timed_step(self) -> dict[str, float]:
+        """Seconds of each phase of one step, a GPU waited for after each."""
+        seconds: dict[str, float] = {}
 
         @contextlib.contextmanager
         def timed(name: str) -> Iterator[None]:
             start = time.perf_counter()
             yield
             self.synchronize()
-            phases[name].append(time.perf_counter() - start)
+            seconds[name] = time.perf_counter() - start
 
-        for _ in range(self.job.steps):
-            self.settle()
-            self.synchronize()
-            self.step(self.ids, timed)
-        steps = [sum(values) for values in zip(*phases.values(), strict=True)]
-        return {"seconds": spread(steps), "phases": {name: spread(values) for name, values in phases.items()}}
+        self.settle()
+        gc.collect()
+        self.synchronize()
+        self.step(self.ids, timed)
+        return seconds
 
     def classes(self) -> dict[str, dict[str, float]]:
         """The operators of a step, by class; see :mod:`tools.trainers.operators`. Seconds: the median of some."""
@@ -201,6 +196,13 @@ class Session:
             row["share"] = row["seconds"] / whole if whole else 0.0
         return sorted(found, key=lambda row: -row["seconds"])
 
+    def profile(self) -> dict[str, Any]:
+        """All that is measured but the time: memory, then operators by class, then what the profiler sees."""
+        found: dict[str, Any] = {"parameters": sum(p.numel() for p in self.model.parameters()), **self.memory()}
+        found["classes"] = self.classes()
+        found["operators"] = self.operators()
+        return {**found, "machine": describe_device(self.job.device)}
+
     def synchronize(self) -> None:
         """Wait for the GPU, if there is one."""
         if self.cuda:
@@ -211,69 +213,3 @@ def storage_bytes(tensors: Iterable[Any]) -> int:
     """Bytes of the storages of those that are tensors, each storage once."""
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if isinstance(t, Tensor)}
     return sum(storages.values())
-
-
-def spread(values: list[float]) -> dict[str, Any]:
-    """Median, least, most, and all of them."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "values": values}
-
-
-def measure(job: Job) -> dict[str, Any]:
-    """All that is measured of one trainer at one shape, in this process."""
-    session = Session(job)
-    found: dict[str, Any] = {"parameters": sum(p.numel() for p in session.model.parameters())}
-    found.update(session.memory())
-    found.update(session.time())
-    found["classes"] = session.classes()
-    found["operators"] = session.operators()
-    return {**found, "machine": describe_device(job.device)}
-
-
-def failure(error: Exception) -> dict[str, str]:
-    """What a trainer that raised is in the results."""
-    return {"status": "out_of_memory" if out_of_memory(error) else "failed", "reason": reason_of(error)}
-
-
-def log_of(job: Job) -> Path:
-    """What the process printed, its libraries' warnings and the traceback of a failure: beside the trace."""
-    return job.trace.with_name("log.txt")
-
-
-def answer(connection: Connection, job: Job) -> None:
-    """The process: send what :func:`measure` finds, or why it failed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its children
-    with open(log_of(job), "w") as log:  # file descriptors, for libraries print from C++
-        os.dup2(log.fileno(), sys.stdout.fileno())
-        os.dup2(log.fileno(), sys.stderr.fileno())
-    torch.set_num_threads(job.threads)
-    try:
-        row = {"status": "ok", "reason": None, **measure(job)}
-    except Exception as error:  # whatever a library raises is a result
-        traceback.print_exc()
-        row = failure(error)
-    sys.stdout.flush()  # the parent ends this process when it has the row
-    connection.send(row)
-
-
-def measure_apart(job: Job) -> dict[str, Any]:
-    """:func:`measure` in a fresh process, which ends with this call, also where it is interrupted.
-
-    Returns:
-        ``status`` "ok", "out_of_memory" or "failed", the last two with a ``reason``; a process that dies is "failed".
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=answer, args=(theirs, job), name=job.trainer, daemon=True)
-    process.start()
-    try:
-        theirs.close()
-        row: dict[str, Any] = ours.recv()
-    except (EOFError, ConnectionResetError):
-        process.join()
-        killed = " (killed, as the system does where memory runs out)" if process.exitcode == -signal.SIGKILL else ""
-        row = {"status": "failed", "reason": f"its process ended with status {process.exitcode}{killed}"}
-    finally:
-        ours.close()
-        end_process(process)
-    return {"trainer": job.trainer, **row}

@@ -12,8 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tools import benchmark_norms
-from tools.benchmarks.norms_report import SEEDS, Layer
+from tools.benchmarks import norm_times
+from tools.benchmarks.norm_options import PRESETS
+from tools.benchmarks.norm_tables import SEEDS, Layer
+from tools.benchmarks.norm_times import Bench, einsum, exact, opacus
+from tools.benchmarks.norms import Skipper, execute
 
 
 def arguments(**given: Any) -> argparse.Namespace:
@@ -27,15 +30,16 @@ def arguments(**given: Any) -> argparse.Namespace:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call is not repeated until it is long enough to time well."""
-    monkeypatch.setattr(benchmark_norms, "SHORT", 0.0)
+    monkeypatch.setattr(norm_times, "SHORT", 0.0)
 
 
 def run(capsys: pytest.CaptureFixture[str], **given: Any) -> tuple[dict[str, Any], str]:
     """The file and the output of one run."""
-    assert benchmark_norms.main(arguments(**given)) == 0
+    assert execute(arguments(**given)) == 0
     return json.loads(given["json"].read_text()), capsys.readouterr().out
 
 
+@pytest.mark.slow  # asks git for the commit
 @pytest.mark.usefixtures("quick")
 def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report, printed = run(capsys, preset="smoke", json=tmp_path / "norms.json")
@@ -59,18 +63,19 @@ def test_smoke(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("planted", "said"),
     [
-        (lambda x, g: 1.01 * benchmark_norms.einsum(x, g), "wrong, so not timed"),
-        (lambda x, g: float("nan") * benchmark_norms.einsum(x, g), "wrong, so not timed"),
+        (lambda x, g: 1.01 * einsum(x, g), "wrong, so not timed"),
+        (lambda x, g: float("nan") * einsum(x, g), "wrong, so not timed"),
         (lambda x, g: torch.empty(1 << 50), "out of memory"),
     ],
 )
 def test_what_is_wrong_or_fails_is_a_row(planted: Any, said: str) -> None:
-    bench = benchmark_norms.Bench(Layer(8, 8), 16, "cpu")
-    found = bench.run({"opacus": benchmark_norms.opacus, "planted": planted}, 1, lambda name: "")
+    bench = Bench(Layer(8, 8), 16, "cpu")
+    found = bench.run({"opacus": opacus, "planted": planted}, 1, lambda name: "")
     right, wrong = found["rows"]
     assert "seconds" in right and "seconds" not in wrong and said in wrong["reason"]
 
 
+@pytest.mark.slow  # asks git for the commit
 @pytest.mark.usefixtures("quick")
 def test_an_implementation_that_cannot_run_is_a_row(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -80,7 +85,7 @@ def test_an_implementation_that_cannot_run_is_a_row(
     def refuses(x: Tensor, g: Tensor, method: str, impl: str) -> Tensor:
         raise ValueError(f"{impl} cannot run {method}")
 
-    monkeypatch.setattr(benchmark_norms, "linear_sq_norm", refuses)
+    monkeypatch.setattr(norm_times, "linear_sq_norm", refuses)
     given = {"layers": ["8x8"], "tokens": [16], "impls": ["triton"], "rounds": 1, "json": tmp_path / "n.json"}
     report, printed = run(capsys, **given, device="cpu")
     rows = {row["method"]: row for row in report["results"][0]["rows"]}
@@ -91,17 +96,17 @@ def test_an_implementation_that_cannot_run_is_a_row(
 def test_exact_is_the_definition() -> None:
     x, g = (torch.randn((2, 5, 300 + k), generator=torch.Generator().manual_seed(k)) for k in (0, 1))
     expected = torch.stack([(b.double().T @ a.double()).square().sum() for a, b in zip(x, g, strict=True)])
-    torch.testing.assert_close(benchmark_norms.exact(x, g), expected, rtol=1e-13, atol=0.0)
+    torch.testing.assert_close(exact(x, g), expected, rtol=1e-13, atol=0.0)
 
 
 def test_a_long_call_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark_norms, "LONG", 0.0)
-    bench = benchmark_norms.Bench(Layer(8, 8), 16, "cpu")
+    monkeypatch.setattr(norm_times, "LONG", 0.0)
+    bench = Bench(Layer(8, 8), 16, "cpu")
     calls: list[int] = []
 
     def counted(x: Tensor, g: Tensor) -> Tensor:
         calls.append(1)
-        return benchmark_norms.einsum(x, g)
+        return einsum(x, g)
 
     (row,) = bench.run({"einsum": counted}, 3, lambda name: "")["rows"]
     assert row["once"] and row["rounds"] == len(calls) == 1
@@ -109,28 +114,26 @@ def test_a_long_call_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_would_outlast_the_budget_is_skipped() -> None:
     layer = Layer(8, 8)
-    skipper = benchmark_norms.Skipper(10.0)
+    skipper = Skipper(10.0)
     assert not skipper(layer, 100, "slow")
     skipper.learn(layer, {"tokens": 100, "rows": [{"method": "slow", "seconds": {"median": 1.0}}]})
     assert not skipper(layer, 200, "slow") and "some 16 s" in skipper(layer, 400, "slow")
-    bench = benchmark_norms.Bench(layer, 400, "cpu")
-    (row,) = bench.run({"slow": benchmark_norms.einsum}, 1, functools.partial(skipper, layer, 400))["rows"]
+    bench = Bench(layer, 400, "cpu")
+    (row,) = bench.run({"slow": einsum}, 1, functools.partial(skipper, layer, 400))["rows"]
     assert row["reason"].startswith("not run: it would take some 16 s") and "seconds" not in row
 
 
 def test_a_budget_that_ends_between_check_and_timing_is_said() -> None:
     answers = iter(["", "not run: spent"])
-    (row,) = benchmark_norms.Bench(Layer(8, 8), 16, "cpu").run(
-        {"einsum": benchmark_norms.einsum}, 1, lambda name: next(answers)
-    )["rows"]
+    (row,) = Bench(Layer(8, 8), 16, "cpu").run({"einsum": einsum}, 1, lambda name: next(answers))["rows"]
     assert row["reason"] == "not run: spent" and row["peak_bytes"] > 0 and "seconds" not in row
 
 
 def test_presets_cover_the_issue() -> None:
-    for preset in benchmark_norms.PRESETS.values():
+    for preset in PRESETS.values():
         assert preset.layers and preset.seconds > 0
-    lengths = {t for layer, some in benchmark_norms.PRESETS["cpu"].layers if layer == Layer(1024, 1024) for t in some}
+    lengths = {t for layer, some in PRESETS["cpu"].layers if layer == Layer(1024, 1024) for t in some}
     assert {4096, 16_384} | set(SEEDS) <= lengths
-    gpu = benchmark_norms.PRESETS["gpu"].layers
+    gpu = PRESETS["gpu"].layers
     assert {tokens for _, some in gpu for tokens in some} == {512 << k for k in range(7)}
-    assert max(layer.d for layer, _ in gpu) == 128_256 and "triton" in benchmark_norms.PRESETS["gpu"].impls
+    assert max(layer.d for layer, _ in gpu) == 128_256 and "triton" in PRESETS["gpu"].impls

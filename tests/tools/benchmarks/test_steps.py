@@ -21,10 +21,11 @@ from tools.benchmarks.digest import Error, digest, error_of
 from tools.benchmarks.oracle import clipped_sum, limit_of
 from tools.benchmarks.presets import PRESETS, Longest, Run
 from tools.benchmarks.runner import Budget, Machine, ShapeRunner, longest_context
-from tools.benchmarks.worker import Case, Worker, WorkerError
+from tools.benchmarks.worker import Case
 from tools.common.failures import out_of_memory, reason_of
 from tools.common.json_files import write_json
 from tools.common.meter import Meter
+from tools.common.worker import Worker, WorkerError
 
 OPTIONS = ("--device", "cpu", "--threads", "1")
 ENVIRONMENT = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "HF_HUB_OFFLINE", "PYTORCH_CUDA_ALLOC_CONF")
@@ -46,7 +47,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]
         for name in ENVIRONMENT:
             patch.setenv(name, os.environ.get(name, "1"))  # what is set by the run is taken back
         patch.setattr(sys, "argv", ["benchmark_steps.py", *size, "--methods", *methods, *OPTIONS, "--json", str(path)])
-        assert benchmark_steps.main(benchmark_steps.parse()) == 0
+        assert benchmark_steps.main() == 0
     written = json.loads(path.read_text())
     written["printed"] = printed.getvalue()
     written["plotted"] = path.with_suffix(".png").stat().st_size
@@ -60,6 +61,7 @@ def rows_of(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["method"].rpartition(":")[2]: row for row in result["rows"]}
 
 
+@pytest.mark.slow
 def test_what_is_right_is_timed(report: dict[str, Any]) -> None:
     rows = rows_of(report)
     for name in ("plain", "one_pass", "opacus_ghost"):
@@ -78,6 +80,7 @@ def test_what_is_right_is_timed(report: dict[str, Any]) -> None:
     assert faster == pytest.approx(seconds / rows["one_pass"]["seconds"]["median"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_refused_a_time(report: dict[str, Any]) -> None:
     rows = rows_of(report)
     for name in ("unclipped", "small_parameter", "wrong_when_long"):
@@ -89,6 +92,7 @@ def test_what_is_wrong_is_refused_a_time(report: dict[str, Any]) -> None:
     assert "T=80" in rows["wrong_when_long"]["reason"]
 
 
+@pytest.mark.slow
 def test_what_fails_is_a_row_with_its_reason(report: dict[str, Any]) -> None:
     rows = rows_of(report)
     assert rows["raises"]["reason"] == "NotImplementedError: no rule for this"
@@ -98,6 +102,7 @@ def test_what_fails_is_a_row_with_its_reason(report: dict[str, Any]) -> None:
         assert rows[name]["reason"] in report["printed"] and "seconds" not in rows[name]
 
 
+@pytest.mark.slow
 def test_what_is_written(report: dict[str, Any]) -> None:
     conditions = report["conditions"]
     for key in ("cpu", "cores", "threads", "python", "commit", "dirty", "memory_gib", "seconds_taken"):
@@ -125,7 +130,7 @@ def test_arguments(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmark_steps.py", *arguments])
     try:
-        status = benchmark_steps.main(benchmark_steps.parse())
+        status = benchmark_steps.main()
     except SystemExit as left:
         status = left.code  # type: ignore[assignment]  # argparse leaves with a number
     assert status == 2 and said in capsys.readouterr().err
@@ -309,18 +314,20 @@ def test_ratios_are_of_the_same_round_and_auto_is_held_against_the_best() -> Non
     assert runner._auto({"reason": "no plan"}) == {"choice": None, "reason": "no plan"}
 
 
+@pytest.mark.slow
 def test_what_takes_too_long_is_stopped() -> None:
-    worker = Worker(1, "cpu", "sleeper")
-    worker.send("start", Shape(), "cpu", "tests.tools.trainers.planted:sleeps")
+    worker = Machine("cpu", 1).worker("sleeper")
+    worker.send(Case, Shape(), "cpu", "tests.tools.trainers.planted:sleeps")
     with pytest.raises(WorkerError, match="stopped after 0 s"):
         worker.receive(0.2)
     assert not worker.alive
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Worker] = []
 
-    def answer(worker: Worker, seconds: float) -> None:
+    def answer(worker: Worker, *_: Any) -> None:
         made.append(worker)
         if len(made) == 2:
             raise KeyboardInterrupt

@@ -20,13 +20,15 @@ import torch
 from torch import Tensor
 
 from tests.oracle import oracle
-from tools import profile_trainers
 from tools.benchmarks.cases import Method, Shape, build_model, input_ids, plain
-from tools.profile_trainers import SIZES, main, parse
+from tools.common.worker import WorkerError
+from tools.profile_trainers import main
+from tools.trainers import options, profiles
 from tools.trainers.implementations import TRAINERS, Trainer
+from tools.trainers.measurement import failure, profile_apart
 from tools.trainers.operators import CLASSES, PLACES, Count, OperatorCounter, class_of
-from tools.trainers.report import complete, explain
-from tools.trainers.worker import PHASES, Job, Session, failure, measure_apart
+from tools.trainers.report import complete, tables
+from tools.trainers.worker import PHASES, Job, Session
 
 TINY = Shape(width=64, layers=1, vocab=97, tokens=16, rows=3)
 PRIVATE = [name for name in TRAINERS if name != "StandardTrainer"]
@@ -180,14 +182,15 @@ def test_places_name_code_that_exists() -> None:
             assert re.search(rf"^ *def {function}\b", source, re.MULTILINE), f"{module}: {function}"
 
 
+@pytest.mark.slow
 def test_mode_test(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """One run in small, with trainers that fail among the five; one test, for pytest's workers would each run it."""
     names = [*list(TRAINERS)[:2], *(f"{HERE}:{name}" for name in PLANTED), *list(TRAINERS)[2:]]
     keep_environment(monkeypatch)
-    monkeypatch.setattr(profile_trainers, "TEST", TINY)
-    monkeypatch.setattr(profile_trainers, "TRAINERS", names)
-    options = ["--mode", "test", "--steps", "3", "--threads", "1", "--output-dir", str(tmp_path)]
-    assert main([*options, "--json", str(tmp_path / "copy.json")]) == 0
+    monkeypatch.setattr(options, "TEST", TINY)
+    monkeypatch.setattr(profiles, "TRAINERS", names)
+    words = ["--mode", "test", "--steps", "3", "--threads", "1", "--output-dir", str(tmp_path)]
+    assert main([*words, "--json", str(tmp_path / "copy.json")]) == 0
     (directory,) = (path for path in tmp_path.iterdir() if path.is_dir())
     report = json.loads((directory / "results.json").read_text())
     assert report == json.loads((tmp_path / "copy.json").read_text())
@@ -217,7 +220,13 @@ def check_results(rows: dict[str, Any]) -> None:
         assert row["seconds"]["min"] <= row["seconds"]["median"] <= row["seconds"]["max"]
         phases = sum(row["phases"][phase]["max"] for phase in PHASES)
         assert phases >= row["seconds"]["max"] * (1 - 1e-3)  # of values rounded to five places
-        assert row["time_ratio"] == pytest.approx(row["seconds"]["median"] / plain_row["seconds"]["median"], rel=1e-3)
+        assert row["timing"] == {
+            "interleaved_with": [other for other in TRAINERS if other != name],
+            "alone_because": None,
+        }
+        rounds = zip(row["seconds"]["values"], plain_row["seconds"]["values"], strict=True)
+        assert row["time_over_plain"]["values"] == pytest.approx([a / b for a, b in rounds], rel=1e-3)
+        assert row["time_ratio"] == row["time_over_plain"]["median"]
         assert row["peak_ratio"] == pytest.approx(row["peak_bytes"] / plain_row["peak_bytes"], rel=1e-3)
         assert row["bytes_moved"] == sum(count["bytes"] for count in row["classes"].values())
         assert sum(o["share"] for o in row["operators"]) == pytest.approx(1, abs=1e-2)
@@ -240,7 +249,7 @@ def check_failures(rows: dict[str, Any], printed: str, directory: Path) -> None:
     (log,) = directory.glob("*Raises*/log.txt")
     assert "Traceback" in log.read_text() and "and a second line" in log.read_text()
     exhausted = {"status": "out_of_memory", "reason": "out of memory (OutOfMemoryError: planted)"}
-    assert failure(torch.OutOfMemoryError("planted")) == exhausted
+    assert failure(WorkerError("out of memory (OutOfMemoryError: planted)", out_of_memory=True)) == exhausted
 
 
 def check_traces(rows: dict[str, Any], directory: Path) -> None:
@@ -282,7 +291,7 @@ def test_answer_names_the_largest_changes() -> None:
     slower = a_row("DPSGDTrainer", norm=3.0, mm=0.5)
     slower["phases"]["backward"]["median"] = 2.5
     slower["seconds"]["median"] = 6.0
-    text = explain(slower, a_row("StandardTrainer"))
+    text = complete({"rows": [a_row("StandardTrainer"), slower]})["rows"][1]["answer"]
     assert "takes 1.50 x the time of StandardTrainer: 6000.0 against 4000.0 ms" in text
     assert "difference of +2000.0 ms, of which +1500.0 ms in the backward" in text
     assert "ms in all: +2000.0 ms in norms" in text and "changes: -500.0 ms in aten::mm." in text
@@ -295,59 +304,7 @@ def test_without_plain_training_nothing_is_compared() -> None:
     row = result["rows"][1]
     assert all(row[f"{what}_ratio"] is None for what in ("time", "peak", "bytes", "flops"))
     assert "nothing to compare with" in row["answer"] and " x the time" not in row["answer"]
-    assert re.search(r"DPSGDTrainer +4000\.0 +4000\.0 +4000\.0 +- ", profile_trainers.tables(result))
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ("--mode test --trainer StandardTrainer", "--mode test settles --trainer itself"),
-        ("--mode test --gradient-checkpointing", "settles --gradient-checkpointing itself"),
-        ("--mode profile --batch-size 2", "--mode profile settles --batch-size itself"),
-        ("--mode single", "--mode single needs --trainer: StandardTrainer, "),
-        ("--mode single --trainer Nobody", "trainer is 'Nobody'; expected one of StandardTrainer, "),
-        ("--mode single --trainer os:path", "trainer is 'os:path'; expected one of"),
-        ("--mode single --trainer nowhere:Nobody", "No module named 'nowhere'"),
-        ("--mode single --trainer StandardTrainer --seq-len 1", "--seq-len is 1; expected at least 2"),
-        ("--mode test --warmup 0", "--warmup is 0; expected at least 1"),
-        ("--mode all", "invalid choice: 'all'"),
-        ("--mode test --json here.txt", "not a file whose name ends in .json"),
-    ],
-)
-def test_wrong_options(options: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        parse(options.split())
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("profile_trainers: ") and said in line
-
-
-def test_what_cannot_start(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    (tmp_path / "file").touch()
-    for given, directory in (
-        ("--mode profile", tmp_path / "runs"),
-        ("--mode single --trainer StandardTrainer --device cuda", tmp_path / "runs"),
-        ("--mode test", tmp_path / "file" / "runs"),
-    ):
-        options = [*given.split(), "--output-dir", str(directory)]
-        assert main(options) == 2
-        lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 1 and lines[0].startswith("profile_trainers: ")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_shapes_of_the_modes() -> None:
-    single = "--mode single --trainer StandardTrainer --batch-size 2 --seq-len 8 --model-size medium --dtype bfloat16"
-    (shape,) = profile_trainers.shapes_of(parse([*single.split(), "--gradient-checkpointing"]))
-    assert shape == replace(SIZES["medium"], rows=2, tokens=8, dtype="bfloat16", checkpointing=True)
-    shapes = profile_trainers.shapes_of(parse(["--mode", "profile"]))
-    assert [(s.rows, s.tokens) for s in shapes] == [(4, 512), (4, 1024), (8, 512), (8, 1024)]
-    models = {name: build_model(size, "meta") for name, size in SIZES.items()}
-    sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
-    assert 1e6 < sizes["small"] < 1.1e6 < 1e8 < sizes["medium"] < 2e8 < 9e8 < sizes["large"] < 1.1e9
+    assert re.search(r"DPSGDTrainer +4000\.0 +4000\.0 +4000\.0 +- ", tables(result))
 
 
 def test_settled_steps_have_no_isolation_check(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,6 +315,7 @@ def test_settled_steps_have_no_isolation_check(monkeypatch: pytest.MonkeyPatch) 
         assert not {session.steps + k for k in range(1, count + 1)} & {1, 2, 4, 8, 16}
 
 
+@pytest.mark.slow
 def test_interruption_ends_the_child(tmp_path: Path) -> None:
     children: list[Any] = []
 
@@ -374,13 +332,14 @@ def test_interruption_ends_the_child(tmp_path: Path) -> None:
         thread = threading.Thread(target=interrupt)
         thread.start()
         with pytest.raises(KeyboardInterrupt):
-            measure_apart(job)
+            profile_apart(job)
         thread.join()
     finally:
         signal.signal(signal.SIGINT, before)
     assert not children[0].is_alive() and not psutil.pid_exists(children[0].pid)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_keeps_what_was_finished(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -390,7 +349,7 @@ def test_an_interrupted_run_keeps_what_was_finished(
         return {"machine": {}, **a_row("StandardTrainer")}
 
     keep_environment(monkeypatch)
-    monkeypatch.setattr(profile_trainers, "measure_apart", interrupted)
+    monkeypatch.setattr(profiles, "profile_apart", interrupted)
     assert main(["--mode", "test", "--output-dir", str(tmp_path)]) == 130
     (results,) = tmp_path.glob("*/results.json")
     assert [row["trainer"] for row in json.loads(results.read_text())["results"][0]["rows"]] == ["StandardTrainer"]
