@@ -96,6 +96,7 @@ def white_box(
     )
     rng = np.random.default_rng(seed)
     expected = ExpectedGradients(model, dataset, collate_fn, schedule)
+    expected.of(0)  # what cannot be audited is found before anything is trained
     watched = WatchedDataset(dataset)
     chosen = rng.permutation(len(dataset))[:canaries].tolist()
     seen = Observations(
@@ -105,10 +106,10 @@ def white_box(
         kept=np.sort(rng.permutation(sum(expected.sizes))[:KEPT]),
     )
     with tempfile.TemporaryDirectory(prefix="dpft-audit-") as scratch:
-        folder = Path(_from_first(scratch))
         parts = [steps // 2, steps - steps // 2] if restart and steps > 1 else [steps]
         for number, count in enumerate(parts):
             accelerator = make_accelerator()
+            folder = Path(_from_all(scratch)[0])  # the first rank's, once there are ranks
             trained = copy.deepcopy(model).eval()
             optimizer = torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], lr=RATE)
             prepared, stepped, loader = prepare(
@@ -131,6 +132,7 @@ def white_box(
                     accelerator.save_state(str(folder / "checkpoint"))
             finally:
                 loader.privacy.close()
+        accelerator.wait_for_everyone()  # before the first rank removes the folder
     return evaluate(seen)
 
 
@@ -192,7 +194,3 @@ def _from_all(value: Any) -> list[Any]:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found
-
-
-def _from_first(value: Any) -> Any:
-    return _from_all(value)[0]
