@@ -34,7 +34,8 @@ def test_expected_gradients_are_the_oracles() -> None:
     expected = ExpectedGradients(model, items, collate, schedule)
     exact = oracle(model, collate(items))
     total = torch.cat([p.flatten() for p in exact.clipped_sum(0.5).values()])
-    assert torch.allclose(sum(expected.of(i) for i in range(3)), total, rtol=1e-9, atol=1e-12)
+    # both take the cross entropy of float32 logits, as transformers does, over rows of another shape
+    assert torch.allclose(sum(expected.of(i) for i in range(3)), total, rtol=1e-6, atol=3e-8)
 
 
 @pytest.mark.parametrize("clip", ["abadi", "automatic"])
