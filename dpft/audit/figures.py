@@ -45,7 +45,7 @@ def plot(audit: WhiteBoxAudit | BlackBoxAudit, path: str | Path) -> None:
     else:
         epsilon = audit.claimed["epsilon"] if isinstance(audit, WhiteBoxAudit) else audit.claimed_epsilon
         delta = audit.claimed["delta"] if isinstance(audit, WhiteBoxAudit) else audit.delta
-        factor = math.exp(min(700.0, epsilon)) if epsilon is not None else math.inf
+        factor = math.exp(min(700.0, 700.0 if epsilon is None else epsilon))
         allowed = np.minimum(1.0, np.minimum(factor * rate + delta, 1 - (1 - delta - rate) / factor))
     if len(inside) and len(outside):
         thresholds = np.sort(everyone)[::-1]
