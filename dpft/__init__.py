@@ -1,5 +1,6 @@
 """dpft: fine-tuning of Hugging Face language models under differential privacy, at long context."""
 
+from dpft import audit
 from dpft.clipping.passes import BookKeeping
 from dpft.clipping.state import ClipStats
 from dpft.errors import (
@@ -48,6 +49,7 @@ __all__ = [
     "PrivateDataLoader",
     "UnsupportedModuleError",
     "WrapError",
+    "audit",
     "book_keeping",
     "clipped_loss",
     "explain",

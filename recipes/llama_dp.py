@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from accelerate import Accelerator
 from dpft import DPFTError
-from finetune import checkpoints
+from finetune import auditing, checkpoints
 from finetune.engine import ending_all, engine_name, from_first, make_accelerator, weight_dtype
 from finetune.evaluation import sample_text, validation_loss
 from finetune.export import export, reload_and_check
@@ -126,6 +126,7 @@ def run(options: Options) -> int:
             return 0
         output = choose_output(options, accelerator)
         checkpoint = checkpoints.find(accelerator, output) if options.resume_from_checkpoint else None
+        audit = auditing.begin(accelerator, options, materials, output) if options.audit else None
     accelerator.project_configuration.set_directories(str(output))
     accelerator.init_trackers("llama_dp")
     history = History(output / METRICS if accelerator.is_main_process else None)
@@ -182,6 +183,8 @@ def run(options: Options) -> int:
             before = evaluate(prepared.model)
             history.add({"step": 0, "validation_loss": before, "epsilon": 0.0 if prepared.private else None})
         accelerator.print(f"validation loss before: {before:.3f} nats a token, {len(materials.validation)} examples")
+        if audit is not None:
+            auditing.measure_before(audit, accelerator, prepared.model, materials, output)
         setup_seconds = time.perf_counter() - began
 
         trained_from = time.perf_counter()
@@ -210,8 +213,9 @@ def run(options: Options) -> int:
             for when, text in samples.items():
                 accelerator.print(f"sample {when}: {json.dumps(text)}")
         # before the model is unwrapped and saved: the statement needs the ledger and the optimiser
-        words = statement(prepared, options)
+        words = statement(prepared, options, *([audit.note] if audit else []))
         spent = prepared.epsilon(exact=True)
+        losses = auditing.losses(audit, accelerator, prepared.model, materials) if audit else []
         export(accelerator, prepared, materials, options, output)
         if accelerator.is_main_process and options.reload_check:
             reload_and_check(accelerator, options, materials, output, after)
@@ -231,7 +235,22 @@ def run(options: Options) -> int:
             accelerator.print(f"validation loss after as many steps without privacy: {plain:.3f}")
         figures["seconds in all (imports not counted)"] = time.perf_counter() - began
         if accelerator.is_main_process:
-            write_report(output, options, schedule, words, figures, samples, history.rows, private=spent is not None)
+            section = ""
+            if audit is not None:
+                found = auditing.finish(audit, losses, spent, schedule.target_delta, output)
+                accelerator.print(f"audit: {found.statement}")
+                section = auditing.section(found)
+            write_report(
+                output,
+                options,
+                schedule,
+                words,
+                figures,
+                samples,
+                history.rows,
+                private=spent is not None,
+                audit=section,
+            )
         accelerator.end_training()
     accelerator.print(
         f"{warning}model, card, ledger, metrics and picture: {output} ({time.perf_counter() - began:.0f} s in all)"

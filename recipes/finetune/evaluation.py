@@ -85,6 +85,33 @@ def validation_loss(
 
 
 @torch.no_grad()
+def record_losses(
+    model: nn.Module,
+    examples: Sequence[dict[str, Any]],
+    collate: Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]],
+    accelerator: Accelerator,
+) -> list[float]:
+    """Loss of each example in nats, summed over its tokens; in the order of ``examples``, the same on every rank.
+
+    Every rank computes all of them, since a forward of a sharded model is a collective.
+    """
+    was_training = model.training
+    model.eval()
+    found = []
+    size = max(1, TOKENS_AT_ONCE // max(1, *(len(example["input_ids"]) for example in examples), 1))
+    for start in range(0, len(examples), size):
+        batch = collate(examples[start : start + size])
+        labels = batch.pop("labels")[:, 1:].to(accelerator.device)
+        logits = model(**{name: tensor.to(accelerator.device) for name, tensor in batch.items()}).logits[:, :-1]
+        loss = nn.functional.cross_entropy(
+            logits.float().transpose(1, 2), labels, ignore_index=IGNORED_LABEL, reduction="none"
+        )
+        found += loss.sum(1).tolist()
+    model.train(was_training)
+    return found
+
+
+@torch.no_grad()
 def sample_text(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,

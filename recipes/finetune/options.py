@@ -118,6 +118,14 @@ class Options:
         metavar="TEXT",
     )
 
+    audit: int = option(
+        0,
+        "privacy",
+        "random canary records, each added with probability 1/2 and looked for in the final model: a lower bound of "
+        "epsilon for the card. It grows with their number; a thousand prove at most 5.4. 0: no audit",
+        metavar="CANARIES",
+    )
+
     clipping: str = option(
         "flash",
         "execution",
@@ -216,7 +224,8 @@ class Options:
             self.num_steps = DEFAULT_STEPS
         least = dict.fromkeys(("seq_len", "max_physical_batch_size", "max_eval_examples", "cpu_threads"), 1)
         least |= {"rank_timeout": 1}
-        least |= dict.fromkeys(("lora_r", "warmup_steps", "checkpoint_every", "eval_every", "sample_tokens"), 0)
+        least |= dict.fromkeys(("lora_r", "warmup_steps", "checkpoint_every", "eval_every"), 0)
+        least |= dict.fromkeys(("sample_tokens", "audit"), 0)
         for name, bound in least.items():
             value = getattr(self, name)
             if value is not None and value < bound:

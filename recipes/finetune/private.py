@@ -131,9 +131,9 @@ def explain(model: nn.Module, options: Options) -> list[str]:
     return lines
 
 
-def statement(prepared: Prepared, options: Options) -> str:
-    """The privacy statement of the model card, in Markdown."""
-    tuning, notes = options.tuning_note, [ONE_RECORD.format(options.seq_len)]
+def statement(prepared: Prepared, options: Options, *more: str) -> str:
+    """The privacy statement of the model card, in Markdown, with ``more`` notes."""
+    tuning, notes = options.tuning_note, [ONE_RECORD.format(options.seq_len), *more]
     if options.dataset == "docstrings":
         tuning = tuning or TUNED_ON_DOCSTRINGS
         notes.append("a docstring that occurs several times in the library was kept once, before any step")

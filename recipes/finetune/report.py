@@ -40,6 +40,7 @@ def model_card(
     figures: dict[str, Any],
     samples: dict[str, str],
     private: bool,
+    audit: str = "",
 ) -> str:
     """Write the card.
 
@@ -49,6 +50,7 @@ def model_card(
         figures: name to value, for the table of what was measured.
         samples: generated texts, by "before" and "after".
         private: whether the run has a finite epsilon.
+        audit: the section about the audit, as Markdown, if there was one.
     """
     given = as_words(options)
     if "model" in given:
@@ -84,6 +86,7 @@ Every release is in the ledger, `{LEDGER}`, which was written ahead of it.
 
 {NOT_COVERED if private else NOTHING_COVERED}
 
+{audit}
 ## Measured
 
 | | |
@@ -130,6 +133,7 @@ def write_report(
     rows: Sequence[dict[str, Any]],
     *,
     private: bool,
+    audit: str = "",
 ) -> None:
     """Write the card and the picture into the directory; ``schedule`` is the run's ``dpft.PrivacySchedule``."""
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
@@ -150,5 +154,5 @@ def write_report(
         private=private,
         caption=caption,
     )
-    card = model_card(options, statement, figures, samples, private)
+    card = model_card(options, statement, figures, samples, private, audit)
     (directory / CARD).write_text(card, encoding="utf-8")

@@ -219,3 +219,50 @@ def test_starting_anew_keeps_the_ledger_of_what_was_spent(tmp_path: Path, record
     assert llama_dp.main([*words, "--overwrite-output-dir"]) == 0
     assert releases(tmp_path) == 1
     assert sum("release" in json.loads(line) for line in (tmp_path / "earlier-1-ledger.jsonl").open()) == 1
+
+
+@pytest.mark.slow
+def test_an_audited_run_says_so(tmp_path: Path, records: str) -> None:
+    """Without noise and with a large step the canaries are learnt; the card has what that proves, and what it took."""
+    output = tmp_path / "run"
+    words = ["--dataset", records, "--output-dir", str(output), "--num-steps", "6", "--audit", "60", *SMALL]
+    words += [
+        "--clipping",
+        "none",
+        "--expected-batch-size",
+        "60",
+        "--learning-rate",
+        "0.01",
+        "--checkpoint-every",
+        "3",
+    ]
+    assert llama_dp.main([*words, "--no-reload-check"]) == 0
+    found = json.loads((output / "audit.json").read_text())
+    assert found["canaries"] == 60 and len(found["members"]) + len(found["others"]) == 60
+    assert found["claimed_epsilon"] is None and found["epsilon_lower"] > 0.5
+    assert sum(found["members"]) / len(found["members"]) > sum(found["others"]) / len(found["others"])
+    coins = json.loads((output / "canaries.json").read_text())["coins"]
+    assert len(found["members"]) == sum(coins)
+    card = (output / "README.md").read_text()
+    for part in (
+        "## Audit",
+        "60 random canaries",
+        "records of random tokens are in the training data, too",
+        "audit.png",
+    ):
+        assert part in card
+    assert imread(output / "audit.png").ndim == 3
+
+    # a private run, resumed with the canaries that it began with
+    output = tmp_path / "private"
+    words[words.index(str(tmp_path / "run"))] = str(output)
+    words[words.index("none")] = "flash"
+    assert llama_dp.main([*words, "--noise-multiplier", "1.0", "--num-steps", "3", "--no-reload-check"]) == 0
+    before = (output / "canaries.json").read_text()
+    gc.collect()  # a ledger is open as long as its run is there
+    assert llama_dp.main([*words, "--noise-multiplier", "1.0", "--resume-from-checkpoint"]) == 0
+    assert (output / "canaries.json").read_text() == before
+    assert "claimed: " in (output / "README.md").read_text()
+    gc.collect()
+    with pytest.raises(SystemExit):
+        llama_dp.main([*words, "--noise-multiplier", "1.0", "--resume-from-checkpoint", "--audit", "61"])

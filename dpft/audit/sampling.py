@@ -1,0 +1,76 @@
+"""What the drawn batches of a run should look like: simulated here, by code that shares nothing with the samplers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from dpft.audit.statistics import Check, against_simulation
+from dpft.privacy import PrivacySchedule
+
+
+def draw_all(rng: np.random.Generator, schedule: PrivacySchedule, examples: int, steps: int) -> list[set[int]]:
+    """The drawn examples of each step, as the schedule's sampler claims them."""
+    size = int(schedule.expected_batch_size)
+    drawn: list[set[int]] = []
+    order: list[int] = []
+    for _ in range(steps):
+        if schedule.sampler in ("poisson", "truncated_poisson"):
+            batch = np.flatnonzero(rng.random(examples) < schedule.sample_rate)
+            if schedule.max_batch_size is not None and len(batch) > schedule.max_batch_size:
+                batch = rng.permutation(batch)[: schedule.max_batch_size]
+        elif schedule.sampler == "fixed_size":
+            batch = rng.permutation(examples)[:size]
+        elif schedule.sampler == "shuffle":
+            order = order or rng.permutation(examples).tolist()
+            batch, order = np.array(order[:size]), order[size:]
+        else:
+            raise ValueError(f"an audit knows no sampler {schedule.sampler!r}")
+        drawn.append(set(batch.tolist()))
+    return drawn
+
+
+def statistics_of(drawn: Sequence[set[int]], examples: int) -> tuple[float, float, float, float]:
+    """Mean size, variance of the sizes, mean overlap of two steps that follow, variance of the counts per example."""
+    sizes = np.array([len(batch) for batch in drawn], float)
+    overlaps = [len(one & other) for one, other in itertools.pairwise(drawn)]
+    counts = np.zeros(examples)
+    for batch in drawn:
+        counts[list(batch)] += 1.0
+    return float(sizes.mean()), float(sizes.var()), float(np.mean(overlaps or [0])), float(counts.var())
+
+
+def sampling_checks(segments: Sequence[Sequence[set[int]]], schedule: PrivacySchedule, examples: int) -> list[Check]:
+    """Tests of the drawn batches.
+
+    Args:
+        segments: for each start of the run, the examples drawn at each of its steps; ``shuffle`` begins a new epoch
+            at each start.
+        schedule: that was claimed.
+        examples: N.
+    """
+
+    def statistics(parts: Sequence[Sequence[set[int]]]) -> list[float]:
+        of_parts = [statistics_of(part, examples) for part in parts if part]
+        weights = [len(part) for part in parts if part]
+        return [float(np.average(column, weights=weights)) for column in zip(*of_parts, strict=True)]
+
+    def simulate(rng: np.random.Generator) -> list[float]:
+        return statistics([draw_all(rng, schedule, examples, len(part)) for part in segments])
+
+    found = statistics(segments)
+    names = ("batch size", "variance of the batch size", "overlap of consecutive batches", "variance of the counts")
+    claims = (
+        "batches have the expected size on average",
+        "the sizes vary as the sampler's do",
+        "as many examples are in two batches that follow each other as by independent draws of the sampler",
+        "every example is drawn as often as by the sampler",
+    )
+    return [
+        Check(name, f"sampler {schedule.sampler}: {claim}", expected, value, p_value)
+        for name, claim, value, (expected, p_value) in zip(
+            names, claims, found, against_simulation(found, simulate), strict=True
+        )
+    ]
