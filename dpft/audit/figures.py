@@ -51,7 +51,13 @@ def plot(audit: WhiteBoxAudit | BlackBoxAudit, path: str | Path) -> None:
         thresholds = np.sort(everyone)[::-1]
         found = [[(scores >= t).mean() for t in thresholds] for scores in (outside, inside)]
         roc.plot([0, *found[0]], [0, *found[1]], color="tab:orange", label="attack")
-    roc.plot(rate, allowed, color="black", linestyle="--", label="the most that the claim allows")
+    roc.plot(
+        rate,
+        allowed,
+        color="black",
+        linestyle="--",
+        label="with the claimed noise" if white else "the most that the claim allows",
+    )
     roc.plot([0, 1], [0, 1], color="0.7", linewidth=1, label="guessing")
     roc.set(
         xlabel="false positive rate", ylabel="true positive rate", title="Attack on one release" if white else "Attack"
