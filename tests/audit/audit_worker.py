@@ -14,8 +14,8 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 
 from accelerate import Accelerator
+from dpft import GaussianNoise
 from dpft.audit import WhiteBoxAudit, white_box
-from dpft.noise import GaussianNoise
 from tests.engines.on_cpu import make_accelerator
 from tools.auditing import subject
 
@@ -49,7 +49,7 @@ if __name__ == "__main__":
     output = Path(sys.argv[1])
     found = {"sound": audited().to_dict()}
     add = GaussianNoise.add_
-    GaussianNoise.add_ = lambda self, tensor, std: add(self, tensor, std / 2)  # type: ignore[method-assign]
+    GaussianNoise.add_ = lambda self, tensor, std: add(self, tensor, std / 2)  # type: ignore[method-assign]  # the plant
     found["half"] = audited(static_shapes=True).to_dict()
     rank = dist.get_rank() if dist.is_initialized() else 0
     (output / f"{rank}.json").write_text(json.dumps(found))

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpft.audit import Canaries, black_box, draw_canaries, plot
+from dpft.audit import BlackBoxAudit, Canaries, black_box, draw_canaries, plot
 
 
-def attacked(shift: float, claimed: float | None = 1.0, count: int = 2000, seed: int = 0):  # type: ignore[no-untyped-def]
+def attacked(shift: float, claimed: float | None = 1.0, count: int = 2000, seed: int = 0) -> BlackBoxAudit:
     """Losses of members that fall by ``shift`` deviations more than those of others."""
     rng = np.random.default_rng(seed)
     coins = rng.random(count) < 0.5

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
-from dpft import PrivacyConfig
+from dpft import PrivacyConfig, PrivacySchedule
 from dpft.audit import one_run_epsilon
 from dpft.audit.sampling import draw_all, sampling_checks
 from dpft.audit.statistics import (
@@ -81,7 +82,7 @@ def test_p_values_are_uniform_enough_and_see_what_is_wrong() -> None:
     assert correlation_p_value(rows[:1])[1] == 1.0
 
 
-SAMPLERS = [
+SAMPLERS: list[dict[str, Any]] = [
     {"sampler": "poisson"},
     {"sampler": "truncated_poisson", "max_batch_size": 14},
     {"sampler": "fixed_size", "accountant": "rdp"},
@@ -91,10 +92,15 @@ SAMPLERS = [
 
 @pytest.mark.parametrize("claimed", SAMPLERS, ids=lambda config: config["sampler"])
 @pytest.mark.parametrize("drawn", SAMPLERS, ids=lambda config: config["sampler"])
-def test_batches_pass_as_their_own_sampler_alone(claimed: dict[str, object], drawn: dict[str, object]) -> None:
-    def schedule(changes: dict[str, object]):  # type: ignore[no-untyped-def]
-        values = {"target_delta": 1e-5, "expected_batch_size": 16, "noise_multiplier": 1.0, "num_steps": 100}
-        return PrivacyConfig(**values, **changes).resolve(160)  # type: ignore[arg-type]
+def test_batches_pass_as_their_own_sampler_alone(claimed: dict[str, Any], drawn: dict[str, Any]) -> None:
+    def schedule(changes: dict[str, Any]) -> PrivacySchedule:
+        values: dict[str, Any] = {
+            "target_delta": 1e-5,
+            "expected_batch_size": 16,
+            "noise_multiplier": 1.0,
+            "num_steps": 100,
+        }
+        return PrivacyConfig(**values, num_steps=100, **changes).resolve(160)
 
     rng = np.random.default_rng(2)
     segments = [draw_all(rng, schedule(drawn), 160, 60), draw_all(rng, schedule(drawn), 160, 60)]

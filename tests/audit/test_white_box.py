@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dpft import PrivacyConfig, PrivacyConfigError
+from dpft import GaussianNoise, PrivacyConfig, PrivacyConfigError
 from dpft.audit import plot, white_box
 from dpft.audit.expected import ExpectedGradients
 from tests.oracle import oracle
@@ -52,8 +52,6 @@ def test_a_sound_run_is_recovered(clip: str, tmp_path: Path) -> None:
 
 
 def test_half_the_noise_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dpft.noise import GaussianNoise
-
     add = GaussianNoise.add_
     monkeypatch.setattr(GaussianNoise, "add_", lambda self, tensor, std: add(self, tensor, std / 2))
     found = audited(restart=False)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dpft import DPOptimizer, GaussianNoise
 from tools import audit
 from tools.auditing import subject
 from tools.auditing.plants import NONE, PLANTS, Plant, find_plant
@@ -32,9 +33,6 @@ def test_dpft_passes(seed: int) -> None:
 
 def test_a_plant_is_gone_after_it() -> None:
     """Also one that patches a module: an audit of the next must not see it."""
-    from dpft.noise import GaussianNoise
-    from dpft.optimizer import DPOptimizer
-
     before = (GaussianNoise.add_, DPOptimizer.step, DPOptimizer._release)
     for plant in PLANTS:
         with plant.entered():
