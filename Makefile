@@ -3,6 +3,7 @@
 #     make demo      environment in .venv, install, and a Llama fine-tuned privately (outputs/demo)
 #     make test      the same environment with what the tests need; ruff, mypy, and the tests that every change must pass
 #     make test-slow the other tests: launches of every engine, kills, resumes, the recipes and tools from end to end
+#     make gpu       everything that is to be measured on a GPU, within 500 s (GPU_ARGS="--list", "--rehearse" ...)
 #     make lint      ruff and mypy alone
 #     make format    sort the imports, repair what ruff can repair, and format
 #     make clean     remove the environment, outputs, and every cache
@@ -12,6 +13,7 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+GPU_ARGS ?=
 DEMO_DIR ?= outputs/demo
 
 VENV := .venv
@@ -26,7 +28,7 @@ PARALLEL := --numprocesses=2 --dist=worksteal
 # triton that it was built with. Before 3.7 the interpreter cannot run a loop under numpy 2.4.
 TRITON := triton==3.7.1; sys_platform == "linux"
 
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow gpu lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -64,6 +66,9 @@ test: lint
 
 test-slow: $(VENV)/.stamp-test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PARALLEL) -m slow $(PYTEST_ARGS)
+
+gpu: $(VENV)/.stamp-test
+	$(BIN)/python tools/gpu.py $(GPU_ARGS)
 
 format: $(VENV)/.stamp-test
 	$(BIN)/ruff check --fix .

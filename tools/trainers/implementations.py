@@ -2,7 +2,7 @@
 
 All train ``model`` on ``input_ids [B, T]`` that are their own labels, an example being a row, its loss the mean over
 its tokens. The private ones clip each row's gradient at the same norm, add the same noise, divide by ``rows`` and step
-AdamW with the same settings. Opacus refuses tied weights.
+AdamW with the same settings. Opacus refuses tied weights, and is imported where it is used.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from opacus import PrivacyEngine
-from opacus.grad_sample import GradSampleModuleFastGradientClipping
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -113,6 +111,8 @@ class OpacusTrainer(Trainer):
 
     def make_private(self, module: nn.Module, **options: Any) -> Any:
         """Opacus' tuple: module, optimiser, for ghost clipping the criterion, and the loader."""
+        from opacus import PrivacyEngine
+
         loader = DataLoader(TensorDataset(torch.zeros(self.rows, 1)), batch_size=self.rows)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Secure RNG turned off")
@@ -175,6 +175,8 @@ class DPFastGradientClippingTrainer(DPGhostClippingTrainer):
 
     def prepare(self, model: nn.Module) -> nn.Module:
         """Wrapped already: ``make_private`` has no option for it, and takes such a module as it is."""
+        from opacus.grad_sample import GradSampleModuleFastGradientClipping
+
         return GradSampleModuleFastGradientClipping(
             model, max_grad_norm=self.max_grad_norm, use_ghost_clipping=False, loss_reduction="mean"
         )
