@@ -100,7 +100,7 @@ def test_batches_pass_as_their_own_sampler_alone(claimed: dict[str, Any], drawn:
             "noise_multiplier": 1.0,
             "num_steps": 100,
         }
-        return PrivacyConfig(**values, num_steps=100, **changes).resolve(160)
+        return PrivacyConfig(**values, **changes).resolve(160)
 
     rng = np.random.default_rng(2)
     segments = [draw_all(rng, schedule(drawn), 160, 60), draw_all(rng, schedule(drawn), 160, 60)]
