@@ -17,6 +17,11 @@ from dpft.privacy.calibration import max_steps_within
 from dpft.privacy.epsilon_meter import EpsilonMeter
 from dpft.privacy.schedule import PrivacySchedule
 
+NOT_ISOLATED = (
+    "no example's gradient depends on the examples beside it: the check that runs a row alone was switched off "
+    "(isolation='off')"
+)
+
 
 class PrivacyRun:
     """The privacy budget of a run, spent and remaining: schedule, ledger, epsilon; in ``accelerator.save_state``.
@@ -30,8 +35,15 @@ class PrivacyRun:
     """
 
     def __init__(
-        self, schedule: PrivacySchedule, ledger: SharedLedger, clipping: str, seeded: bool, continued: bool
+        self,
+        schedule: PrivacySchedule,
+        ledger: SharedLedger,
+        clipping: str,
+        seeded: bool,
+        continued: bool,
+        isolated: bool = True,
     ) -> None:
+        self._isolated = isolated
         self.schedule, self.ledger, self.clipping, self.seeded = schedule, ledger, clipping, seeded
         self._meter: EpsilonMeter | None = None
         self._unclaimed = ledger.count > 0 and not continued
@@ -113,6 +125,8 @@ class PrivacyRun:
 
     def report(self, tuning: str | None = None, notes: tuple[str, ...] = ()) -> dict[str, Any]:
         """The privacy report, for a model card; ``tuning`` and ``notes`` as :func:`dpft.privacy_report`."""
+        if not self._isolated:
+            notes = (*notes, NOT_ISOLATED)
         return privacy_report(
             self.schedule,
             self.ledger.content(),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dpft.clipping.boundary import clip_boundary
 from dpft.clipping.factors import ClipFunction, ClipRule
 from dpft.clipping.passes import BookKeeping
-from dpft.clipping.state import Clipping, ClipState, ClipStats
+from dpft.clipping.state import Clipping, ClipState, ClipStats, Isolation
 from dpft.clipping.strategies import guard_parameters
 from dpft.clipping.strategy_choice import Strategy, describe_uses
 from dpft.errors import ClippingError, UnsupportedModuleError, WrapError
@@ -41,6 +41,7 @@ def wrap(
     memory: int | None = None,
     loss_chunk: int | Literal["auto"] | None = "auto",
     impl: Impl = "auto",
+    isolation: Isolation = "default",
 ) -> nn.Module:
     """Make ``model`` produce clipped sums of per-example gradients, in place.
 
@@ -66,6 +67,9 @@ def wrap(
             plain training does, and so do heads other than an ``nn.Linear`` and logits that are scaled or capped.
         impl: of the norm kernels of linear layers: ``"torch"``, ``"triton"``, or ``"auto"``, which takes torch: the
             Triton kernels were not measured on a GPU yet. One that is named never falls back.
+        isolation: how often one random row is also run alone, and must have the loss, or the outputs, that it has in
+            the batch: ``"default"`` at backward 1, 2, 4, 8, ...; ``"every_step"``; ``"off"``. It costs a forward of
+            one row, and, of a model with dropout, one of the batch in eval mode.
 
     Returns:
         The same object.
@@ -91,6 +95,8 @@ def wrap(
         raise ValueError(f"loss_chunk is {loss_chunk!r}; expected a number of tokens >= 1, 'auto', or None")
     if impl not in ("auto", "torch", "triton"):
         raise ValueError(f"impl is {impl!r}; expected 'auto', 'torch' or 'triton'")
+    if isolation not in ("every_step", "default", "off"):
+        raise ValueError(f"isolation is {isolation!r}; expected 'every_step', 'default' or 'off'")
     rule = ClipRule(max_grad_norm, clip_function, clip_gamma)
     _refuse_mixing(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -100,6 +106,7 @@ def wrap(
     sites = _cover(model, parameters) if covered else []
     uses = [use for module, site_rule, keys in sites if (use := _matrix_use(site_rule, module, keys)) is not None]
     state = ClipState(clipping, fixed or strategy, rule, memory, uses, parameters, flattening_parameters(model), impl)
+    state.isolation = isolation
     if clipping != "none":
         guard_parameters(state)
     causal_lm = find_causal_lm(model)

@@ -18,6 +18,7 @@ from dpft.errors import WrapError
 from dpft.kernels.impl import Impl
 from dpft.rules.base import MatrixUse, Pass
 
+Isolation = Literal["every_step", "default", "off"]
 Clipping = Literal["flash", "ghost", "fast", "per_sample", "none"]
 
 
@@ -106,6 +107,8 @@ class ClipState:
         unfinished: the last one did.
         weights: ``[B]`` example weights that a forward without labels was given.
         deferred_checks: flags computed on the device in this logical batch, read once before its release.
+        isolation: how often a row is run alone: see :func:`dpft.wrap`.
+        isolated_at: the number of the last backward whose forward was checked so.
         probed_at: the number of the last one before which the isolation check came to a result.
         delivering: address and version of the clipped gradients that autograd is about to accumulate, by parameter.
         guarded: ``id`` of each parameter that has a hook.
@@ -130,6 +133,8 @@ class ClipState:
     seq_len: int = 1
     trace: Trace = field(default_factory=Trace)
     shared: set[str] = field(default_factory=set)
+    isolation: Isolation = "default"
+    isolated_at: int = 0
     probed_at: int = 0
     delivering: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)

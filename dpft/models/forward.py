@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,10 +15,10 @@ from dpft.clipping.state import ClipState
 from dpft.clipping.strategies import guard_parameters
 from dpft.errors import ClippingError
 from dpft.models.head import joined
+from dpft.models.isolation import RowCheck
+from dpft.models.rows import row_of
 
 COMPILED = "OptimizedModule"  # by name, so that torch._dynamo need not be imported for it
-# Not inputs of the batch, whatever their length happens to be.
-_NOT_BATCHED = frozenset({"cache_position", "num_items_in_batch"})
 
 
 def clipped_forward(
@@ -52,18 +53,30 @@ def clipped_forward(
     try:
         if kwargs.get("labels") is None:
             _hold_weights(state, weights)
-            return plain(*args, **kwargs)
+            run = functools.partial(_run_expecting, state, plain)
+            with RowCheck.of_next(state, model, run, args, kwargs, shape[0]) as check:
+                out = plain(*args, **kwargs)
+            check.compare(out)
+            return out
         device = next(iter(state.parameters.values())).device
         choice = state.choose(device, shape[0], state.seq_len).strategy
         if choice == "per_example":
             return _forward_each(state, plain, args, kwargs, weights, shape[0])
         if choice == "two_pass":
             refuse_unsaved_rng(state, model)
-        with _expecting(state, kwargs):
-            out = plain(*args, **kwargs)
+        run = functools.partial(_run_expecting, state, plain)
+        with RowCheck.of_next(state, model, run, args, kwargs, shape[0]) as check:
+            out = run(*args, **kwargs)
+        check.compare(out)
         return _with_loss(out, lambda losses: clip_boundary(state, losses, weights, choice), kwargs)
     finally:
         state.end()
+
+
+def _run_expecting(state: ClipState, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The forward, whose head computes its losses with the call's labels where it can."""
+    with _expecting(state, kwargs):
+        return plain(*args, **kwargs)
 
 
 def _expecting(state: ClipState, kwargs: dict[str, Any]) -> AbstractContextManager[None]:
@@ -169,9 +182,9 @@ def _forward_each(
     logits: list[Tensor] = []
     out: Any = None
     for i in range(batch):
-        row = {k: _row(v, i, batch, k) for k, v in kwargs.items()}
+        row = {k: row_of(v, i, batch, k) for k, v in kwargs.items()}
         with _expecting(state, row):
-            out = plain(*(_row(a, i, batch) for a in args), **row)
+            out = plain(*(row_of(a, i, batch) for a in args), **row)
         loss = out[0] if isinstance(out, tuple) else out.loss
         losses.append(loss.reshape(()))
         found = out[1] if isinstance(out, tuple) else getattr(out, "logits", None)
@@ -182,43 +195,3 @@ def _forward_each(
         return (loss, together)
     assert out is not None
     return type(out)(loss=loss, logits=together)
-
-
-def _may_be_an_example(entry: Any, one_each: bool) -> bool:
-    """Whether an entry of a list may be one example's data, which the others' forwards must not see."""
-    if isinstance(entry, Tensor) and entry.dim() > 0:
-        return entry.shape[0] == 1
-    return isinstance(entry, str | Mapping) or (one_each and isinstance(entry, Tensor | int | float))
-
-
-def _row(value: Any, i: int, batch: int, name: str = "") -> Any:
-    """Example i's part of an argument; what stands for all examples as it is.
-
-    Raises:
-        ClippingError: an argument of which it is not known which part is whose.
-    """
-    if isinstance(value, Tensor) and value.dim() > 0 and name not in _NOT_BATCHED:
-        if value.shape[0] == batch:
-            return value[i : i + 1]
-        if value.shape[0] != 1:
-            raise ClippingError(
-                f"argument {name!r} has shape {list(value.shape)} in a batch of {batch}: it is not known which "
-                "part is whose example's. Put the batch first, or use physical batches of one example."
-            )
-    elif isinstance(value, Mapping):
-        return type(value)({k: _row(v, i, batch, str(k)) for k, v in value.items()})  # type: ignore[call-arg]  # a mapping type is made from a dict
-    elif isinstance(value, list | tuple):
-        if batch > 1 and any(_may_be_an_example(v, len(value) == batch) for v in value):
-            raise ClippingError(
-                f"argument {name!r} is a {type(value).__name__} of {len(value)} in a batch of {batch}, which may hold "
-                "an entry for each example: it cannot be cut into rows. Give tensors of one row per example, or use "
-                "physical batches of one example."
-            )
-        rows = [_row(v, i, batch, name) for v in value]
-        return rows if isinstance(value, list) else tuple(rows)
-    elif batch > 1 and not isinstance(value, Tensor | bool | int | float | str | type(None)):
-        raise ClippingError(
-            f"argument {name!r} is a {type(value).__name__}, which may hold several examples' data: it cannot be cut "
-            "into rows. Use physical batches of one example."
-        )
-    return value
