@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dpft.errors import ClippingError
@@ -61,10 +60,10 @@ def real_columns(mask: Any) -> tuple[int, int] | None:
     """
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != 1:
         return None
-    columns = torch.nonzero(mask[0]).flatten()
+    columns = [number for number, real in enumerate(mask[0].tolist()) if real]  # one transfer from the device
     if len(columns) < 2:
         return None
-    first, last = int(columns[0]), int(columns[-1]) + 1
+    first, last = columns[0], columns[-1] + 1
     return None if (first, last) == (0, mask.shape[1]) else (first, last)
 
 
