@@ -46,6 +46,7 @@ class PrivacyRun:
         self._isolated = isolated
         self.schedule, self.ledger, self.clipping, self.seeded = schedule, ledger, clipping, seeded
         self._meter: EpsilonMeter | None = None
+        self._loaded = False
         self._unclaimed = ledger.count > 0 and not continued
         self._history, self._first = ledger.events(), ledger.count
         self.on_load: Callable[[], None] = lambda: None
@@ -102,6 +103,16 @@ class PrivacyRun:
         here = self.steps - self._first
         return self._meter.exact(here) if exact else self._meter.at(here)
 
+    def check_start(self) -> None:
+        """Refuse a loop that would train nothing, and leave an untrained model to be saved as a trained one.
+
+        Raises:
+            LedgerError: the ledger is full with the releases of a run that was not resumed.
+            BudgetExceededError: it was to be continued, and nothing is left.
+        """
+        if self.ledger.count >= self.last_step and self.ledger.count == self._first and not self._loaded:
+            self.check_budget()
+
     def check_budget(self) -> None:
         """Refuse a release that the budget does not cover.
 
@@ -152,7 +163,7 @@ class PrivacyRun:
             LedgerError: the checkpoint belongs to another ledger, or is ahead of this one.
         """
         self.ledger.check_resume(state)
-        self._unclaimed = False
+        self._unclaimed, self._loaded = False, True
         self.on_load()
 
 
@@ -176,6 +187,7 @@ class LoopGuard:
     def start(self) -> None:
         """Called when a loop begins: sums that an abandoned one left would put its examples into a second batch."""
         assert self.optimizer is not None
+        self._ranks.together(self._run.check_start)
         self._ranks.agree({"releases": self._run.steps}, "the ledger's")
         self.optimizer.discard()
         self._state.broken = False

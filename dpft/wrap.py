@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from dpft.clipping.boundary import clip_boundary
 from dpft.clipping.factors import ClipFunction, ClipRule
+from dpft.clipping.guard import guard_parameters
 from dpft.clipping.passes import BookKeeping
 from dpft.clipping.state import Clipping, ClipState, ClipStats, Isolation
-from dpft.clipping.strategies import guard_parameters
 from dpft.clipping.strategy_choice import Strategy, describe_uses
 from dpft.errors import ClippingError, UnsupportedModuleError, WrapError
 from dpft.kernels.impl import Impl
@@ -154,8 +154,12 @@ def unwrap(model: nn.Module) -> nn.Module:
             module.__dict__.pop("_loss_function", None)
             if before is not None:
                 module.loss_function = before
-    for hook in model.__dict__.pop(_STATE).hooks:
+    state = model.__dict__.pop(_STATE)
+    for hook in state.hooks:
         hook.remove()
+    for p in state.parameters.values():
+        if p.dtype == torch.float16 and p.grad is None:
+            p.grad_dtype = p.dtype
     return model
 
 
@@ -186,7 +190,7 @@ def clipped_loss(model: nn.Module, losses: Tensor | Sequence[Tensor], example_we
                 f"{len(losses)} losses; pass example_weight to dpft.clipped_loss, one weight per loss."
             )
         example_weight = state.weights
-    state.weights = None
+    state.weights_used = True  # and kept: a second loss of the same forward has the same padding rows
     if state.strategy == "per_example":
         if isinstance(losses, Tensor) and (losses.dim() != 1 or len(losses) > 1):
             raise ClippingError(

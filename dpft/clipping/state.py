@@ -105,7 +105,8 @@ class ClipState:
         backwards: clipped backward passes so far.
         broken: one of them failed midway: ``.grad`` may hold a part of it. Until a loop begins anew.
         unfinished: the last one did.
-        weights: ``[B]`` example weights that a forward without labels was given.
+        weights: ``[B]`` example weights that the last forward without labels was given.
+        weights_used: a clipped loss has taken them: the next forward's may be others.
         deferred_checks: flags computed on the device in this logical batch, read once before its release.
         isolation: how often a row is run alone: see :func:`dpft.wrap`.
         isolated_at: the number of the last backward whose forward was checked so.
@@ -147,6 +148,7 @@ class ClipState:
     unfinished: bool = False
     deferred_checks: DeferredChecks = field(default_factory=DeferredChecks)
     weights: Tensor | None = None
+    weights_used: bool = False
     engine: Engine | None = None
     decided: Choice | None = None
     head: Head | None = None

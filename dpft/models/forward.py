@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dpft.clipping.boundary import clip_boundary, mean_loss
+from dpft.clipping.guard import guard_parameters
 from dpft.clipping.state import ClipState
-from dpft.clipping.strategies import guard_parameters
 from dpft.errors import ClippingError
 from dpft.models.head import joined
 from dpft.models.isolation import RowCheck
@@ -56,6 +56,7 @@ def clipped_forward(
             run = functools.partial(_run_expecting, state, plain)
             with RowCheck.of_next(state, model, run, args, kwargs, shape[0]) as check:
                 out = plain(*args, **kwargs)
+            _refuse_own_loss(out, kwargs)
             check.compare(out)
             return out
         device = next(iter(state.parameters.values())).device
@@ -88,6 +89,8 @@ def _expecting(state: ClipState, kwargs: dict[str, Any]) -> AbstractContextManag
 
 def _hold_weights(state: ClipState, weights: Tensor | None) -> None:
     """Keep the weights of a forward without labels for the ``clipped_loss`` that is to come."""
+    if state.weights_used:
+        state.weights, state.weights_used = None, False
     held = state.weights
     if weights is None:
         return
@@ -97,6 +100,22 @@ def _hold_weights(state: ClipState, weights: Tensor | None) -> None:
             "none. Pass the same weights to both."
         )
     state.weights = weights
+
+
+def _refuse_own_loss(out: Any, kwargs: dict[str, Any]) -> None:
+    """A loss that the model computed from other targets than ``labels`` is a mean over the batch.
+
+    Raises:
+        ClippingError: names the arguments.
+    """
+    loss = getattr(out, "loss", None)
+    if isinstance(loss, Tensor) and loss.requires_grad:
+        given = sorted(name for name, value in kwargs.items() if value is not None)
+        raise ClippingError(
+            f"the model computed a loss by itself from {', '.join(given)}: a mean over the batch, which cannot be "
+            "clipped by example. Leave the targets (start_positions, end_positions, ...) out, compute losses [B] from "
+            "the outputs with reduction='none', and call dpft.clipped_loss(model, losses)."
+        )
 
 
 def refuse_compiled(state: ClipState, model: nn.Module) -> None:

@@ -86,6 +86,7 @@ class RowCheck:
 
     def __enter__(self) -> RowCheck:
         self._before = self._random_states() if self._run is not None else []
+        self._buffers = _released_buffers(self._model) if self._run is not None else {}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -101,6 +102,7 @@ class RowCheck:
         """
         if self._run is None:
             return
+        self._refuse_changed_buffers()
         index = random.SystemRandom().randrange(self._batch)
         try:
             row = {name: row_of(value, index, self._batch, name) for name, value in self._kwargs.items()}
@@ -123,6 +125,22 @@ class RowCheck:
         wrong = self._differs(out, alone, index, columns, length)
         if wrong is not None:
             self._state.deferred_checks.refuse_if(wrong, MESSAGE)
+
+    def _refuse_changed_buffers(self) -> None:
+        """A buffer that a training forward changes is saved with the model, and no noise was added to it.
+
+        Raises:
+            ClippingError: names them.
+        """
+        now = _released_buffers(self._model)
+        changed = sorted(name for name, mark in now.items() if self._buffers.get(name, mark) != mark)
+        if changed:
+            raise ClippingError(
+                f"the training forward changed the buffers {changed[:5]} ({len(changed)} in all), which are saved "
+                "with the model: what they keep of the private batches (running statistics, codebooks, observers) "
+                "would be released without noise. Freeze them (module.eval(), momentum 0), make them non-persistent, "
+                "or replace the module. The model has seen private data: load it anew."
+            )
 
     def _random_states(self) -> list[Tensor]:
         states = [torch.get_rng_state()]
@@ -174,6 +192,17 @@ def _apart(here: Tensor, there: Tensor, tolerance: float, floor: float) -> Tenso
     size = torch.where(finite, b.abs(), 0.0).amax() + floor
     far = torch.where(finite, (a - b).abs(), 0.0).amax() > tolerance * size
     return far | (torch.isfinite(a) != torch.isfinite(b)).any()
+
+
+def _released_buffers(model: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """For each buffer of the ``state_dict``: which tensor it is, how often it was written to, and where it lies."""
+    found = {}
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                pointer = 0 if buffer.device.type == "meta" else buffer.data_ptr()
+                found[f"{path}.{name}".lstrip(".")] = (id(buffer), buffer._version, pointer)
+    return found
 
 
 def _losses(out: Any) -> Tensor | None:
