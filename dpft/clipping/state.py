@@ -39,7 +39,7 @@ class Engine(Protocol):
         ...
 
     def settle(self) -> None:
-        """Called when a backward has handed over all its gradients: none of them is to be held for the next one."""
+        """Called when a backward has handed over all its gradients: none of them may be kept for the next one."""
         ...
 
     def any(self, flag: bool) -> bool:
@@ -95,7 +95,7 @@ class ClipState:
 
     Attributes:
         clipping: the mode.
-        strategy: what was asked for; ``"auto"`` is decided per batch shape.
+        strategy: as requested; ``"auto"`` is decided per batch shape.
         rule: the clip function with C.
         memory: bytes that one-pass may keep beyond one gradient; None asks the device.
         uses: the trainable matrices, at every place where one is used.
@@ -228,7 +228,7 @@ class ClipState:
         if self.decided is not None:
             return self.decided
         if self.strategy != "auto":
-            return Choice(self.strategy, f"{self.strategy}: asked for")
+            return Choice(self.strategy, f"{self.strategy}: requested")
         shape = (batch_size, seq_len)
         if shape not in self.choices:
             itemsize = max((p.element_size() for p in self.parameters.values()), default=4)

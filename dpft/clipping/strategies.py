@@ -154,7 +154,7 @@ class Job:
         """Which examples to seed, pass by pass, each ``[B]`` bool.
 
         The first time: those whose index has a certain bit, and those whose has not, so that in 2 log2(B) passes each
-        ordered pair of examples is told apart. Later: a random half, once.
+        ordered pair of examples is distinguished. Later: a random half, once.
         """
         assert isinstance(self.losses, Tensor)
         device, engine = self.losses.device, self.state.engine
@@ -268,7 +268,7 @@ def run_plain(job: Job, scale: Tensor) -> None:
 def run_per_example(job: Job, scale: Tensor) -> list[Tensor | None] | None:
     """Backward of one example at a time. The last one's clipped gradient is returned, the others' go to ``.grad``.
 
-    So a parameter's gradient is delivered by autograd once, and one gradient is held besides ``.grad``.
+    So a parameter's gradient is delivered by autograd once, and one gradient is kept besides ``.grad``.
     """
     engine = job.state.engine
     names, parameters = list(job.state.parameters), list(job.state.parameters.values())

@@ -1,6 +1,6 @@
 """A language model's head and its cross-entropy, in chunks of tokens: no ``[B, T, V]`` in float32.
 
-The logits of a chunk are made, turned into their own gradient in place, multiplied into what is needed, and given up.
+The logits of a chunk are computed, overwritten by their own gradient, multiplied into the results, and freed.
 The products are those of plain training, each made once: ``h W^T`` for the logits, ``g W`` for the gradient of h, and
 ``g_i^T h_i`` for the weight. The last is per example and stays so, or else g itself is kept in the model's dtype,
 whichever is smaller.
@@ -65,7 +65,7 @@ def chunked_head_loss(
     need_weight: bool = False,
     need_bias: bool = False,
 ) -> HeadProducts:
-    """Per-example losses of a linear head, and their gradients where asked for.
+    """Per-example losses of a linear head, and their gradients where requested.
 
     Args:
         h: ``[B, T, D]``, the head's input.
@@ -141,7 +141,7 @@ def _into_gradient(z: Tensor, total: Tensor, targets: Tensor, valid: Tensor, sha
 def _add_products(
     products: HeadProducts, example: int | None, rows: slice, z: Tensor, h: Tensor, weight: Tensor
 ) -> None:
-    """Multiply the gradient of a chunk's logits ``z [c, V]`` into what is asked for.
+    """Multiply the gradient of a chunk's logits ``z [c, V]`` into the requested results.
 
     Args:
         products: taken in.

@@ -1,4 +1,4 @@
-"""What is particular to Hugging Face: the per-example loss of a causal LM, and the rules of its own layer classes."""
+"""Specific to Hugging Face: the per-example loss of a causal LM, and the rules of its own layer classes."""
 
 from __future__ import annotations
 

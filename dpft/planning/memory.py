@@ -1,4 +1,4 @@
-"""What a rank holds between steps, and of gathered parameters during them."""
+"""Memory of one rank between steps, and of gathered parameters during a step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def resting_bytes(model: nn.Module, sharding: Sharding, optimizer: OptimizerName
     Args:
         model: of whole parameters, on any device.
         sharding: the engine.
-        optimizer: whose states are held; None: none.
+        optimizer: whose states are counted; None: none.
     """
     parameters = list(model.parameters())
     trainable = [p for p in parameters if p.requires_grad]

@@ -49,7 +49,7 @@ class LayerPlan:
     Attributes:
         name: with ``*`` for the numbers.
         count: how many there are.
-        shape: in words.
+        shape: as text.
         method: how the chosen strategy takes its norm.
         norm_flops: of all their norms, beyond a plain step.
         kept_bytes: what one-pass keeps for all of them.
@@ -70,9 +70,9 @@ class Plan:
     Attributes:
         model: class of the model.
         choice: the strategy to take; ``wrap(strategy="auto", memory=plan.allowance)`` takes it too, but for
-            ``"per_example"``, which has to be asked for.
-        reason: why, in words and numbers.
-        batch_size: B, asked for or found.
+            ``"per_example"``, which must be requested.
+        reason: why, as text with figures.
+        batch_size: B, requested or found.
         seq_len: T.
         dtype: of the trainable parameters.
         plain: the step of Hugging Face.
@@ -80,7 +80,7 @@ class Plan:
         layers: per kind of matrix, under the choice.
         allowance: bytes that one-pass may keep beyond one gradient: ``memory=`` of :func:`dpft.wrap`.
         memory: bytes that were planned for, on each rank.
-        resting: bytes by what is held between steps, on each rank.
+        resting: bytes that stay allocated between steps, by kind, on each rank.
         hardware: what the times are for.
         engine: the training engine.
         world_size: its ranks.

@@ -215,7 +215,7 @@ def ready_on_meta(model: nn.Module) -> None:
 def simulated(meter: Meter, gpu: bool) -> Iterator[None]:
     """Inside, models of meta tensors take steps, their kernels as on a GPU or not.
 
-    A layer's norm is run once for each shape, and counted whenever it is asked for.
+    A layer's norm is run once for each shape, and counted whenever it is used.
     """
 
     def counted(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:

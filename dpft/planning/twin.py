@@ -104,7 +104,7 @@ def _set_checkpointing(model: nn.Module, on: bool | None) -> None:
     change = getattr(model, f"gradient_checkpointing_{'enable' if on else 'disable'}", None)
     if change is None:
         raise UnsupportedModuleError(
-            f"checkpointing={on} was asked for and {type(model).__name__} has no gradient_checkpointing_enable. Leave "
+            f"checkpointing={on} was requested and {type(model).__name__} has no gradient_checkpointing_enable. Leave "
             "it None and plan the model as it is"
         )
     with warnings.catch_warnings():
