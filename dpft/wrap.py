@@ -54,7 +54,7 @@ def wrap(
             Conv1D of GPT-2, LoRA factors); with ``strategy="per_example"`` any module at all.
         clipping: ``"flash"`` (dpft picks per layer among gram tiles, feature tiles and materialising),
             ``"ghost"`` (full Gram, two passes: the published baseline), ``"fast"`` (one layer's gradients materialised
-            at a time, two passes), ``"per_sample"`` (all per-example gradients in memory at once), ``"none"`` (no clipping: NOT
+            at a time, two passes), ``"per_sample"`` (all per-example gradients at once), ``"none"`` (no clipping: NOT
             private, for comparison). All give the same clipped sum where they clip.
         max_grad_norm: C > 0, bound on the L2 norm of one example's contribution.
         strategy: ``"auto"``, ``"one_pass"``, ``"two_pass"`` or ``"per_example"``.
