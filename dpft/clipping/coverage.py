@@ -76,13 +76,13 @@ def check_coverage(losses: Tensor, names: dict[int, str] | None) -> bool:
 
 
 def foreign_leaves(names: dict[int, str]) -> dict[int, tuple[Tensor, Tensor | None, int]]:
-    """Tensors of this process that autograd may accumulate into and that are not in ``names``, with their ``.grad``.
+    """Trainable parameters of this process that are not in ``names``, with their ``.grad``.
 
     A backward through a reentrant checkpoint accumulates into every leaf that it reaches, and hides which these are.
     """
     found = {}
     for value in gc.get_objects():
-        if isinstance(value, Tensor) and value.requires_grad and value.is_leaf and id(value) not in names:
+        if isinstance(value, nn.Parameter) and value.requires_grad and id(value) not in names:
             grad = value.grad
             found[id(value)] = (value, grad, -1 if grad is None else grad._version)
     return found
@@ -97,7 +97,7 @@ def refuse_strays(before: dict[int, tuple[Tensor, Tensor | None, int]]) -> None:
     for tensor, grad, version in before.values():
         if tensor.grad is not None and (tensor.grad is not grad or tensor.grad._version != version):
             raise UnsupportedModuleError(
-                f"a tensor of shape {list(tensor.shape)} that is not a parameter of the wrapped model received an "
+                f"a parameter of shape {list(tensor.shape)} that is not one of the wrapped model's received an "
                 "unclipped gradient inside a reentrant checkpoint. Put it into the model before dpft.wrap, or use "
                 "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
             )
