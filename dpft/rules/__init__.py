@@ -1,0 +1,1 @@
+"""Per-layer gradient rules: what the backward of each supported layer reports to the clipping pass."""
