@@ -65,7 +65,7 @@ def chunked_head_loss(
     need_weight: bool = False,
     need_bias: bool = False,
 ) -> HeadProducts:
-    """Per-example losses of a linear head, and the requested gradients.
+    """Per-example losses of a linear head, and their gradients where requested.
 
     Args:
         h: ``[B, T, D]``, the head's input.
@@ -141,7 +141,7 @@ def _into_gradient(z: Tensor, total: Tensor, targets: Tensor, valid: Tensor, sha
 def _add_products(
     products: HeadProducts, example: int | None, rows: slice, z: Tensor, h: Tensor, weight: Tensor
 ) -> None:
-    """Add to ``products`` what the gradient of one chunk's logits contributes.
+    """Multiply the gradient of a chunk's logits ``z [c, V]`` into the requested results.
 
     Args:
         products: changed in place.

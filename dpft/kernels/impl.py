@@ -22,7 +22,7 @@ def on_gpu(x: Tensor) -> bool:
 
 
 def resolve_impl(x: Tensor, impl: Impl) -> tuple[Literal["torch", "triton"], str]:
-    """The implementation that ``impl`` selects on ``x``'s device, and the reason.
+    """The implementation that ``impl`` selects on ``x``'s device, and the reason as text.
 
     Args:
         x: a tensor on the device where the kernel is to run.
@@ -40,14 +40,14 @@ def resolve_impl(x: Tensor, impl: Impl) -> tuple[Literal["torch", "triton"], str
         raise ValueError(f"impl is {impl!r}; expected 'auto', 'torch' or 'triton'")
     if importlib.util.find_spec("triton") is None:
         raise KernelError(
-            "impl='triton' was requested and the package triton is not installed: install dpft[triton], or use "
+            "impl='triton' was requested and the package triton is not installed: install dpft[triton], or take "
             "impl='torch'"
         )
     from dpft.kernels import triton as fused
 
     if not x.is_cuda and not fused.INTERPRETED:
         raise KernelError(
-            f"impl='triton' was requested with tensors on {x.device}; Triton runs on CUDA devices. Use impl='torch', "
+            f"impl='triton' was requested with tensors on {x.device}; Triton runs on CUDA devices. Take impl='torch', "
             "or, to test the kernels in Triton's interpreter, start the process with TRITON_INTERPRET=1"
         )
     return "triton", "named"

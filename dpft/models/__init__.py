@@ -1,1 +1,0 @@
-"""What is specific to Hugging Face models: the wrapped forward, per-example losses, and the chunked LM head."""

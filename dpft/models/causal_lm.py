@@ -1,4 +1,4 @@
-"""Hugging Face causal LMs: their per-example loss, and rules for the layer classes of transformers."""
+"""Specific to Hugging Face: the per-example loss of a causal LM, and the rules of its own layer classes."""
 
 from __future__ import annotations
 

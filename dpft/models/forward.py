@@ -74,7 +74,7 @@ def _expecting(state: ClipState, kwargs: dict[str, Any]) -> AbstractContextManag
 
 
 def _hold_weights(state: ClipState, weights: Tensor | None) -> None:
-    """Keep the example weights of a forward without labels for the ``clipped_loss`` that follows."""
+    """Keep the weights of a forward without labels for the ``clipped_loss`` that is to come."""
     held = state.weights
     if weights is None:
         return
@@ -185,25 +185,25 @@ def _forward_each(
 
 
 def _may_be_an_example(entry: Any, one_each: bool) -> bool:
-    """Whether an entry of a list may be one example's data, which the forwards of others must not get."""
+    """Whether an entry of a list may be one example's data, which the others' forwards must not see."""
     if isinstance(entry, Tensor) and entry.dim() > 0:
         return entry.shape[0] == 1
     return isinstance(entry, str | Mapping) or (one_each and isinstance(entry, Tensor | int | float))
 
 
 def _row(value: Any, i: int, batch: int, name: str = "") -> Any:
-    """Example i's row of an argument; an argument shared by all examples unchanged.
+    """Example i's part of an argument; what stands for all examples as it is.
 
     Raises:
-        ClippingError: an argument that cannot be split by example.
+        ClippingError: an argument of which it is not known which part is whose.
     """
     if isinstance(value, Tensor) and value.dim() > 0 and name not in _NOT_BATCHED:
         if value.shape[0] == batch:
             return value[i : i + 1]
         if value.shape[0] != 1:
             raise ClippingError(
-                f"argument {name!r} has shape {list(value.shape)} in a batch of {batch}: it is not known which part "
-                "belongs to which example. Make the batch its first dimension, or use physical batches of one example."
+                f"argument {name!r} has shape {list(value.shape)} in a batch of {batch}: it is not known which "
+                "part is whose example's. Put the batch first, or use physical batches of one example."
             )
     elif isinstance(value, Mapping):
         return type(value)({k: _row(v, i, batch, str(k)) for k, v in value.items()})  # type: ignore[call-arg]  # a mapping type is made from a dict
@@ -211,14 +211,14 @@ def _row(value: Any, i: int, batch: int, name: str = "") -> Any:
         if batch > 1 and any(_may_be_an_example(v, len(value) == batch) for v in value):
             raise ClippingError(
                 f"argument {name!r} is a {type(value).__name__} of {len(value)} in a batch of {batch}, which may hold "
-                "an entry for each example: it cannot be split by example. Pass tensors with one row per example, or "
-                "use physical batches of one example."
+                "an entry for each example: it cannot be cut into rows. Give tensors of one row per example, or use "
+                "physical batches of one example."
             )
         rows = [_row(v, i, batch, name) for v in value]
         return rows if isinstance(value, list) else tuple(rows)
     elif batch > 1 and not isinstance(value, Tensor | bool | int | float | str | type(None)):
         raise ClippingError(
-            f"argument {name!r} is a {type(value).__name__}, which may hold several examples' data: it cannot be "
-            "split by example. Use physical batches of one example."
+            f"argument {name!r} is a {type(value).__name__}, which may hold several examples' data: it cannot be cut "
+            "into rows. Use physical batches of one example."
         )
     return value

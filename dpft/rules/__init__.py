@@ -1,1 +1,1 @@
-"""Per-layer gradient rules: what the backward of each supported layer reports to the clipping pass."""
+"""Layer rules: how a layer's per-example gradient is found from its input and its output gradient."""

@@ -133,8 +133,8 @@ def per_example(t: Tensor, host: Host, site: str, feature_dims: int = 1) -> Tens
     if site in host.flattening and is_flattened(lead, batch_size):
         return t.reshape(batch_size, lead[0] // batch_size, *features)
     raise ClippingError(
-        f"{site!r} got a tensor of shape {list(t.shape)} in a batch of {batch_size} examples: its first dimension is "
-        "not the batch, so rows cannot be assigned to examples. Keep the batch dimension first ([B, T, ...], not "
+        f"{site!r} saw a tensor of shape {list(t.shape)} in a batch of {batch_size} examples: its first dimension is "
+        "not the batch, so it is not known which example a row belongs to. Keep the batch in front ([B, T, ...], not "
         "[B * T, ...] or [T, B, ...]), wrap with strategy='per_example', or freeze it."
     )
 
