@@ -1,4 +1,4 @@
-"""Which implementation of a kernel runs. One that is named is never replaced by another."""
+"""Which implementation of a kernel runs, torch or Triton. One requested by name is never replaced by another."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dpft.errors import KernelError
 Impl = Literal["auto", "torch", "triton"]
 
 
-# Set while a step on a GPU is simulated on tensors that are on none.
+# Set while a step on a GPU is simulated with meta tensors.
 simulated_gpu = False
 
 
 def on_gpu(x: Tensor) -> bool:
-    """Whether ``x`` is on a GPU, or stands for a tensor that will be."""
+    """Whether ``x`` is on a GPU, or simulates a tensor on one."""
     return x.is_cuda or simulated_gpu
 
 
@@ -26,7 +26,7 @@ def resolve_impl(x: Tensor, impl: Impl) -> tuple[Literal["torch", "triton"], str
 
     Args:
         x: a tensor on the device where the kernel is to run.
-        impl: ``"auto"``, or the name of an implementation, which is then taken or refused.
+        impl: ``"auto"``, or the name of an implementation, which is then used or refused.
 
     Raises:
         ValueError: an unknown ``impl``.

@@ -24,18 +24,18 @@ COMPILED = "OptimizedModule"  # by name, so that torch._dynamo need not be impor
 def clipped_forward(
     state: ClipState, model: nn.Module, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Run ``plain`` and put the clip boundary on its per-example losses, where it was given labels.
+    """Run ``plain`` and, if labels are passed, put the clip boundary on its per-example losses.
 
     Args:
         state: of ``model``.
         model: the wrapped model.
-        plain: its forward as it was.
-        args: the call's.
-        kwargs: the call's; ``example_weight [B]`` is taken out.
+        plain: its forward as it was before wrapping.
+        args: of the call.
+        kwargs: of the call; ``example_weight [B]`` is removed.
 
     Raises:
         WrapError: the trainable parameters changed since ``wrap``.
-        ClippingError: a part of the model is compiled; or labels were given and the model computed a loss of its own.
+        ClippingError: a submodule is compiled; or labels were passed and the model computed a loss of its own.
     """
     weights = kwargs.pop("example_weight", None)
     if not torch.is_grad_enabled():
@@ -81,7 +81,7 @@ def _run_expecting(state: ClipState, plain: Callable[..., Any], *args: Any, **kw
 
 
 def _expecting(state: ClipState, kwargs: dict[str, Any]) -> AbstractContextManager[None]:
-    """Lets the head compute its losses with the call's labels, where it can."""
+    """A context in which the head computes its losses with the call's labels, if it can."""
     if state.head is None or kwargs.get("shift_labels") is not None:
         return nullcontext()
     return state.head.expecting(kwargs.get("labels"))
@@ -96,8 +96,8 @@ def _hold_weights(state: ClipState, weights: Tensor | None) -> None:
         return
     if held is not None and not (held.shape == weights.shape and torch.equal(held, weights.to(held.device))):
         raise ClippingError(
-            "two forwards before one clipped_loss were given different example_weight; a row is padding in both or in "
-            "none. Pass the same weights to both."
+            "two forwards before one clipped_loss got different example_weight; a row must be padding in both or in "
+            "neither. Pass the same weights to both."
         )
     state.weights = weights
 
@@ -119,9 +119,9 @@ def _refuse_own_loss(out: Any, kwargs: dict[str, Any]) -> None:
 
 
 def refuse_compiled(state: ClipState, model: nn.Module) -> None:
-    """A part of the model that is compiled has a backward of its own, in which no rule sees a gradient.
+    """Refuse a model with a compiled submodule, in whose backward no rule sees a gradient.
 
-    ``torch.compile`` around the wrapped model is harmless: the model's forward runs as it is.
+    ``torch.compile`` around the wrapped model is harmless: the model's forward runs uncompiled.
 
     Raises:
         ClippingError: names the module.
@@ -131,16 +131,16 @@ def refuse_compiled(state: ClipState, model: nn.Module) -> None:
     for name, module in model.named_modules():
         if (module._compiled_call_impl is not None and module is not model) or type(module).__name__ == COMPILED:
             raise ClippingError(
-                f"{name!r} is compiled (torch.compile), so its backward is fixed before anyone can take a norm in it. "
-                "Leave the model's parts uncompiled, or wrap with strategy='per_example'."
+                f"{name!r} is compiled (torch.compile), so no per-example norm can be computed in its backward. "
+                "Do not compile the model's submodules, or wrap with strategy='per_example'."
             )
 
 
 def refuse_unsaved_rng(state: ClipState, model: nn.Module) -> None:
-    """Two passes recompute a checkpoint twice: both must draw the dropout masks of the forward.
+    """Refuse checkpointing that does not restore the RNG: both passes must draw the forward's dropout masks.
 
     Raises:
-        ClippingError: transformers' checkpointing with ``preserve_rng_state=False``, where two passes may run.
+        ClippingError: transformers' checkpointing with ``preserve_rng_state=False``, and two passes may run.
     """
     if state.strategy == "one_pass":
         return
@@ -166,8 +166,8 @@ def _with_loss(out: Any, reduce: Callable[[Tensor], Tensor], kwargs: dict[str, A
         got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ClippingError(
             f"the model computed its own loss from labels (got {got}; expected per-example losses [{batch}] from "
-            "model.loss_function): a mean over the batch, or one with a term that mixes examples, cannot be clipped. "
-            "Leave labels out, compute losses [B] from the outputs, and call dpft.clipped_loss(model, losses)."
+            "model.loss_function): a mean over the batch, or a loss with a term that mixes examples, cannot be "
+            "clipped. Omit labels, compute losses [B] from the outputs, and call dpft.clipped_loss(model, losses)."
         )
     assert isinstance(losses, Tensor)
     loss = reduce(losses)
@@ -178,7 +178,7 @@ def _with_loss(out: Any, reduce: Callable[[Tensor], Tensor], kwargs: dict[str, A
 
 
 def _batch_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Size | None:
-    """Shape of the tensor that has the batch first."""
+    """Shape of the first tensor input, whose dimension 0 is the batch; None if there is none."""
     preferred = [kwargs.get(name) for name in ("input_ids", "inputs_embeds", "labels")]
     for value in (*preferred, *args, *kwargs.values()):
         if isinstance(value, Tensor) and value.dim() > 0:
@@ -194,7 +194,7 @@ def _forward_each(
     weights: Tensor | None,
     batch: int,
 ) -> Any:
-    """One forward per example, so that no architecture can mix them; the outputs are joined, detached."""
+    """One forward per example, so that no architecture can mix them; the logits are concatenated, detached."""
 
     kwargs = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
     losses: list[Tensor] = []
