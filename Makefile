@@ -4,6 +4,7 @@
 #     make test      the same environment with what the tests need; ruff, mypy, and the tests that every change must pass
 #     make test-slow the other tests: launches of every engine, kills, resumes, the recipes and tools from end to end
 #     make gpu       everything that is to be measured on a GPU, within 500 s (GPU_ARGS="--list", "--rehearse" ...)
+#     make mutate    break dpft in one place at a time: is each mistake caught by a test? (some twenty minutes)
 #     make lint      ruff and mypy alone
 #     make format    sort the imports, repair what ruff can repair, and format
 #     make clean     remove the environment, outputs, and every cache
@@ -28,7 +29,7 @@ PARALLEL := --numprocesses=2 --dist=worksteal
 # triton that it was built with. Before 3.7 the interpreter cannot run a loop under numpy 2.4.
 TRITON := triton==3.7.1; sys_platform == "linux"
 
-.PHONY: help demo test test-slow gpu lint format clean
+.PHONY: help demo test test-slow gpu mutate lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -69,6 +70,9 @@ test-slow: $(VENV)/.stamp-test
 
 gpu: $(VENV)/.stamp-test
 	$(BIN)/python tools/gpu.py $(GPU_ARGS)
+
+mutate: $(VENV)/.stamp-test
+	$(BIN)/python tools/mutate.py
 
 format: $(VENV)/.stamp-test
 	$(BIN)/ruff check --fix .

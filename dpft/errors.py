@@ -39,7 +39,7 @@ class BudgetExceededError(DPFTError, RuntimeError):
 
 
 class AccountingError(DPFTError, ValueError):
-    """No theorem that dpft implements covers the mechanism that was asked for."""
+    """No theorem that dpft implements covers the mechanism that was requested."""
 
 
 class MissingPackageError(DPFTError, ImportError):
@@ -47,4 +47,4 @@ class MissingPackageError(DPFTError, ImportError):
 
 
 class KernelError(DPFTError, RuntimeError):
-    """The kernel implementation that was asked for cannot run here; dpft does not fall back to another one."""
+    """The kernel implementation that was requested cannot run here; dpft does not fall back to another one."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from dpft.clipping.state import Clipping, ClipState
+from dpft.clipping.state import Clipping, ClipState, Isolation
 from dpft.clipping.strategy_choice import Choice, Strategy, allowance, choose_for_all, free_memory
 from dpft.engines.engine import SENDS_AT_ONCE, Kind, launch
 from dpft.engines.ranks import Ranks
@@ -51,6 +51,7 @@ def prepare(
     continue_ledger: bool = False,
     num_workers: int = 0,
     static_shapes: bool = False,
+    isolation: Isolation = "default",
     test_seed: int | None = None,
 ) -> tuple[nn.Module, Any, PrivateDataLoader]:
     """Make a training loop private.
@@ -85,6 +86,7 @@ def prepare(
         continue_ledger: continue the count of a ledger that has releases, with a new model.
         num_workers: worker processes of the DataLoader.
         static_shapes: pad every physical batch to ``max_physical_batch_size`` rows.
+        isolation: as :func:`dpft.wrap`; the report says where it is ``"off"``.
         test_seed: fixes sampling and noise, for tests only: the run is then not private, and the report says so.
 
     Returns:
@@ -138,6 +140,7 @@ def prepare(
             "max_physical_batch_size": max_physical_batch_size,
             "seq_len": seq_len,
             "static_shapes": static_shapes,
+            "isolation": isolation,
             "num_workers": num_workers,
             "continue_ledger": continue_ledger,
             "test_seed": test_seed,
@@ -166,13 +169,14 @@ def prepare(
         clip_gamma=privacy.clip_gamma,
         memory=memory,
         loss_chunk=loss_chunk,
+        isolation=isolation,
     )
     ledger: SharedLedger | None = None
     try:
         ranks.together(lambda: check_optimizer(optimizer.param_groups, get_state(model)))
         path = Path(ledger_path or Path(accelerator.project_dir or ".") / "privacy_ledger.jsonl")
         ledger = SharedLedger(ranks, lambda: _open_ledger(path, privacy, schedule, clipping, test_seed is not None))
-        run = PrivacyRun(schedule, ledger, clipping, test_seed is not None, continue_ledger)
+        run = PrivacyRun(schedule, ledger, clipping, test_seed is not None, continue_ledger, isolation != "off")
         return _assemble(
             accelerator,
             kind,

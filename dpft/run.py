@@ -17,6 +17,11 @@ from dpft.privacy.calibration import max_steps_within
 from dpft.privacy.epsilon_meter import EpsilonMeter
 from dpft.privacy.schedule import PrivacySchedule
 
+NOT_ISOLATED = (
+    "no example's gradient depends on the examples beside it: the check that runs a row alone was switched off "
+    "(isolation='off')"
+)
+
 
 class PrivacyRun:
     """The privacy budget of a run, spent and remaining: schedule, ledger, epsilon; in ``accelerator.save_state``.
@@ -30,10 +35,18 @@ class PrivacyRun:
     """
 
     def __init__(
-        self, schedule: PrivacySchedule, ledger: SharedLedger, clipping: str, seeded: bool, continued: bool
+        self,
+        schedule: PrivacySchedule,
+        ledger: SharedLedger,
+        clipping: str,
+        seeded: bool,
+        continued: bool,
+        isolated: bool = True,
     ) -> None:
+        self._isolated = isolated
         self.schedule, self.ledger, self.clipping, self.seeded = schedule, ledger, clipping, seeded
         self._meter: EpsilonMeter | None = None
+        self._loaded = False
         self._unclaimed = ledger.count > 0 and not continued
         self._history, self._first = ledger.events(), ledger.count
         self.on_load: Callable[[], None] = lambda: None
@@ -90,6 +103,16 @@ class PrivacyRun:
         here = self.steps - self._first
         return self._meter.exact(here) if exact else self._meter.at(here)
 
+    def check_start(self) -> None:
+        """Refuse a loop that would train nothing, and leave an untrained model to be saved as a trained one.
+
+        Raises:
+            LedgerError: the ledger is full with the releases of a run that was not resumed.
+            BudgetExceededError: it was to be continued, and nothing is left.
+        """
+        if self.ledger.count >= self.last_step and self.ledger.count == self._first and not self._loaded:
+            self.check_budget()
+
     def check_budget(self) -> None:
         """Refuse a release that the budget does not cover.
 
@@ -113,6 +136,8 @@ class PrivacyRun:
 
     def report(self, tuning: str | None = None, notes: tuple[str, ...] = ()) -> dict[str, Any]:
         """The privacy report, for a model card; ``tuning`` and ``notes`` as :func:`dpft.privacy_report`."""
+        if not self._isolated:
+            notes = (*notes, NOT_ISOLATED)
         return privacy_report(
             self.schedule,
             self.ledger.content(),
@@ -138,7 +163,7 @@ class PrivacyRun:
             LedgerError: the checkpoint belongs to another ledger, or is ahead of this one.
         """
         self.ledger.check_resume(state)
-        self._unclaimed = False
+        self._unclaimed, self._loaded = False, True
         self.on_load()
 
 
@@ -162,6 +187,7 @@ class LoopGuard:
     def start(self) -> None:
         """Called when a loop begins: sums that an abandoned one left would put its examples into a second batch."""
         assert self.optimizer is not None
+        self._ranks.together(self._run.check_start)
         self._ranks.agree({"releases": self._run.steps}, "the ledger's")
         self.optimizer.discard()
         self._state.broken = False

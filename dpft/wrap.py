@@ -1,4 +1,4 @@
-"""``wrap``: coverage audit, rules attached, the loss made per-example; ``unwrap`` undoes it."""
+"""``wrap``: checks coverage, attaches rules and makes the loss per-example; ``unwrap`` undoes it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from dpft.clipping.boundary import clip_boundary
 from dpft.clipping.factors import ClipFunction, ClipRule
+from dpft.clipping.guard import guard_parameters
 from dpft.clipping.passes import BookKeeping
-from dpft.clipping.state import Clipping, ClipState, ClipStats
-from dpft.clipping.strategies import guard_parameters
+from dpft.clipping.state import Clipping, ClipState, ClipStats, Isolation
 from dpft.clipping.strategy_choice import Strategy, describe_uses
 from dpft.errors import ClippingError, UnsupportedModuleError, WrapError
 from dpft.kernels.impl import Impl
@@ -41,6 +41,7 @@ def wrap(
     memory: int | None = None,
     loss_chunk: int | Literal["auto"] | None = "auto",
     impl: Impl = "auto",
+    isolation: Isolation = "default",
 ) -> nn.Module:
     """Make ``model`` produce clipped sums of per-example gradients, in place.
 
@@ -53,7 +54,7 @@ def wrap(
             Conv1D of GPT-2, LoRA factors); with ``strategy="per_example"`` any module at all.
         clipping: ``"flash"`` (dpft picks per layer among gram tiles, feature tiles and materialising),
             ``"ghost"`` (full Gram, two passes: the published baseline), ``"fast"`` (one layer's gradients materialised
-            at a time, two passes), ``"per_sample"`` (all per-example gradients held), ``"none"`` (no clipping: NOT
+            at a time, two passes), ``"per_sample"`` (all per-example gradients at once), ``"none"`` (no clipping: NOT
             private, for comparison). All give the same clipped sum where they clip.
         max_grad_norm: C > 0, bound on the L2 norm of one example's contribution.
         strategy: ``"auto"``, ``"one_pass"``, ``"two_pass"`` or ``"per_example"``.
@@ -66,6 +67,9 @@ def wrap(
             plain training does, and so do heads other than an ``nn.Linear`` and logits that are scaled or capped.
         impl: of the norm kernels of linear layers: ``"torch"``, ``"triton"``, or ``"auto"``, which takes torch: the
             Triton kernels were not measured on a GPU yet. One that is named never falls back.
+        isolation: how often one random row is also run alone, and must have the loss, or the outputs, that it has in
+            the batch: ``"default"`` at backward 1, 2, 4, 8, ...; ``"every_step"``; ``"off"``. It costs a forward of
+            one row, and, of a model with dropout, one of the batch in eval mode.
 
     Returns:
         The same object.
@@ -91,6 +95,8 @@ def wrap(
         raise ValueError(f"loss_chunk is {loss_chunk!r}; expected a number of tokens >= 1, 'auto', or None")
     if impl not in ("auto", "torch", "triton"):
         raise ValueError(f"impl is {impl!r}; expected 'auto', 'torch' or 'triton'")
+    if isolation not in ("every_step", "default", "off"):
+        raise ValueError(f"isolation is {isolation!r}; expected 'every_step', 'default' or 'off'")
     rule = ClipRule(max_grad_norm, clip_function, clip_gamma)
     _refuse_mixing(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -100,6 +106,7 @@ def wrap(
     sites = _cover(model, parameters) if covered else []
     uses = [use for module, site_rule, keys in sites if (use := _matrix_use(site_rule, module, keys)) is not None]
     state = ClipState(clipping, fixed or strategy, rule, memory, uses, parameters, flattening_parameters(model), impl)
+    state.isolation = isolation
     if clipping != "none":
         guard_parameters(state)
     causal_lm = find_causal_lm(model)
@@ -147,8 +154,12 @@ def unwrap(model: nn.Module) -> nn.Module:
             module.__dict__.pop("_loss_function", None)
             if before is not None:
                 module.loss_function = before
-    for hook in model.__dict__.pop(_STATE).hooks:
+    state = model.__dict__.pop(_STATE)
+    for hook in state.hooks:
         hook.remove()
+    for p in state.parameters.values():
+        if p.dtype == torch.float16 and p.grad is None:
+            p.grad_dtype = p.dtype
     return model
 
 
@@ -179,7 +190,7 @@ def clipped_loss(model: nn.Module, losses: Tensor | Sequence[Tensor], example_we
                 f"{len(losses)} losses; pass example_weight to dpft.clipped_loss, one weight per loss."
             )
         example_weight = state.weights
-    state.weights = None
+    state.weights_used = True  # and kept: a second loss of the same forward has the same padding rows
     if state.strategy == "per_example":
         if isinstance(losses, Tensor) and (losses.dim() != 1 or len(losses) > 1):
             raise ClippingError(

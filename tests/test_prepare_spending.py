@@ -258,7 +258,11 @@ def passes_apart(training: Training, batch: dict[str, Any]) -> None:
         count += 1
         return grad * count
 
-    handle = training.model.model.layers[0].register_forward_hook(lambda m, a, out: out.register_hook(hook) and None)
+    def ask(module: Any, arguments: Any, out: torch.Tensor) -> None:
+        if out.requires_grad:  # not where a row is run alone
+            out.register_hook(hook)
+
+    handle = training.model.model.layers[0].register_forward_hook(ask)
     try:
         training.backward(batch)
     finally:

@@ -83,7 +83,9 @@ def reads_of(model: Any, batch: dict[str, Any]) -> Counter[str]:
 @pytest.mark.parametrize("strategy", ["one_pass", "two_pass", "per_example"])
 @pytest.mark.parametrize("entry", [zoo.LLAMA_TIED, zoo.GPT2], ids=str)
 def test_backward_reads_nothing(entry: zoo.Entry, strategy: str, tmp_path: Path) -> None:
-    """Also with padding rows; the isolation check, at backward 1, 2, 4, 8, ..., reads once."""
+    """Also with padding rows. At backward 1, 2, 4, 8, ... the isolation checks read: that by gradients once; that by
+    values the row's mask, the host's random states, and what a forward of the model reads.
+    """
     plain = reads_of(entry.build(), entry.batch())
     training = Training(
         tmp_path / "ledger.jsonl",
@@ -104,7 +106,8 @@ def test_backward_reads_nothing(entry: zoo.Entry, strategy: str, tmp_path: Path)
     training.close()
     powers = {1, 2, 4, 8, 16, 32} if strategy != "per_example" else set()
     assert len(counts) > 8
-    assert all(extra <= (number in powers) for number, extra in counts), counts
+    checks = 1 + 2 + sum(plain.values())
+    assert all(extra <= checks * (number in powers) for number, extra in counts), counts
 
 
 def test_a_release_reads_once(tmp_path: Path) -> None:

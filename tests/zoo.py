@@ -87,6 +87,8 @@ def token_batch(
         if i % 2 and length > 4:
             start = 0 if padding == "right" else tokens - length
             labels[i, start : start + 2] = -100
+        if padding == "left" and length < tokens:
+            labels[i, tokens - length] = -100  # what is predicted from padding depends on the longest row
     if padding == "none":
         mask = torch.ones_like(ids)
         labels = ids.clone()

@@ -1,4 +1,4 @@
-"""Who else has a tensor: what a strategy writes into must be nobody else's."""
+"""Whether a tensor is shared: strategies write in place only into tensors that nothing else references."""
 
 from __future__ import annotations
 

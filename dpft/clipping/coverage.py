@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -72,6 +73,34 @@ def check_coverage(losses: Tensor, names: dict[int, str] | None) -> bool:
         if isinstance(variable, nn.Parameter):
             _check_leaf(variable, node.name(), slot, names)
     return reentrant
+
+
+def foreign_leaves(names: dict[int, str]) -> dict[int, tuple[Tensor, Tensor | None, int]]:
+    """Trainable parameters of this process that are not in ``names``, with their ``.grad``.
+
+    A backward through a reentrant checkpoint accumulates into every leaf that it reaches, and hides which these are.
+    """
+    found = {}
+    for value in gc.get_objects():
+        if isinstance(value, nn.Parameter) and value.requires_grad and id(value) not in names:
+            grad = value.grad
+            found[id(value)] = (value, grad, -1 if grad is None else grad._version)
+    return found
+
+
+def refuse_strays(before: dict[int, tuple[Tensor, Tensor | None, int]]) -> None:
+    """Raise if one of the tensors of :func:`foreign_leaves` was given a gradient since.
+
+    Raises:
+        UnsupportedModuleError: it is trained on an unclipped gradient.
+    """
+    for tensor, grad, version in before.values():
+        if tensor.grad is not None and (tensor.grad is not grad or tensor.grad._version != version):
+            raise UnsupportedModuleError(
+                f"a parameter of shape {list(tensor.shape)} that is not one of the wrapped model's received an "
+                "unclipped gradient inside a reentrant checkpoint. Put it into the model before dpft.wrap, or use "
+                "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
+            )
 
 
 def _check_leaf(parameter: nn.Parameter, parent: str, slot: int, names: dict[int, str] | None) -> None:

@@ -11,7 +11,8 @@ automatic    ``C / (norm + gamma)``      C (strictly below)       Bu et al. 2023
 norm or weight          factor
 ======================  ===============================================================
 norm 0                  abadi 1, automatic ``C / gamma``; the contribution is zero anyway
-norm inf or NaN         0, and the example's contribution is masked to exactly zero
+norm NaN, or > 2^60     0, and the example's contribution is masked to exactly zero: of gradients that large products
+                        in float32 overflow, and the clipped one would be NaN
 example_weight 0        0, and masked likewise: a padding row
 example_weight NaN      0
 ======================  ===============================================================
@@ -26,6 +27,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+LARGEST_NORM = 2.0**60  # its square is far below float32's largest number
 ClipFunction = Literal["abadi", "automatic"]
 
 
@@ -59,11 +61,6 @@ class ClipRule:
         if not (math.isfinite(self.gamma) and self.gamma > 0):
             raise ValueError(f"clip_gamma is {self.gamma!r}; expected a finite number above 0")
 
-    @property
-    def sensitivity(self) -> float:
-        """Largest L2 norm of one example's contribution to the clipped sum."""
-        return self.max_grad_norm
-
     def factors(self, sq_norms: Tensor, weights: Tensor | None = None) -> Tensor:
         """Clip factors from squared norms.
 
@@ -72,14 +69,14 @@ class ClipRule:
             weights: ``[B]``, 0 for a padding row, 1 for an example; clamped to [0, 1]. None means all 1.
 
         Returns:
-            ``[B]`` float64, in [0, 1] for abadi; 0 where the norm is not finite.
+            ``[B]`` float64, in [0, 1] for abadi; 0 where the norm is NaN or above :data:`LARGEST_NORM`.
         """
         norms = sq_norms.sqrt()
         if self.function == "abadi":
             factors = (self.max_grad_norm / norms).clamp(max=1.0)
         else:
             factors = self.max_grad_norm / (norms + self.gamma)
-        factors = torch.where(torch.isfinite(norms), factors, 0.0)
+        factors = torch.where(norms <= LARGEST_NORM, factors, 0.0)  # false for NaN
         if weights is not None:
             factors = factors * row_weights(weights)
         return factors

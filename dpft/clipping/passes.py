@@ -226,7 +226,7 @@ class KeepPass:
     def __init__(self, batch_size: int, device: torch.device, keep: Literal["smaller", "gradients"]) -> None:
         self.batch_size, self.keep = batch_size, keep
         self.sq = torch.zeros(batch_size, dtype=torch.float64, device=device)
-        self._scaled: set[int] = set()  # tensors that are weighted already, by id; they are held
+        self._scaled: set[int] = set()  # tensors that are weighted already, by id; they are kept alive
         self._kept: dict[str, _Kept] = {}
         self._vectors: dict[str, Tensor] = {}
 

@@ -18,6 +18,7 @@ from dpft.errors import WrapError
 from dpft.kernels.impl import Impl
 from dpft.rules.base import MatrixUse, Pass
 
+Isolation = Literal["every_step", "default", "off"]
 Clipping = Literal["flash", "ghost", "fast", "per_sample", "none"]
 
 
@@ -38,7 +39,7 @@ class Engine(Protocol):
         ...
 
     def settle(self) -> None:
-        """Called when a backward has handed over all its gradients: none of them is to be held for the next one."""
+        """Called when a backward has handed over all its gradients: none of them may be kept for the next one."""
         ...
 
     def any(self, flag: bool) -> bool:
@@ -94,7 +95,7 @@ class ClipState:
 
     Attributes:
         clipping: the mode.
-        strategy: what was asked for; ``"auto"`` is decided per batch shape.
+        strategy: as requested; ``"auto"`` is decided per batch shape.
         rule: the clip function with C.
         memory: bytes that one-pass may keep beyond one gradient; None asks the device.
         uses: the trainable matrices, at every place where one is used.
@@ -104,8 +105,11 @@ class ClipState:
         backwards: clipped backward passes so far.
         broken: one of them failed midway: ``.grad`` may hold a part of it. Until a loop begins anew.
         unfinished: the last one did.
-        weights: ``[B]`` example weights that a forward without labels was given.
+        weights: ``[B]`` example weights that the last forward without labels was given.
+        weights_used: a clipped loss has taken them: the next forward's may be others.
         deferred_checks: flags computed on the device in this logical batch, read once before its release.
+        isolation: how often a row is run alone: see :func:`dpft.wrap`.
+        isolated_at: the number of the last backward whose forward was checked so.
         probed_at: the number of the last one before which the isolation check came to a result.
         delivering: address and version of the clipped gradients that autograd is about to accumulate, by parameter.
         guarded: ``id`` of each parameter that has a hook.
@@ -130,6 +134,8 @@ class ClipState:
     seq_len: int = 1
     trace: Trace = field(default_factory=Trace)
     shared: set[str] = field(default_factory=set)
+    isolation: Isolation = "default"
+    isolated_at: int = 0
     probed_at: int = 0
     delivering: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)
@@ -142,6 +148,7 @@ class ClipState:
     unfinished: bool = False
     deferred_checks: DeferredChecks = field(default_factory=DeferredChecks)
     weights: Tensor | None = None
+    weights_used: bool = False
     engine: Engine | None = None
     decided: Choice | None = None
     head: Head | None = None
@@ -221,7 +228,7 @@ class ClipState:
         if self.decided is not None:
             return self.decided
         if self.strategy != "auto":
-            return Choice(self.strategy, f"{self.strategy}: asked for")
+            return Choice(self.strategy, f"{self.strategy}: requested")
         shape = (batch_size, seq_len)
         if shape not in self.choices:
             itemsize = max((p.element_size() for p in self.parameters.values()), default=4)

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from dpft.clipping.aliasing import is_sole_owner
-from dpft.clipping.coverage import check_coverage, has_reentrant
+from dpft.clipping.coverage import check_coverage, foreign_leaves, has_reentrant, refuse_strays
 from dpft.clipping.factors import row_weights
 from dpft.clipping.passes import BookKeeping, KeepPass, NormPass, ProbePass, Trace, WeightedPass, grad_dtype, sum_dtype
 from dpft.clipping.state import ClipState, ClipStats
 from dpft.errors import ClippingError
 from dpft.kernels.linear import Method, sq_norm
-from dpft.rules.base import Pass, full_shape, running_pass
+from dpft.rules.base import Pass, full_shape
 
 _METHODS: dict[str, Method | None] = {"flash": None, "ghost": "gram_full", "fast": "materialise"}
 
@@ -85,10 +85,16 @@ class Job:
                 "gradients. Use gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
             )
         self._probe()
+        # As rarely as the isolation check: it looks at every object of the process.
+        look = self.reentrant and self.state.engine is None and self.state.backwards & (self.state.backwards - 1) == 0
+        others = foreign_leaves({id(p): n for n, p in self.state.parameters.items()}) if look else {}
+        grads = None
         if self.strategy == "one_pass":
-            return run_one_pass(self, scale)
-        run_two_pass(self, scale)
-        return None
+            grads = run_one_pass(self, scale)
+        else:
+            run_two_pass(self, scale)
+        refuse_strays(others)
+        return grads
 
     def traverse(self, running: Pass, losses: Tensor, seeds: Tensor, retain_graph: bool) -> None:
         """One backward pass over the graph during which ``running`` receives what the sites see."""
@@ -148,7 +154,7 @@ class Job:
         """Which examples to seed, pass by pass, each ``[B]`` bool.
 
         The first time: those whose index has a certain bit, and those whose has not, so that in 2 log2(B) passes each
-        ordered pair of examples is told apart. Later: a random half, once.
+        ordered pair of examples is distinguished. Later: a random half, once.
         """
         assert isinstance(self.losses, Tensor)
         device, engine = self.losses.device, self.state.engine
@@ -262,7 +268,7 @@ def run_plain(job: Job, scale: Tensor) -> None:
 def run_per_example(job: Job, scale: Tensor) -> list[Tensor | None] | None:
     """Backward of one example at a time. The last one's clipped gradient is returned, the others' go to ``.grad``.
 
-    So a parameter's gradient is delivered by autograd once, and one gradient is held besides ``.grad``.
+    So a parameter's gradient is delivered by autograd once, and one gradient is kept besides ``.grad``.
     """
     engine = job.state.engine
     names, parameters = list(job.state.parameters), list(job.state.parameters.values())
@@ -356,44 +362,3 @@ class _Anything(WeightedPass):
 
     def __init__(self) -> None:
         super().__init__(torch.ones(1, dtype=torch.float64))
-
-
-def guard_parameters(state: ClipState) -> None:
-    """Make a gradient that reaches a parameter in any other way than a clipped sum an error, not an update.
-
-    The last line of defence: it also sees what a reentrant checkpoint hides from the walk of the graph. Called before
-    every forward, since a deep copy of a model has parameters without hooks.
-    """
-    ids = {name: id(p) for name, p in state.parameters.items()}
-    if state.guarded == ids:
-        return
-
-    def guard(name: str) -> Callable[[Tensor | None], None]:
-        def hook(grad: Tensor | None) -> None:
-            if grad is None:  # autograd calls the hooks of parameters without a gradient too
-                return
-            if state.active is None and name not in state.delivering:
-                running_pass(state, name)  # raises
-            if len(state.parameters[name]._backward_hooks or ()) > 1:
-                raise ClippingError(f"{name!r} has a gradient hook besides dpft's, which may change it. Remove it.")
-            if state.active is None:
-                given = state.delivering.pop(name)
-                if len(given) == 1 and given[0] != (grad.data_ptr(), grad._version):
-                    state.broken = state.unfinished = True
-                    raise ClippingError(
-                        f"something was added to the clipped gradient of {name!r}: the loss has a term besides the "
-                        "clipped losses, which reaches the parameter unclipped. Add it to each example's loss before "
-                        "it is clipped, or give weight decay to the optimiser."
-                    )
-            elif not state.active.weighted:
-                raise ClippingError(
-                    f"a gradient that no rule has seen reached {name!r} while norms were taken: the parameter is used "
-                    "by an operation other than its module's forward. Wrap with strategy='per_example', or freeze it."
-                )
-
-        return hook
-
-    for handle in state.hooks:
-        handle.remove()
-    state.hooks = [p.register_hook(guard(name)) for name, p in state.parameters.items()]
-    state.guarded = ids

@@ -37,7 +37,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Choice:
-    """A strategy with its reason in words and numbers."""
+    """A strategy, and the reason for it as text with figures."""
 
     strategy: Strategy
     reason: str
@@ -65,7 +65,7 @@ class UseDetail:
 
     Attributes:
         key: full name of the weight.
-        shape: what it is, in words.
+        shape: what it is, as text.
         method: how its per-example norms are taken.
         flops: of those norms beyond what a plain step does; 0 where they are taken of the gradient itself.
         kept: bytes that one-pass keeps for it; 0 under two-pass.

@@ -1,4 +1,4 @@
-"""Pure functions on tensors: the arithmetic of per-example norms and weighted gradients."""
+"""Per-example squared gradient norms and weighted sums of gradients, as pure functions on tensors."""
 
 from dpft.kernels.embedding import embedding_sq_norm
 from dpft.kernels.impl import resolve_impl

@@ -1,7 +1,7 @@
-"""Per-example squared gradient norms of an embedding, alone or tied to the output head.
+"""Embedding layers, also tied to the output head: per-example squared gradient norms, and weighted gradients.
 
-An embedding's per-example gradient has one row per distinct token: the sum of the output's gradients over the
-positions that hold it. O(T D) work, and never ``[T, T]`` or ``[B, V, D]``.
+An embedding's per-example gradient has one nonzero row per distinct token: the sum of the output's gradients over that
+token's positions. The norms take O(T D) work and need neither ``[T, T]`` nor ``[B, V, D]``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def _masked(ids: Tensor, padding_idx: int | None) -> Tensor | None:
 
 
 def _segments(ids: Tensor) -> Tensor:
-    """``[B, T]`` index, in 0..T-1, of the distinct token that a position holds, without a device synchronisation."""
+    """``[B, T]`` index in 0..T-1 of the distinct token at each position, without a device synchronisation."""
     ordered, order = ids.sort(dim=1)
     starts = torch.zeros_like(ordered)
     starts[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).to(starts.dtype)
@@ -66,7 +66,7 @@ def weighted_embedding_grad(
 ) -> Tensor:
     """Add ``sum_i factors_i * grad_i`` to ``out [V, D]`` (float32 or float64) in place.
 
-    An example whose factor is zero contributes exactly zero, NaN or not.
+    An example whose factor is zero contributes exactly zero, even if its gradient is NaN.
     """
     skip = _masked(ids, padding_idx)
     drop = factors == 0
@@ -84,12 +84,12 @@ def weighted_embedding_grad(
 def head_rows_at_tokens(ids: Tensor, h: Tensor, g_head: Tensor, padding_idx: int | None = None) -> Tensor:
     """Rows of the head's per-example gradient at the tokens of the input, ``m_t = sum_s g_head[s, ids_t] h_s``.
 
-    The inner product of a tied weight's two gradients is ``sum_t <g_embedding_t, m_t>``: a tied weight's squared norm
-    is the embedding's, the head's and twice that.
+    The inner product of a tied weight's two gradients is ``sum_t <g_embedding_t, m_t>``; its squared norm is the
+    embedding's plus the head's plus twice that inner product.
 
     Args:
         ids: ``[B, T]``; h: ``[B, S, D]``; g_head: ``[B, S, V]``.
-        padding_idx: of the embedding, which has no gradient there.
+        padding_idx: the embedding's, whose gradient there is zero: so are these rows.
 
     Returns:
         ``[B, T, D]`` in float32 (float64 for float64 inputs).

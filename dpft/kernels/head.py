@@ -1,9 +1,9 @@
-"""A language model's head and its cross-entropy, in chunks of tokens: no ``[B, T, V]`` in float32.
+"""A language model's head and its cross-entropy, computed in chunks of tokens: no ``[B, T, V]`` in float32.
 
-The logits of a chunk are made, turned into their own gradient in place, multiplied into what is needed, and given up.
-The products are those of plain training, each made once: ``h W^T`` for the logits, ``g W`` for the gradient of h, and
-``g_i^T h_i`` for the weight. The last is per example and stays so, or else g itself is kept in the model's dtype,
-whichever is smaller.
+The logits of a chunk are computed, overwritten by their own gradient g, used in the products below, and freed. The
+products are those of plain training, each computed once: ``h W^T`` for the logits, ``g W`` for the gradient of h, and
+``g_i^T h_i`` for the gradient of W. For the last, either the per-example products are kept or g itself in the model's
+dtype, whichever is smaller.
 
 Shapes: B examples, T tokens, D features, V tokens of the vocabulary; h ``[B, T, D]``, W ``[V, D]``.
 """
@@ -15,21 +15,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Tokens of a chunk. A CPU wants the chunk's logits near its caches; a GPU wants products that fill it, and reads and
-# writes the [V, D] gradient once a chunk, which 2,048 tokens pay for.
+# Tokens per chunk. On a CPU the chunk's logits should stay close to the caches; a GPU needs products large enough to
+# fill it, and reads and writes the [V, D] gradient once per chunk, which 2,048 tokens amortise.
 CPU_CHUNK, GPU_CHUNK = 256, 2048
-# Rows of the weight's gradient that one low-precision product makes before they are added up in float32.
+# Rows of the weight's gradient computed by one low-precision product, which is then accumulated in float32.
 _ROWS = 8192
 
 
 @dataclass
 class HeadProducts:
-    """What one chunked forward leaves.
+    """Results of one chunked forward.
 
     Attributes:
         losses: ``[B]`` float32 (float64 for float64 inputs), the mean over an example's own unmasked tokens; 0 where
             there are none.
-        dh: ``[B, T, D]`` in h's dtype, the gradient of each example's loss; None where it was not asked for.
+        dh: ``[B, T, D]`` in h's dtype, the gradient of each example's loss; None if not requested.
         weight: ``[B, V, D]`` float32 (float64), per-example gradients of the weight; or None.
         g: ``[B, T, V]`` in h's dtype, the gradient of the logits; or None.
         bias: ``[B, V]`` float32 (float64), per-example gradients of the bias; or None.
@@ -43,7 +43,7 @@ class HeadProducts:
 
 
 def auto_chunk(device: torch.device) -> int:
-    """Tokens of a chunk where the user names none."""
+    """The default number of tokens per chunk."""
     return CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
 
 
@@ -65,22 +65,22 @@ def chunked_head_loss(
     need_weight: bool = False,
     need_bias: bool = False,
 ) -> HeadProducts:
-    """Per-example losses of a linear head, and their gradients where asked for.
+    """Per-example losses of a linear head, and their gradients where requested.
 
     Args:
         h: ``[B, T, D]``, the head's input.
         weight: ``[V, D]`` in h's dtype.
         bias: ``[V]`` in h's dtype, or None.
         targets: ``[B, T]`` int64; ``ignore_index`` where there is nothing to predict.
-        chunk: tokens at a time, at least 1. It changes the result by rounding alone.
+        chunk: tokens per chunk, >= 1. It affects the result only by rounding.
         ignore_index: label of masked positions: their gradient is exactly zero, whatever their logits.
-        need_dh: whether the gradient of h is wanted.
-        need_weight: whether per-example gradients of the weight are: as :attr:`HeadProducts.weight` or, where that is
-            smaller, as :attr:`HeadProducts.g`.
-        need_bias: whether per-example gradients of the bias are.
+        need_dh: whether to compute the gradient of h.
+        need_weight: whether to compute per-example gradients of the weight: :attr:`HeadProducts.weight` or, if that
+            is smaller, :attr:`HeadProducts.g`.
+        need_bias: whether to compute per-example gradients of the bias.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: the shapes do not match, or ``chunk`` is below 1.
     """
     if h.dim() != 3 or targets.shape != h.shape[:2] or weight.shape[1:] != h.shape[2:] or chunk < 1:
         raise ValueError(
@@ -100,9 +100,9 @@ def chunked_head_loss(
     if need_bias:
         products.bias = torch.zeros((batch, vocab), dtype=wide, device=h.device)
     valid = targets != ignore_index
-    share = valid.to(wide) / valid.sum(1, keepdim=True).clamp(min=1)  # of each token in its example's mean
+    share = valid.to(wide) / valid.sum(1, keepdim=True).clamp(min=1)  # weight of each token in its example's mean
     lost = torch.empty((batch, seq_len), dtype=wide, device=h.device)
-    # What is added up per example is made example by example; anything else may cross from one to the next.
+    # Per-example sums need one example at a time; otherwise a chunk may span several examples.
     whole = products.weight is None and products.bias is None
     flat = [t.reshape(1, -1, *t.shape[2:]) if whole else t for t in (h, targets, valid, share, lost)]
     for i, (h_i, targets_i, valid_i, share_i, lost_i) in enumerate(zip(*flat, strict=True)):
@@ -132,7 +132,7 @@ def _exponentials(
 
 
 def _into_gradient(z: Tensor, total: Tensor, targets: Tensor, valid: Tensor, share: Tensor) -> None:
-    """Turn exponentials ``[c, V]`` into the gradient of the example's loss by its logits, in place."""
+    """Turn exponentials ``[c, V]`` into the gradient of the example's loss with respect to its logits, in place."""
     z.mul_((share / total).unsqueeze(1))
     z.scatter_add_(1, targets.where(valid, 0).unsqueeze(1), -share.unsqueeze(1))
     z.masked_fill_(~valid.unsqueeze(1), 0)  # a masked token's infinite logits would leave 0 * NaN
@@ -141,13 +141,13 @@ def _into_gradient(z: Tensor, total: Tensor, targets: Tensor, valid: Tensor, sha
 def _add_products(
     products: HeadProducts, example: int | None, rows: slice, z: Tensor, h: Tensor, weight: Tensor
 ) -> None:
-    """Multiply the gradient of a chunk's logits ``z [c, V]`` into what is asked for.
+    """Multiply the gradient of a chunk's logits ``z [c, V]`` into the requested results.
 
     Args:
-        products: taken in.
-        example: whose tokens these are; None: of all examples, one after the other.
-        rows: which of its tokens.
-        z: overwritten.
+        products: changed in place.
+        example: index of the example; None: the tokens of all examples are numbered consecutively.
+        rows: the chunk's tokens.
+        z: ``[c, V]``, the gradient of the chunk's logits.
         h: ``[c, D]``.
         weight: ``[V, D]``.
     """
@@ -177,7 +177,7 @@ def gradient_rows_at_tokens(grad: Tensor, ids: Tensor, padding_idx: int | None =
     Args:
         grad: per-example gradients of the head's weight.
         ids: of the input.
-        padding_idx: of an embedding that has no gradient there; its rows come out as zero.
+        padding_idx: the embedding's, whose gradient there is zero: so are these rows.
     """
     rows = torch.stack([one.index_select(0, tokens) for one, tokens in zip(grad, ids, strict=True)])
     return rows if padding_idx is None else rows.masked_fill_((ids == padding_idx).unsqueeze(-1), 0)

@@ -1,4 +1,4 @@
-"""Which implementation of a kernel runs. One that is named is never replaced by another."""
+"""Which implementation of a kernel runs, torch or Triton. One requested by name is never replaced by another."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from dpft.errors import KernelError
 Impl = Literal["auto", "torch", "triton"]
 
 
-# Set while a step on a GPU is simulated on tensors that are on none.
+# Set while a step on a GPU is simulated with meta tensors.
 simulated_gpu = False
 
 
 def on_gpu(x: Tensor) -> bool:
-    """Whether ``x`` is on a GPU, or stands for a tensor that will be."""
+    """Whether ``x`` is on a GPU, or simulates a tensor on one."""
     return x.is_cuda or simulated_gpu
 
 
 def resolve_impl(x: Tensor, impl: Impl) -> tuple[Literal["torch", "triton"], str]:
-    """What ``impl`` stands for on ``x``'s device, and why, in words.
+    """The implementation that ``impl`` selects on ``x``'s device, and the reason as text.
 
     Args:
         x: a tensor on the device where the kernel is to run.
-        impl: ``"auto"``, or the name of an implementation, which is then taken or refused.
+        impl: ``"auto"``, or the name of an implementation, which is then used or refused.
 
     Raises:
         ValueError: an unknown ``impl``.
@@ -40,14 +40,14 @@ def resolve_impl(x: Tensor, impl: Impl) -> tuple[Literal["torch", "triton"], str
         raise ValueError(f"impl is {impl!r}; expected 'auto', 'torch' or 'triton'")
     if importlib.util.find_spec("triton") is None:
         raise KernelError(
-            "impl='triton' was asked for and the package triton is not installed: install dpft[triton], or take "
+            "impl='triton' was requested and the package triton is not installed: install dpft[triton], or take "
             "impl='torch'"
         )
     from dpft.kernels import triton as fused
 
     if not x.is_cuda and not fused.INTERPRETED:
         raise KernelError(
-            f"impl='triton' was asked for with tensors on {x.device}; Triton runs on CUDA devices. Take impl='torch', "
+            f"impl='triton' was requested with tensors on {x.device}; Triton runs on CUDA devices. Take impl='torch', "
             "or, to test the kernels in Triton's interpreter, start the process with TRITON_INTERPRET=1"
         )
     return "triton", "named"

@@ -1,21 +1,21 @@
-"""Per-example squared gradient norms of a linear layer, ``sq_i = ||g_i^T x_i||_F^2``.
+"""Linear layers: per-example squared gradient norms ``sq_i = ||g_i^T x_i||_F^2``, and weighted gradients.
 
-Four exact ways to the same number; DESIGN in ``docs/design.md``:
+Four exact methods compute the same norm (see ``docs/design.md``):
 
 ============  =====================  ==============================  ============================
 method        FLOPs per example      extra memory                    cheapest when
 ============  =====================  ==============================  ============================
-gram          ``T^2 (p + d)``        a tile, some examples at once   ``T < p d / (p + d)``
-feature       ``2 T p d``            a tile, some examples at once   ``T > p d / (p + d)``
+gram          ``T^2 (p + d)``        one tile of several examples    ``T < p d / (p + d)``
+feature       ``2 T p d``            one tile of several examples    ``T > p d / (p + d)``
 materialise   ``2 T p d``            ``[B, d, p]``                   the gradient is kept anyway
 gram_full     ``2 T^2 (p + d)``      ``[T, T]`` twice                never; the published baseline
 ============  =====================  ==============================  ============================
 
 The Gram identity is Goodfellow's (2015, arXiv 1510.01799) for ``T = 1`` and Li et al.'s (2022, arXiv 2110.05679) for
 sequences. Squares are accumulated in float32 within a tile and float64 across tiles, whatever the inputs' dtype; Gram
-products are made in float64.
+products are computed in float64.
 
-The same functions with ``impl="triton"`` run :mod:`dpft.kernels.triton`, where the tiles never reach memory.
+With ``impl="triton"`` the same functions run :mod:`dpft.kernels.triton`, where the tiles stay in registers.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from dpft.kernels.impl import Impl, on_gpu, resolve_impl
 
 Method = Literal["gram", "gram_full", "feature", "materialise"]
 
-# Elements of one product tile on a CPU (float32: 2 MiB). *Measured*, 2 cores, widths 512 to 4,096: tiles of half and
-# of twice as many elements take the same time to within the spread as long as no edge is below 512; an edge of 128
-# costs 10 to 40 %.
+# Elements of one product tile on a CPU (float32: 2 MiB). *Measured*, 2 cores, widths 512 to 4,096: half or twice as
+# many elements take the same time, within the spread of the measurement, as long as no edge is below 512; an edge of
+# 128 costs 10 to 40 %.
 TILE_ELEMENTS = 1 << 19
 GRAM_TILE = 256
 _EDGE = 512
-# Not measured: 256 tiles of 128 x 128 keep the multiprocessors of one large GPU busy for two rounds.
+# Not measured: 256 blocks of 128 x 128 are two waves on the multiprocessors of one large GPU.
 _CUDA_EDGE = 2048
 _RUN = 1024
 
@@ -54,7 +54,7 @@ def _check(x: Tensor, g: Tensor) -> None:
 
 
 def gram_tile(seq_len: int) -> int:
-    """Edge of the square tiles that the gram method cuts ``seq_len`` tokens into."""
+    """Edge of the square tiles into which the gram method splits ``seq_len`` tokens."""
     return max(16, min(GRAM_TILE, -(-seq_len // 4)))
 
 
@@ -70,9 +70,10 @@ def method_flops(method: Method, seq_len: int, p: int, d: int) -> int:
 
 
 def gram_cost(itemsize: int, gpu: bool) -> float:
-    """What a FLOP of the Gram method, which is made in float64, costs in those of a product of ``itemsize`` bytes.
+    """Cost of a FLOP of the Gram method (float64) relative to one of a product in a dtype of ``itemsize`` bytes.
 
-    On a GPU the ratio of an H100's data sheet for 16-bit products (989 to 67 TFLOP/s); elsewhere that of the widths.
+    For 16-bit products on a GPU the ratio of an H100's data sheet (989 to 67 TFLOP/s); otherwise that of float64's and
+    float32's widths.
     """
     return 15.0 if gpu and itemsize == 2 else 2.0
 
@@ -80,19 +81,19 @@ def gram_cost(itemsize: int, gpu: bool) -> float:
 def choose_method(seq_len: int, p: int, d: int, cost: float = 2.0) -> Method:
     """The cheaper of gram tiles and feature tiles for ``x [B, T, p]``, ``g [B, T, d]``.
 
-    By FLOPs, those of the Gram method counted ``cost`` times (:func:`gram_cost`).
+    Compares FLOPs, those of the Gram method multiplied by ``cost`` (:func:`gram_cost`).
     """
     gram, feature = method_flops("gram", seq_len, p, d), method_flops("feature", seq_len, p, d)
     return "gram" if cost * gram < feature else "feature"
 
 
 def _edge_and_elements(x: Tensor) -> tuple[int, int]:
-    """Shortest edge that a product tile is cut to, and the elements of a tile."""
+    """Shortest edge of a product tile, and number of elements of a tile."""
     return (_CUDA_EDGE, 2 * _CUDA_EDGE**2) if on_gpu(x) else (_EDGE, TILE_ELEMENTS)
 
 
 def _inner_products(a: Tensor, b: Tensor, elements: int) -> Tensor:
-    """``a b^T`` ``[B, s, t]`` in float64 of ``a [B, s, n]`` and ``b [B, t, n]``, widened a few features at a time."""
+    """``a b^T [B, s, t]`` in float64 of ``a [B, s, n]``, ``b [B, t, n]``, converted a few features at a time."""
     out = a.new_zeros((*a.shape[:2], b.shape[1]), dtype=torch.float64)
     step = max(1, elements // (a.shape[0] * a.shape[1]))
     for i in range(0, a.shape[2], step):
@@ -105,10 +106,10 @@ def _inner_products(a: Tensor, b: Tensor, elements: int) -> Tensor:
 def _gram(x: Tensor, g: Tensor, tile: int) -> Tensor:
     """Sum of ``(x_s . x_t)(g_s . g_t)`` over pairs of tokens, tile by tile, in float64.
 
-    The sum cancels: where tokens are alike and their gradients opposite, its terms are T times its value or more, and
-    rounding errors of like tokens are alike too, so they add up. *Measured* in float32: up to 0.65 eps (sum_t |x_t|
-    |g_t|)^2 too small, which is all of the norm of a gradient that cancels to 1e-3, and an understated norm breaks the
-    bound C. In float64 the same is some 1e-9 of that.
+    The sum is subject to cancellation: for similar tokens with opposite gradients, its terms are T times its value or
+    more, and their rounding errors are similar too, so they add up. *Measured* in float32: up to 0.65 eps (sum_t |x_t|
+    |g_t|)^2 too small, which is the whole norm of a gradient that cancels to 1e-3, and with an understated norm a
+    contribution exceeds C. In float64 the error is about 1e-9 of that.
     """
     batch = len(x)
     elements = _edge_and_elements(x)[1] // 2  # of float64
@@ -123,14 +124,15 @@ def _gram(x: Tensor, g: Tensor, tile: int) -> Tensor:
     return total.clamp_(min=0.0)
 
 
-# In half epsilons of sum_t |x_t||g_t|. Products of 3 tokens that cancel to nothing were off by 0.3 (*measured*).
+# In units of eps / 2 * sum_t |x_t||g_t|. Products over 3 tokens that cancel to zero were off by 0.3 (*measured*).
 _ROUNDING = 32
 
 
 def rounding_of_product(x: Tensor, g: Tensor) -> Tensor:
-    """``[B]`` float64: what rounding may leave of ``g_i^T x_i``, made in at least float32, where its terms cancel.
+    """``[B]`` float64: bound on the rounding error of ``g_i^T x_i``, computed in at least float32.
 
-    The norm may be found to be 0 there, while what is released is that rounding, times a factor of 1 or more.
+    If its terms cancel, the computed norm may be 0 while the released gradient is that error times a factor of 1 or
+    more.
     """
     sizes = [torch.linalg.vector_norm(t, dim=2, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (x, g)]
     half = torch.finfo(sizes[0].dtype).eps / 2
@@ -138,7 +140,7 @@ def rounding_of_product(x: Tensor, g: Tensor) -> Tensor:
 
 
 def _feature(x: Tensor, g: Tensor) -> Tensor:
-    """Sum of the squares of ``g_i^T x_i`` over tiles as square as can be, each of which is dropped at once."""
+    """Sum of the squares of ``g_i^T x_i`` over tiles as square as possible, each of which is freed at once."""
     batch, _, p = x.shape
     d = g.shape[2]
     edge, elements = _edge_and_elements(x)
@@ -158,7 +160,7 @@ def sq_norm(v: Tensor) -> Tensor:
     """``[B]`` float64 squared norms of ``v [B, ...]``; squares in float32, never in bf16.
 
     Runs of 1,024 elements are reduced in float32 and their sums in float64: torch's float32 ``vector_norm`` over one
-    long run is off by 5e-4 at 8 million elements on a CPU (measured, torch 2.13), since it adds in sequence.
+    long run is off by 5e-4 at 8 million elements on a CPU (measured, torch 2.13), since it sums sequentially.
     """
     v = v.reshape(v.shape[0], v.shape[1:].numel())
     if v.dtype == torch.float64:
@@ -177,14 +179,14 @@ def linear_sq_norm(x: Tensor, g: Tensor, method: Method | Literal["auto"] = "aut
         x: ``[B, T, p]`` the layer's input, any floating dtype and strides; it is not copied.
         g: ``[B, T, d]`` the gradient of its output, same dtype.
         method: see the module's table; ``"auto"`` takes the cheaper of gram and feature tiles.
-        impl: ``"torch"`` (any device), ``"triton"`` (CUDA; float32, bfloat16, float16), or ``"auto"``, for which
-            :func:`dpft.kernels.resolve_impl` says what it takes and why. One that is named is never replaced.
+        impl: ``"torch"`` (any device), ``"triton"`` (CUDA; float32, bfloat16, float16), or ``"auto"``, see
+            :func:`dpft.kernels.resolve_impl`. One requested by name is never replaced.
 
     Returns:
-        ``[B]`` float64 (float32 squares summed in float64). inf and NaN of an example stay in its own entry.
+        ``[B]`` float64 (float32 squares summed in float64). inf and NaN of an example affect only its own entry.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown method or ``impl``, or a method that ``impl`` does not have.
+        ValueError: the shapes do not match, or the method or ``impl`` is unknown, or ``impl`` lacks the method.
         KernelError: ``impl="triton"`` cannot run here.
     """
     _check(x, g)
@@ -192,14 +194,14 @@ def linear_sq_norm(x: Tensor, g: Tensor, method: Method | Literal["auto"] = "aut
     if method in ("auto", "gram", "gram_full") and _rounds_inputs(x):
         if method != "auto":
             raise ValueError(
-                f"method={method!r} multiplies what x and g are, and the gradient will be a product in TF32, which "
-                "rounds them first. Call torch.set_float32_matmul_precision('highest'), or take another method."
+                f"method={method!r} multiplies x and g unrounded, and the gradient will be computed in TF32, which "
+                "rounds them first. Call torch.set_float32_matmul_precision('highest'), or use another method."
             )
-        method = "feature"  # a product of the same rounded numbers
+        method = "feature"  # multiplies the same rounded numbers as the gradient
     if taken == "triton" and method == "feature" and _rounds_inputs(x):
         raise KernelError(
-            "impl='triton' multiplies float32 as it is, and the gradient will be a product in TF32, which rounds it "
-            "first. Call torch.set_float32_matmul_precision('highest'), or take impl='torch'."
+            "impl='triton' multiplies float32 unrounded, and the gradient will be computed in TF32, which rounds it "
+            "first. Call torch.set_float32_matmul_precision('highest'), or use impl='torch'."
         )
     if method == "auto":
         method = choose_method(x.shape[1], x.shape[2], g.shape[2], gram_cost(x.element_size(), on_gpu(x)))
@@ -211,7 +213,7 @@ def linear_sq_norm(x: Tensor, g: Tensor, method: Method | Literal["auto"] = "aut
         if method == "materialise":
             return fused.grad_sq_norm(x, g, x.dtype)[1]
         if method == "gram_full":
-            raise ValueError("method 'gram_full' has no Triton kernel: take impl='torch', or method='gram'")
+            raise ValueError("method 'gram_full' has no Triton kernel: use impl='torch', or method='gram'")
         return fused.gram_sq_norm(x, g) if method == "gram" else fused.feature_sq_norm(x, g)
     if x.numel() == 0 or g.numel() == 0:
         return torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
@@ -225,18 +227,18 @@ def linear_sq_norm(x: Tensor, g: Tensor, method: Method | Literal["auto"] = "aut
 def linear_grad_sq_norm(
     x: Tensor, g: Tensor, dtype: torch.dtype | None = None, impl: Impl = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Per-example gradients and their squared norms, which are those of the very numbers that are returned.
+    """Per-example gradients, and the squared norms of exactly the returned values.
 
     Args:
         x: ``[B, T, p]``; g: ``[B, T, d]`` in the same dtype.
-        dtype: of the gradients; None takes the inputs'. ``"torch"`` makes the product in the inputs' dtype first.
+        dtype: of the gradients; None: the inputs'. ``"torch"`` computes the product in the inputs' dtype first.
         impl: as for :func:`linear_sq_norm`; ``"triton"`` does it in one kernel, rounding float32 sums once.
 
     Returns:
         ``[B, d, p]`` in ``dtype``, and ``[B]`` float64.
 
     Raises:
-        ValueError: shapes that do not fit, or an unknown ``impl``.
+        ValueError: the shapes do not match, or ``impl`` is unknown.
         KernelError: ``impl="triton"`` cannot run here.
     """
     _check(x, g)
@@ -256,28 +258,28 @@ def linear_grad(x: Tensor, g: Tensor) -> Tensor:
 
 
 def _rounds_inputs(x: Tensor) -> bool:
-    """Whether products of float32 tensors on x's device round what they multiply (TF32)."""
+    """Whether products of float32 tensors on x's device round their inputs (TF32)."""
     return x.is_cuda and x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
 
 
 def _wide_product(g: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``g^T x`` of ``g [T, d]``, ``x [T, p]`` in float32 or float64, never rounded to 16 bits on the way.
+    """``g^T x`` of ``g [T, d]``, ``x [T, p]`` in float32 or float64, without rounding to 16 bits in between.
 
-    What is released of two passes is c_i times this product, and the norm was taken of another: each rounding that is
-    not made is one that the norm need not be enlarged for.
+    Two passes release c_i times this product, but take the norm from another one: the norm has to be enlarged for
+    every rounding that happens here.
     """
     if x.dtype == dtype:
         return g.mT @ x
     if (on_gpu(x) or x.is_meta) and dtype == torch.float32:
         return torch.mm(g.mT, x, out_dtype=dtype)
     total = torch.zeros((g.shape[1], x.shape[1]), dtype=dtype, device=x.device)
-    for t in range(0, len(x), _RUN):  # the copies are of a few tokens
+    for t in range(0, len(x), _RUN):  # copies only a few tokens at a time
         torch.addmm(total, g[t : t + _RUN].to(dtype).mT, x[t : t + _RUN].to(dtype), out=total)
     return total
 
 
 def weighted_linear_grad(x: Tensor, g: Tensor, factors: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """``sum_i factors_i * g_i^T x_i``; an example whose factor is zero contributes exactly zero, NaN or not.
+    """``sum_i factors_i * g_i^T x_i``; an example whose factor is zero contributes exactly zero, even if NaN.
 
     Args:
         x: ``[B, T, p]``; g: ``[B, T, d]``.

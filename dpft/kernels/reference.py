@@ -1,6 +1,6 @@
-"""The oracle of the kernels: float64, materialised, obviously right and slow.
+"""The reference implementation of the kernels, for tests: float64, materialised, obviously right and slow.
 
-Nothing in dpft imports this file; tests do.
+Nothing in dpft imports this file.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def tied_sq_norm(
     """Squared norms ``[B]`` float64 of a weight that is both embedding and output head.
 
     Args:
-        ids: ``[B, T]``; g_embedding: ``[B, T, D]``, the embedding's part.
-        h: ``[B, S, D]``; g_head: ``[B, S, V]``, the head's part.
+        ids: ``[B, T]``; g_embedding: ``[B, T, D]``, the gradient of the embedding's output.
+        h: ``[B, S, D]``; g_head: ``[B, S, V]``, the gradient of the head's output.
         padding_idx: of the embedding; the head still has a gradient there.
     """
     total = embedding_grad(ids, g_embedding, g_head.shape[-1], padding_idx) + linear_grad(h, g_head)

@@ -1,10 +1,10 @@
 """The norms of :mod:`dpft.kernels.linear` in Triton: tiles of products, squared and summed in registers.
 
-One program makes one tile of one example and writes one partial sum; the partial sums are added by one reduction in
-float64. No atomics and no barriers: with the same tiles the same inputs give the same bits. Which tiles are fastest is
-timed once per kind of shape and process; where torch.use_deterministic_algorithms is on, fixed ones are taken.
+One program computes one tile of one example and writes one partial sum; the partial sums are added by one reduction in
+float64. No atomics and no barriers: for the same tile sizes, results are bitwise reproducible. Tile sizes are
+autotuned once per class of shapes and process; with torch.use_deterministic_algorithms fixed ones are used.
 
-Products of float32 are IEEE, never TF32; those of bfloat16 and float16 are exact and are added in float32.
+Products of float32 are IEEE, never TF32; those of bfloat16 and float16 are exact and accumulated in float32.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from dpft.errors import KernelError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# A tensor core cuts off what it adds to a large sum, always towards zero, so a sum over many tokens would come out
-# small: every so many tokens it goes to a second sum, which is rounded to nearest.
+# A tensor core truncates what it adds to a large sum, always towards zero, so a sum over many tokens would be too
+# small: after this many tokens it is added to a second sum, which is rounded to nearest.
 FLUSH = tl.constexpr(4096)
-_GROUP = tl.constexpr(8)  # neighbouring programs share this many rows of tiles, and so find them in the cache
+_GROUP = tl.constexpr(8)  # neighbouring programs share this many rows of tiles, for cache hits
 
 
 class Tiles(NamedTuple):
-    """How a product is cut: ``rows x cols`` of it by one program, ``depth`` of the summed dimension at a time."""
+    """Tile sizes: a program computes ``rows x cols`` of a product, ``depth`` of the summed dimension at a time."""
 
     rows: int
     cols: int
@@ -38,7 +38,7 @@ class Tiles(NamedTuple):
     stages: int
 
 
-# The first of each is taken where nothing is timed. Rows are of d, columns of p; the narrow ones are for LoRA.
+# By itemsize; without timing the first is used. Rows are of d, columns of p; the narrow ones are for LoRA.
 PRODUCT_TILES = {
     2: (
         Tiles(128, 128, 64, 8, 3),
@@ -60,7 +60,7 @@ PRODUCT_TILES = {
         Tiles(64, 16, 32, 4, 3),
     ),
 }
-# Rows and columns are of tokens, and equal. The depth of the 16-bit ones is in the bound of :func:`gram_sq_norm`.
+# Rows and columns are tokens, and equal. The depth of the 16-bit ones enters the error bound of :func:`gram_sq_norm`.
 GRAM_TILES = {
     2: (Tiles(64, 64, 32, 8, 4), Tiles(64, 64, 32, 4, 3), Tiles(32, 32, 32, 4, 4)),
     4: (Tiles(64, 64, 16, 4, 2), Tiles(64, 64, 16, 8, 3), Tiles(32, 32, 16, 4, 3)),
@@ -70,9 +70,9 @@ INTERPRETED_TILES = Tiles(16, 16, 16, 4, 1)
 
 @triton.jit
 def _rounded(v: tl.tensor, dtype: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """Float32 ``v`` in ``dtype``, to nearest and ties to even, and what that is in float32."""
+    """Float32 ``v`` rounded to ``dtype`` (nearest, ties to even), and that value in float32."""
     if dtype == tl.bfloat16:
-        # By hand: the interpreter cuts off, and what is tested is to be what runs.
+        # By hand: Triton's interpreter truncates, and the tested code should be the code that runs.
         number = v == v
         bits = tl.where(number, v, 0.0).to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
@@ -106,7 +106,7 @@ def _product_kernel(
     DEPTH: tl.constexpr,
     EMULATED: tl.constexpr,
 ) -> None:
-    """``g_i^T x_i``, one tile of one example; written to ``out`` where there is one, and its squares summed."""
+    """One tile of one example's ``g_i^T x_i``: written to ``out`` if given, the sum of its squares to ``partial``."""
     pid = tl.program_id(0)
     tiles = tiles_d * tiles_p
     b = (pid // tiles).to(tl.int64)
@@ -168,7 +168,7 @@ def _inner_products(
             if EMULATED:
                 left, right = left.to(tl.float32), right.to(tl.float32)
             part = tl.dot(left, right, input_precision="ieee")
-            # Knuth's sum of two keeps the error of every addition, so that the number of parts is not in the bound.
+            # Knuth's two-sum keeps the error of every addition, so the error bound is free of the number of parts.
             added = high + part
             back = added - high
             low += (high - (added - back)) + (part - back)
@@ -200,7 +200,7 @@ def _gram_kernel(
     pid = tl.program_id(0)
     pairs = blocks * (blocks + 1) // 2
     b = (pid // pairs).to(tl.int64)
-    # The triangle folded to a rectangle: its rows k and blocks-1-k together have blocks+1 pairs.
+    # The triangle of pairs folded into a rectangle: its rows k and blocks-1-k together have blocks+1 pairs.
     k = pid % pairs // (blocks + 1)
     place = pid % pairs % (blocks + 1)
     upper = place < blocks - k
@@ -218,10 +218,10 @@ _chosen: dict[tuple[object, ...], Tiles] = {}
 
 
 def _milliseconds(launch: Callable[[Tiles], Tensor], tiles: Tiles) -> float:
-    """Of ten launches. Triton's own do_bench takes 256 MiB, which a step at the limit of its memory does not have."""
+    """Time of ten launches. Triton's do_bench allocates 256 MiB, too much for a step near the memory limit."""
     try:
         launch(tiles)  # compiles
-    except (OutOfResources, PTXASError):  # a smaller device than the one these tiles are for
+    except (OutOfResources, PTXASError):  # these tiles need a larger device
         return float("inf")
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
@@ -233,14 +233,14 @@ def _milliseconds(launch: Callable[[Tiles], Tensor], tiles: Tiles) -> float:
 
 
 def _run(name: str, x: Tensor, g: Tensor, choices: tuple[Tiles, ...], launch: Callable[[Tiles], Tensor]) -> Tensor:
-    """``[B]`` float64 sums of the partial sums ``[B, n]`` that ``launch`` makes with the fastest of the tiles."""
+    """``[B]`` float64 sums of the partial sums ``[B, n]`` that ``launch`` returns for the fastest tiles."""
     with torch.cuda.device_of(x):
         if INTERPRETED:
             return launch(INTERPRETED_TILES).sum(1)
         if torch.are_deterministic_algorithms_enabled():
             return launch(choices[0]).sum(1)
         batch, seq_len, p = x.shape
-        # Powers of four of T, of two of B: a new length is not a new measurement.
+        # T in powers of four, B in powers of two: a new length does not mean a new measurement.
         sizes = (p, g.shape[2], min(batch, 8).bit_length(), min(seq_len.bit_length(), 15) // 2)
         key = (name, x.device, x.dtype, x.stride(2) == 1, g.stride(2) == 1, *sizes)
         if key not in _chosen:
@@ -248,7 +248,7 @@ def _run(name: str, x: Tensor, g: Tensor, choices: tuple[Tiles, ...], launch: Ca
             _chosen[key] = min(times, key=times.__getitem__)
             if times[_chosen[key]] == float("inf"):
                 raise KernelError(
-                    f"{x.device} has too little shared memory for any tiles of the {name} kernel in {x.dtype}: take "
+                    f"{x.device} has too little shared memory for any tiles of the {name} kernel in {x.dtype}: use "
                     "impl='torch'"
                 )
         return launch(_chosen[key]).sum(1)
@@ -258,7 +258,7 @@ def _check(x: Tensor, g: Tensor) -> None:
     if x.dtype not in DTYPES or g.dtype != x.dtype or g.device != x.device:
         raise KernelError(
             "the Triton kernels take x and g in one of float32, bfloat16 and float16 on one device, got x in "
-            f"{x.dtype} on {x.device} and g in {g.dtype} on {g.device}: take impl='torch', or convert them"
+            f"{x.dtype} on {x.device} and g in {g.dtype} on {g.device}: use impl='torch', or convert them"
         )
 
 
@@ -301,9 +301,9 @@ def _product(name: str, x: Tensor, g: Tensor, out: Tensor | None) -> Tensor:
 def feature_sq_norm(x: Tensor, g: Tensor) -> Tensor:
     """``||g_i^T x_i||_F^2`` by tiles of the product, which stay in registers.
 
-    An element of the product is off by at most 2^-23 (4,608 + T / 8,192) sum_t |g_td x_tp|, if every addition of a
-    tensor core were cut off the same way. In the interpreter, norms of random inputs agree with float64 to 1e-7;
-    compiled ones were not measured yet.
+    An element of the product is off by at most 2^-23 (4,608 + T / 8,192) sum_t |g_td x_tp|, reached if every addition
+    of a tensor core were truncated in the same direction. In the interpreter, norms of random inputs agree with
+    float64 to 1e-7; the compiled kernels have not been measured yet.
 
     Args:
         x: ``[B, T, p]`` float32, bfloat16 or float16, any strides; g: ``[B, T, d]`` alike.
@@ -318,24 +318,24 @@ def feature_sq_norm(x: Tensor, g: Tensor) -> Tensor:
 
 
 def grad_sq_norm(x: Tensor, g: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Per-example gradients ``[B, d, p]`` in ``dtype``, and ``[B]`` float64 squared norms of the very numbers written.
+    """Per-example gradients ``[B, d, p]`` in ``dtype``, and ``[B]`` float64 squared norms of exactly these values.
 
-    Float32 sums as :func:`feature_sq_norm`, rounded once to ``dtype`` (one of :data:`DTYPES`). Raises as it does.
+    Sums in float32 as in :func:`feature_sq_norm`, rounded once to ``dtype`` (one of :data:`DTYPES`); same errors.
     """
     if dtype not in DTYPES:
-        raise KernelError(f"the Triton kernel writes float32, bfloat16 or float16, not {dtype}: take impl='torch'")
+        raise KernelError(f"the Triton kernel writes float32, bfloat16 or float16, not {dtype}: use impl='torch'")
     out = torch.empty((x.shape[0], g.shape[2], x.shape[2]), dtype=dtype, device=x.device)
     return out, _product("materialise", x, g, out)
 
 
 def _gram_slack(x: Tensor, g: Tensor, depth: int) -> Tensor:
-    """``[B]`` what 16-bit Gram products can understate a sum by, of which :func:`gram_sq_norm` has the reason.
+    """``[B]`` bound on how much 16-bit Gram products understate the sum, which :func:`gram_sq_norm` adds to it.
 
-    A part adds ``depth`` exact products. Let each of its additions lose up to 2^-23 of the sum of magnitudes (cut off,
-    not rounded), with one more for every eight for how tensor cores align a block: 9/8 depth 2^-23. The parts are
-    added with their errors kept, which leaves less than 2^-24. So an inner product is off by at most e |x_s| |x_t|
-    with e = 5/4 depth 2^-23 (Cauchy-Schwarz), a term of the sum by (2 e + e^2) |x_s| |x_t| |g_s| |g_t|, and all terms
-    together by (2 e + e^2) (sum_t |x_t| |g_t|)^2. 2^-8 more is for the rounding of that sum itself.
+    A part adds ``depth`` exact products. Let each of its additions lose up to 2^-23 of the sum of magnitudes
+    (truncated, not rounded), plus one for every eight for the alignment of a block in tensor cores: 9/8 depth 2^-23.
+    Adding up the parts with their errors kept loses less than 2^-24. So an inner product is off by at most
+    e |x_s| |x_t| with e = 5/4 depth 2^-23 (Cauchy-Schwarz), a term of the sum by (2 e + e^2) |x_s| |x_t| |g_s| |g_t|,
+    and all terms together by (2 e + e^2) (sum_t |x_t| |g_t|)^2. The factor 1 + 2^-8 covers this bound's own rounding.
     """
     e = 1.25 * depth * 2.0**-23
     norms = [torch.linalg.vector_norm(v, dim=2, dtype=torch.float32).double() for v in (x, g)]
@@ -345,9 +345,9 @@ def _gram_slack(x: Tensor, g: Tensor, depth: int) -> Tensor:
 def gram_sq_norm(x: Tensor, g: Tensor) -> Tensor:
     """``||g_i^T x_i||_F^2`` by tiles of the two Gram matrices' upper triangle, which stay in registers.
 
-    The sum cancels, see ``dpft.kernels.linear``, and may not come out small. Float32 inputs are multiplied in float64,
-    as there. Products of 16-bit inputs are made on tensor cores, and the largest error that they can have is added:
-    at most 1e-5 (sum_t |x_t| |g_t|)^2, so 1e-5 T of a squared norm of T tokens that have nothing in common.
+    The sum is subject to cancellation (see ``dpft.kernels.linear``) and must not be understated. Float32 inputs are
+    multiplied in float64, as there. 16-bit inputs are multiplied on tensor cores, and a bound on their error is added:
+    at most 1e-5 (sum_t |x_t| |g_t|)^2, so a relative 1e-5 T for the squared norm of T unrelated tokens.
 
     Args:
         x: ``[B, T, p]`` float32, bfloat16 or float16, any strides; g: ``[B, T, d]`` alike.

@@ -1,4 +1,4 @@
-"""Weighted sums of per-example gradients that exist already. A factor of zero leaves exactly zero, NaN or not."""
+"""Weighted sums of materialised per-example gradients. A factor of zero gives exactly zero, even for NaN."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def weighted_sum_(grad: Tensor, factors: Tensor, dtype: torch.dtype, multipliers
     """``sum_i factors_i * multipliers_i * grad[i]`` of ``grad [B, ...]``, which is overwritten.
 
     Args:
-        grad: per-example gradients. Of one example in ``dtype`` the sum is made in its memory.
+        grad: per-example gradients; for one example in ``dtype``, its memory becomes the result.
         factors: ``[B]``; a factor of zero masks its example.
         dtype: of the result; the sum is at least float32.
         multipliers: ``[B]``, or None for ones.
@@ -40,11 +40,11 @@ def weighted_sum_(grad: Tensor, factors: Tensor, dtype: torch.dtype, multipliers
 
 
 def scale_(tensors: list[Tensor], factor: Tensor) -> None:
-    """Multiply tensors by one factor in place, in one launch for all of a dtype on a GPU.
+    """Multiply tensors by one factor in place, with one foreach multiplication per dtype.
 
     Args:
         tensors: float32 or float64, any shapes.
-        factor: ``[]``; zero leaves exactly zero, NaN or not.
+        factor: ``[]``; zero gives exactly zero, even for NaN.
     """
     for dtype in {t.dtype for t in tensors}:
         of_dtype = [t for t in tensors if t.dtype == dtype]

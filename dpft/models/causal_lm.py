@@ -1,4 +1,4 @@
-"""What is particular to Hugging Face: the per-example loss of a causal LM, and the rules of its own layer classes."""
+"""Specific to Hugging Face: the per-example loss of a causal LM, and the rules of its own layer classes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dpft.rules.norm import ElementwiseRule
 from dpft.rules.registry import register_matcher
 
 _CAUSAL_LM = re.compile(r"(ForCausalLM|LMHeadModel)$")
-# Modules whose own code flattens [B, T, D] to [B * T, D], in order, on its way through the layers inside.
+# Modules whose forward flattens [B, T, D] to [B * T, D], in order, before it calls the layers inside.
 _FLATTENS = frozenset({"OPTDecoderLayer"})
 _NORM = re.compile(r"(RMSNorm\w*|LayerNorm)$")
 
@@ -29,18 +29,18 @@ def per_example_causal_lm_losses(
     ignore_index: int = IGNORE_INDEX,
     **kwargs: Any,
 ) -> Tensor:
-    """Each example's own loss: the mean of cross-entropy over its own unmasked tokens.
+    """Per-example losses: the mean cross-entropy over each example's own unmasked tokens.
 
-    Takes the place of transformers' ``ForCausalLMLoss`` through ``model.loss_function``. ``num_items_in_batch`` is
-    not used: dividing by the batch's tokens would make each example's gradient depend on the others'.
+    Replaces transformers' ``ForCausalLMLoss`` through ``model.loss_function``. ``num_items_in_batch`` is not
+    used: dividing by the batch's number of tokens would make each example's gradient depend on the others.
 
     Args:
         logits: ``[B, T, V]``.
         labels: ``[B, T]``, shifted here; ``ignore_index`` where there is nothing to predict.
-        vocab_size: V, as transformers passes it.
+        vocab_size: V, as transformers passes it; not used.
         shift_labels: ``[B, T]``, labels that are shifted already.
         ignore_index: label of masked positions.
-        **kwargs: whatever else transformers passes.
+        **kwargs: whatever else transformers passes; not used.
 
     Returns:
         ``[B]`` float32; 0, with a zero gradient, for an example without any unmasked token.
@@ -65,7 +65,7 @@ def per_example_causal_lm_losses(
 def find_causal_lm(model: nn.Module) -> nn.Module | None:
     """The causal LM inside ``model`` (itself, or what PEFT or another container wraps), or None."""
     for module in model.modules():
-        # On the class: PEFT's shell passes attribute reads through, but its loss is computed inside.
+        # On the class: PEFT's wrapper forwards attribute reads, but the loss is computed by the model inside.
         if hasattr(type(module), "loss_function") and (
             _CAUSAL_LM.search(type(module).__name__) or getattr(module, "loss_type", None) == "ForCausalLM"
         ):

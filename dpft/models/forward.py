@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -10,31 +11,31 @@ import torch
 from torch import Tensor, nn
 
 from dpft.clipping.boundary import clip_boundary, mean_loss
+from dpft.clipping.guard import guard_parameters
 from dpft.clipping.state import ClipState
-from dpft.clipping.strategies import guard_parameters
 from dpft.errors import ClippingError
 from dpft.models.head import joined
+from dpft.models.isolation import RowCheck
+from dpft.models.rows import row_of
 
 COMPILED = "OptimizedModule"  # by name, so that torch._dynamo need not be imported for it
-# Not inputs of the batch, whatever their length happens to be.
-_NOT_BATCHED = frozenset({"cache_position", "num_items_in_batch"})
 
 
 def clipped_forward(
     state: ClipState, model: nn.Module, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Run ``plain`` and put the clip boundary on its per-example losses, where it was given labels.
+    """Run ``plain`` and, if labels are passed, put the clip boundary on its per-example losses.
 
     Args:
         state: of ``model``.
         model: the wrapped model.
-        plain: its forward as it was.
-        args: the call's.
-        kwargs: the call's; ``example_weight [B]`` is taken out.
+        plain: its forward as it was before wrapping.
+        args: of the call.
+        kwargs: of the call; ``example_weight [B]`` is removed.
 
     Raises:
         WrapError: the trainable parameters changed since ``wrap``.
-        ClippingError: a part of the model is compiled; or labels were given and the model computed a loss of its own.
+        ClippingError: a submodule is compiled; or labels were passed and the model computed a loss of its own.
     """
     weights = kwargs.pop("example_weight", None)
     if not torch.is_grad_enabled():
@@ -52,22 +53,35 @@ def clipped_forward(
     try:
         if kwargs.get("labels") is None:
             _hold_weights(state, weights)
-            return plain(*args, **kwargs)
+            run = functools.partial(_run_expecting, state, plain)
+            with RowCheck.of_next(state, model, run, args, kwargs, shape[0]) as check:
+                out = plain(*args, **kwargs)
+            _refuse_own_loss(out, kwargs)
+            check.compare(out)
+            return out
         device = next(iter(state.parameters.values())).device
         choice = state.choose(device, shape[0], state.seq_len).strategy
         if choice == "per_example":
             return _forward_each(state, plain, args, kwargs, weights, shape[0])
         if choice == "two_pass":
             refuse_unsaved_rng(state, model)
-        with _expecting(state, kwargs):
-            out = plain(*args, **kwargs)
+        run = functools.partial(_run_expecting, state, plain)
+        with RowCheck.of_next(state, model, run, args, kwargs, shape[0]) as check:
+            out = run(*args, **kwargs)
+        check.compare(out)
         return _with_loss(out, lambda losses: clip_boundary(state, losses, weights, choice), kwargs)
     finally:
         state.end()
 
 
+def _run_expecting(state: ClipState, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The forward, whose head computes its losses with the call's labels where it can."""
+    with _expecting(state, kwargs):
+        return plain(*args, **kwargs)
+
+
 def _expecting(state: ClipState, kwargs: dict[str, Any]) -> AbstractContextManager[None]:
-    """Lets the head compute its losses with the call's labels, where it can."""
+    """A context in which the head computes its losses with the call's labels, if it can."""
     if state.head is None or kwargs.get("shift_labels") is not None:
         return nullcontext()
     return state.head.expecting(kwargs.get("labels"))
@@ -75,21 +89,39 @@ def _expecting(state: ClipState, kwargs: dict[str, Any]) -> AbstractContextManag
 
 def _hold_weights(state: ClipState, weights: Tensor | None) -> None:
     """Keep the weights of a forward without labels for the ``clipped_loss`` that is to come."""
+    if state.weights_used:
+        state.weights, state.weights_used = None, False
     held = state.weights
     if weights is None:
         return
     if held is not None and not (held.shape == weights.shape and torch.equal(held, weights.to(held.device))):
         raise ClippingError(
-            "two forwards before one clipped_loss were given different example_weight; a row is padding in both or in "
-            "none. Pass the same weights to both."
+            "two forwards before one clipped_loss got different example_weight; a row must be padding in both or in "
+            "neither. Pass the same weights to both."
         )
     state.weights = weights
 
 
-def refuse_compiled(state: ClipState, model: nn.Module) -> None:
-    """A part of the model that is compiled has a backward of its own, in which no rule sees a gradient.
+def _refuse_own_loss(out: Any, kwargs: dict[str, Any]) -> None:
+    """A loss that the model computed from other targets than ``labels`` is a mean over the batch.
 
-    ``torch.compile`` around the wrapped model is harmless: the model's forward runs as it is.
+    Raises:
+        ClippingError: names the arguments.
+    """
+    loss = getattr(out, "loss", None)
+    if isinstance(loss, Tensor) and loss.requires_grad:
+        given = sorted(name for name, value in kwargs.items() if value is not None)
+        raise ClippingError(
+            f"the model computed a loss by itself from {', '.join(given)}: a mean over the batch, which cannot be "
+            "clipped by example. Leave the targets (start_positions, end_positions, ...) out, compute losses [B] from "
+            "the outputs with reduction='none', and call dpft.clipped_loss(model, losses)."
+        )
+
+
+def refuse_compiled(state: ClipState, model: nn.Module) -> None:
+    """Refuse a model with a compiled submodule, in whose backward no rule sees a gradient.
+
+    ``torch.compile`` around the wrapped model is harmless: the model's forward runs uncompiled.
 
     Raises:
         ClippingError: names the module.
@@ -99,16 +131,16 @@ def refuse_compiled(state: ClipState, model: nn.Module) -> None:
     for name, module in model.named_modules():
         if (module._compiled_call_impl is not None and module is not model) or type(module).__name__ == COMPILED:
             raise ClippingError(
-                f"{name!r} is compiled (torch.compile), so its backward is fixed before anyone can take a norm in it. "
-                "Leave the model's parts uncompiled, or wrap with strategy='per_example'."
+                f"{name!r} is compiled (torch.compile), so no per-example norm can be computed in its backward. "
+                "Do not compile the model's submodules, or wrap with strategy='per_example'."
             )
 
 
 def refuse_unsaved_rng(state: ClipState, model: nn.Module) -> None:
-    """Two passes recompute a checkpoint twice: both must draw the dropout masks of the forward.
+    """Refuse checkpointing that does not restore the RNG: both passes must draw the forward's dropout masks.
 
     Raises:
-        ClippingError: transformers' checkpointing with ``preserve_rng_state=False``, where two passes may run.
+        ClippingError: transformers' checkpointing with ``preserve_rng_state=False``, and two passes may run.
     """
     if state.strategy == "one_pass":
         return
@@ -134,8 +166,8 @@ def _with_loss(out: Any, reduce: Callable[[Tensor], Tensor], kwargs: dict[str, A
         got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ClippingError(
             f"the model computed its own loss from labels (got {got}; expected per-example losses [{batch}] from "
-            "model.loss_function): a mean over the batch, or one with a term that mixes examples, cannot be clipped. "
-            "Leave labels out, compute losses [B] from the outputs, and call dpft.clipped_loss(model, losses)."
+            "model.loss_function): a mean over the batch, or a loss with a term that mixes examples, cannot be "
+            "clipped. Omit labels, compute losses [B] from the outputs, and call dpft.clipped_loss(model, losses)."
         )
     assert isinstance(losses, Tensor)
     loss = reduce(losses)
@@ -146,7 +178,7 @@ def _with_loss(out: Any, reduce: Callable[[Tensor], Tensor], kwargs: dict[str, A
 
 
 def _batch_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Size | None:
-    """Shape of the tensor that has the batch first."""
+    """Shape of the first tensor input, whose dimension 0 is the batch; None if there is none."""
     preferred = [kwargs.get(name) for name in ("input_ids", "inputs_embeds", "labels")]
     for value in (*preferred, *args, *kwargs.values()):
         if isinstance(value, Tensor) and value.dim() > 0:
@@ -162,16 +194,16 @@ def _forward_each(
     weights: Tensor | None,
     batch: int,
 ) -> Any:
-    """One forward per example, so that no architecture can mix them; the outputs are joined, detached."""
+    """One forward per example, so that no architecture can mix them; the logits are concatenated, detached."""
 
     kwargs = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
     losses: list[Tensor] = []
     logits: list[Tensor] = []
     out: Any = None
     for i in range(batch):
-        row = {k: _row(v, i, batch, k) for k, v in kwargs.items()}
+        row = {k: row_of(v, i, batch, k) for k, v in kwargs.items()}
         with _expecting(state, row):
-            out = plain(*(_row(a, i, batch) for a in args), **row)
+            out = plain(*(row_of(a, i, batch) for a in args), **row)
         loss = out[0] if isinstance(out, tuple) else out.loss
         losses.append(loss.reshape(()))
         found = out[1] if isinstance(out, tuple) else getattr(out, "logits", None)
@@ -182,43 +214,3 @@ def _forward_each(
         return (loss, together)
     assert out is not None
     return type(out)(loss=loss, logits=together)
-
-
-def _may_be_an_example(entry: Any, one_each: bool) -> bool:
-    """Whether an entry of a list may be one example's data, which the others' forwards must not see."""
-    if isinstance(entry, Tensor) and entry.dim() > 0:
-        return entry.shape[0] == 1
-    return isinstance(entry, str | Mapping) or (one_each and isinstance(entry, Tensor | int | float))
-
-
-def _row(value: Any, i: int, batch: int, name: str = "") -> Any:
-    """Example i's part of an argument; what stands for all examples as it is.
-
-    Raises:
-        ClippingError: an argument of which it is not known which part is whose.
-    """
-    if isinstance(value, Tensor) and value.dim() > 0 and name not in _NOT_BATCHED:
-        if value.shape[0] == batch:
-            return value[i : i + 1]
-        if value.shape[0] != 1:
-            raise ClippingError(
-                f"argument {name!r} has shape {list(value.shape)} in a batch of {batch}: it is not known which "
-                "part is whose example's. Put the batch first, or use physical batches of one example."
-            )
-    elif isinstance(value, Mapping):
-        return type(value)({k: _row(v, i, batch, str(k)) for k, v in value.items()})  # type: ignore[call-arg]  # a mapping type is made from a dict
-    elif isinstance(value, list | tuple):
-        if batch > 1 and any(_may_be_an_example(v, len(value) == batch) for v in value):
-            raise ClippingError(
-                f"argument {name!r} is a {type(value).__name__} of {len(value)} in a batch of {batch}, which may hold "
-                "an entry for each example: it cannot be cut into rows. Give tensors of one row per example, or use "
-                "physical batches of one example."
-            )
-        rows = [_row(v, i, batch, name) for v in value]
-        return rows if isinstance(value, list) else tuple(rows)
-    elif batch > 1 and not isinstance(value, Tensor | bool | int | float | str | type(None)):
-        raise ClippingError(
-            f"argument {name!r} is a {type(value).__name__}, which may hold several examples' data: it cannot be cut "
-            "into rows. Use physical batches of one example."
-        )
-    return value

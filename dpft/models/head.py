@@ -1,9 +1,9 @@
-"""The head of a causal LM with its loss in one node: what stands for the logits, and where the labels come from.
+"""The head of a causal LM fused with its loss: lazy logits that carry the per-example losses.
 
-A causal LM of transformers calls its head, then ``self.loss_function(logits, labels)``. While a forward with labels
-runs, the head's forward computes the losses in chunks and returns :class:`LazyLogits` in the place of the logits; the
-loss function finds the losses there. A model that does something to its logits in between (a soft cap, a scale) gets
-real ones the moment it does, and from then on the head is left as it was: nothing is assumed of modelling code.
+A causal LM of transformers calls its head, then ``self.loss_function(logits, labels)``. In a forward with labels, the
+head's forward computes the losses in chunks and returns :class:`LazyLogits` instead of the logits; the loss function
+reads the losses from them. If a model transforms its logits in between (a soft cap, a scale), they are computed right
+then, and from then on the head runs unchanged: nothing is assumed about modelling code.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from dpft.rules.base import attribute
 from dpft.rules.head import HeadLossSite
 
 IGNORE_INDEX = -100
-# A configuration's name for what a model does to its logits before the loss. Others are noticed when it happens.
+# Names in a configuration for a scale or cap of the logits before the loss. Others are noticed when they happen.
 _SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
-# What can be asked of logits that are not there.
+# What can be read from logits that are not computed.
 _METADATA = frozenset(
     {
         Tensor.size,
@@ -48,14 +48,14 @@ _METADATA = frozenset(
 
 @dataclass
 class _Made:
-    """What one forward of the head made, shared by all that stands for its logits.
+    """Results of one forward of the head, shared by all lazy logits that come from it.
 
     Attributes:
-        losses: ``[B]``, without their graph; None once they were taken.
-        labels: what they were computed with.
-        labels_version: how often the labels had been changed in place.
+        losses: ``[B]``, without their graph; None once they were read.
+        labels: of the losses.
+        labels_version: the labels' version counter at that time.
         weight: the head's.
-        weight_version: the same of it.
+        weight_version: its version counter at that time.
     """
 
     losses: Tensor | None
@@ -66,13 +66,13 @@ class _Made:
 
 
 class LazyLogits(Tensor):
-    """Logits that are computed when something is done with them; shape, dtype and device are known.
+    """Logits that are computed when an operation uses them; shape, dtype and device are known before.
 
-    They are in the graph between the head's node and the losses that are taken of them, so that what an engine hangs
-    on the output of a module (FSDP2's and DeepSpeed's gathering before its backward) finds its place.
+    In the graph they are between the head's node and the losses read from them, so that an engine's hooks on the
+    output of a module (with which FSDP2 and DeepSpeed gather before its backward) work as usual.
 
     Attributes:
-        made: what the head made together with them; None of logits that were joined.
+        made: results of the same forward of the head; None for concatenated logits.
     """
 
     made: _Made | None
@@ -89,7 +89,7 @@ class LazyLogits(Tensor):
         make: Callable[[], Tensor],
         made: _Made | None = None,
     ) -> LazyLogits:
-        # In the dtype of the losses whose gradient passes through; what is said of it is that of the logits.
+        # In the dtype of the losses, whose gradient passes through; .dtype returns that of the logits.
         inside = torch.promote_types(dtype, torch.float32)
         logits: LazyLogits = Tensor._make_wrapper_subclass(
             cls, shape, dtype=inside, device=device, requires_grad=False
@@ -98,7 +98,7 @@ class LazyLogits(Tensor):
         return logits
 
     def materialise(self) -> Tensor:
-        """The logits themselves, computed now."""
+        """The logits, computed at the first call."""
         if self._real is None:
             with torch.set_grad_enabled(self.requires_grad):
                 self._real = self._make().to(self._dtype)
@@ -125,7 +125,7 @@ class LazyLogits(Tensor):
             return first._dtype
         if first is not None and func in (Tensor.is_floating_point, torch.is_floating_point):
             return True
-        # Accelerate's mixed precision and engines convert outputs that nobody may ever look at.
+        # Accelerate's mixed precision and engines convert outputs, which may never be read.
         target = torch.float32 if func is Tensor.float else args[1] if func is Tensor.to and len(args) == 2 else None
         if first is not None and isinstance(target, torch.dtype) and not kwargs:
             return first if target == first._dtype else _Converted.apply(first, target)
@@ -144,7 +144,7 @@ _DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]  # the getter, by wh
 
 
 class _StandIn(torch.autograd.Function):
-    """Losses ``[B]`` -> lazy logits ``[B, T, V]`` in their place; the gradient is that of the losses."""
+    """Losses ``[B]`` -> lazy logits ``[B, T, V]`` that carry them; the gradient is that of the losses."""
 
     @staticmethod
     def forward(ctx: Any, losses: Tensor, shape: Any, dtype: Any, make: Any, made: _Made) -> Tensor:
@@ -156,7 +156,7 @@ class _StandIn(torch.autograd.Function):
         if any(stride != 0 and size > 1 for stride, size in zip(g.stride()[1:], g.shape[1:], strict=True)):
             raise ClippingError(
                 "something besides the loss was differentiated through the logits (an autograd.Function or a layer "
-                "that takes them, a hook on them), which dpft computes lazily. Pass loss_chunk=None."
+                "that uses them, a hook on them), which dpft computes lazily. Pass loss_chunk=None."
             )
         return g[:, 0, 0], None, None, None, None
 
@@ -175,7 +175,7 @@ class _Converted(torch.autograd.Function):
 
 
 class _Losses(torch.autograd.Function):
-    """Lazy logits -> the losses ``[B]`` that they stand for."""
+    """Lazy logits -> the losses ``[B]`` that they carry."""
 
     @staticmethod
     def forward(ctx: Any, logits: LazyLogits, losses: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ class _Losses(torch.autograd.Function):
 
 
 def losses_of(logits: Any, labels: Any) -> Tensor | None:
-    """The losses that came with lazy logits, if they are of these very labels; taken once. Else None."""
+    """The losses that lazy logits carry, if computed from this labels tensor; can be read once. Else None."""
     if not isinstance(logits, LazyLogits) or logits.made is None or labels is not logits.made.labels:
         return None
     if _version(labels) != logits.made.labels_version:
@@ -202,7 +202,7 @@ def losses_of(logits: Any, labels: Any) -> Tensor | None:
 
 
 def joined(logits: list[Tensor]) -> Tensor:
-    """``[B, ...]`` from B outputs of one example each, without a gradient; lazy where they are."""
+    """``[B, ...]``: the logits of B one-example forwards, concatenated and detached; lazy if they are."""
     first = logits[0]
     if len(logits) == 1 or not isinstance(first, LazyLogits):
         return first.detach() if len(logits) == 1 else torch.cat([one.detach() for one in logits])
@@ -211,7 +211,7 @@ def joined(logits: list[Tensor]) -> Tensor:
 
 
 def leaves_logits_alone(config: Any) -> bool:
-    """Whether nothing in a model's configuration says that its logits are scaled or capped before the loss."""
+    """Whether a model's configuration has no scale or cap of the logits before the loss."""
     return all(getattr(config, name, None) in (None, 1, 1.0) for name in _SCALES)
 
 
@@ -221,10 +221,10 @@ class Head:
 
     Attributes:
         state: of the wrapped model.
-        keys: own name -> full name of the head's trainable parameters.
-        chunk: tokens at a time.
-        direct: whether its logits go to the loss as they are, as far as is known.
-        labels: of the forward that is running.
+        keys: name within the head -> full name, of its trainable parameters.
+        chunk: tokens per chunk.
+        direct: whether, as far as is known, the loss gets the head's logits unchanged.
+        labels: of the running forward.
     """
 
     state: ClipState
@@ -235,7 +235,7 @@ class Head:
 
     @contextmanager
     def expecting(self, labels: Any) -> Iterator[None]:
-        """While it lasts, the head computes its losses with these labels ``[B, T]``; None leaves it as it is."""
+        """A context in which the head computes its losses with these labels ``[B, T]``; None: it runs unchanged."""
         previous, self.labels = self.labels, labels if isinstance(labels, Tensor) else None
         try:
             yield
@@ -243,13 +243,13 @@ class Head:
             self.labels = previous
 
     def forward(self, module: nn.Module, plain: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
-        """The head's forward: lazy logits with their losses, or what ``plain`` returns."""
+        """The head's forward: lazy logits with their losses, or the output of ``plain``."""
         labels, w, b = self.labels, attribute(module, "weight"), attribute(module, "bias")
         if not (self.direct and labels is not None and type(h) is Tensor and h.dim() == 3):
             return plain(h)
         if labels.shape != h.shape[:2]:
             return plain(h)
-        self.labels = None  # a head that is called again in this forward predicts something else
+        self.labels = None  # if the head is called again in this forward, it predicts something else
         device = h.device.type
         x = h.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else h
         chunk = auto_chunk(h.device) if self.chunk == "auto" else self.chunk
@@ -272,29 +272,29 @@ class Head:
         before_the_loss = made.losses is not None
         if self.state.engine is not None and self.state.engine.sharded:
             raise ClippingError(
-                "the logits were wanted, and the engine has put the head's weight away: dpft computed the loss "
-                "without keeping them. Pass loss_chunk=None to dpft.prepare to have all logits computed and kept."
+                "the logits were read, but dpft computed the loss without keeping them and the engine has sharded the "
+                "head's weight again. Pass loss_chunk=None to dpft.prepare to have all logits computed and kept."
             )
         if before_the_loss:
-            # The model makes something else of its logits, and the loss of that.
+            # The model transforms its logits before the loss.
             self.direct, made.losses = False, None
             if torch.is_grad_enabled() and "weight" in self.keys:
                 self.state.trace.uses[self.keys["weight"]] -= 1
             return plain(h)
         if self.state.batch_size is not None:
-            return plain(h)  # the forward is still running: what it adds to its loss is a use like any other
+            return plain(h)  # the forward is still running: a loss term from these logits is a use like any other
         if self.state.engine is None and _version(made.weight) != made.weight_version:
             raise ClippingError(
                 "the logits were read after the head's weight had changed (optimizer.step?), and dpft computes them "
-                "when they are read. Read them before, or wrap with loss_chunk=None."
+                "when they are read. Read them earlier, or wrap with loss_chunk=None."
             )
-        # This use is none of the forward that made the loss, nor of the next one.
+        # This use belongs neither to the forward that computed the loss nor to the next one.
         with self.state.unrecorded():
             return plain(h)
 
 
 class _Site:
-    """What the node needs to know besides tensors."""
+    """The non-tensor arguments of the head's node."""
 
     __slots__ = ("chunk", "host", "keys", "native", "shape", "targets")
 
@@ -304,10 +304,10 @@ class _Site:
 
 
 def shifted(labels: Tensor) -> Tensor:
-    """Labels ``[B, T]`` moved one to the left: position t predicts token t + 1."""
+    """Labels ``[B, T]`` shifted left by one: position t predicts token t + 1."""
     return nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
 
 
 def _version(labels: Tensor) -> int:
-    """How often a tensor was changed in place; of one made in inference mode it is not known."""
+    """The version counter of a tensor; 0 for an inference tensor, which has none."""
     return 0 if labels.is_inference() else labels._version

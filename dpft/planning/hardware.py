@@ -1,7 +1,7 @@
-"""How fast a device is: published figures of some, a measurement of the one at hand, and the time of an operation.
+"""Speed of devices: data-sheet figures of some, a measurement of the present one, and a roofline model of step time.
 
-The model is a roofline (Williams et al. 2009): an operation takes the larger of its FLOPs over the device's rate and
-its bytes over the bandwidth, and a little more for being one.
+The roofline model (Williams et al. 2009): an operation takes the larger of its FLOPs over the device's rate and
+its bytes over the bandwidth, plus a constant overhead.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ _TERA, _GIGA = 1e12, 1e9
 
 @dataclass(frozen=True)
 class Hardware:
-    """A device, as far as time and memory go. All rates are those that real kernels reach.
+    """Speed and memory of a device. All rates are those that real kernels achieve.
 
     Attributes:
         name: of the device.
         memory: bytes.
-        rates: FLOP/s of matrix products by dtype; a dtype that is not in it runs at float32's.
-        attention: share of the rate of matrix products that the fused attention kernel reaches.
-        bandwidth: bytes/s, read and written added up.
-        overhead: seconds that the host needs to start one operation.
-        asynchronous: whether the device works while the host starts the next ones.
-        source: where the figures come from.
+        rates: FLOP/s of matrix products by dtype; float32's is used for a dtype not listed.
+        attention: fraction of the rate of matrix products that the fused attention kernel achieves.
+        bandwidth: bytes/s, reads plus writes.
+        overhead: seconds that the host needs to launch one operation.
+        asynchronous: whether the device runs while the host launches further operations.
+        source: of the figures.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Hardware:
     source: str
 
     def seconds(self, operations: Mapping[Operation, int]) -> float:
-        """Predicted seconds of a step that consists of ``operations`` with their counts."""
+        """Predicted seconds of a step that runs each of ``operations`` the given number of times."""
         work = sum(self._device_seconds(op) * count for op, count in operations.items())
         host = self.overhead * sum(operations.values())
         return max(work, host) if self.asynchronous else work + host
@@ -63,15 +63,15 @@ class Hardware:
 
 
 def _published(name: str, memory: float, bandwidth: float, attention: float, source: str, **tera: float) -> Hardware:
-    """From a data sheet: its rates (TFLOP/s, dense) times 0.7 and its bandwidth (GB/s) times 0.8."""
+    """From a data sheet: rates (TFLOP/s, dense) times 0.7, bandwidth (GB/s) times 0.8."""
     dtypes = {"bf16": (torch.bfloat16, torch.float16), "fp32": (torch.float32,), "fp64": (torch.float64,)}
     rates = {dtype: 0.7 * tera[key] * _TERA for key, both in dtypes.items() for dtype in both}
     return Hardware(name, int(memory * _GIGA), rates, attention / 0.7, 0.8 * bandwidth * _GIGA, 8e-6, True, source)
 
 
-# Attention: what FlashAttention-2 reaches of the data sheet's bf16 rate: 35 % on an H100 (Shah et al. 2024, arXiv
-# 2407.08608), 50 to 73 % on an A100 (Dao 2023, arXiv 2307.08691). The shares 0.7 and 0.8 above and the 8 us an
-# operation are assumptions of ours, not measured: they hardly move the ratio of two steps of one model.
+# Attention: the fraction of the data sheet's bf16 rate that FlashAttention-2 achieves: 35 % on an H100 (Shah et al.
+# 2024, arXiv 2407.08608), 50 to 73 % on an A100 (Dao 2023, arXiv 2307.08691). The factors 0.7 and 0.8 above and 8 us
+# per operation are our assumptions, not measured: they hardly affect the ratio of two steps of one model.
 HARDWARE: dict[str, Hardware] = {
     "a100": _published("a100", 80, 2039, 0.6, "NVIDIA A100 data sheet, 80 GB SXM", bf16=312, fp32=19.5, fp64=19.5),
     "h100": _published("h100", 80, 3350, 0.35, "NVIDIA H100 data sheet, SXM", bf16=989.5, fp32=67, fp64=67),
@@ -80,7 +80,7 @@ HARDWARE: dict[str, Hardware] = {
 
 
 def measure(device: torch.device) -> Hardware:
-    """The device at hand, measured once for a number of threads, in less than half a second on an idle machine."""
+    """Measures ``device``, once per number of threads, in less than half a second on an idle machine."""
     return _measure(device, torch.get_num_threads())
 
 
@@ -105,7 +105,7 @@ def _measure(device: torch.device, threads: int) -> Hardware:
         memory=free_memory(device),
         rates=rates,
         attention=_attention_rate(device, main) / rates[main],
-        # a fresh result every time, as a step has
+        # allocates its result every time, as in a step
         bandwidth=8 * block.numel() / _best_of(lambda: block + 1, device),
         overhead=_best_of(small, device) / repeats,
         asynchronous=gpu,
@@ -114,7 +114,7 @@ def _measure(device: torch.device, threads: int) -> Hardware:
 
 
 def _best_of(run: Callable[[], Any], device: torch.device, times: int = 3) -> float:
-    """Seconds of the fastest of some calls, after one to warm up."""
+    """Seconds of the fastest of ``times`` calls, after one warm-up call."""
     best = float("inf")
     for i in range(times + 1):
         start = time.perf_counter()
@@ -136,4 +136,4 @@ def _attention_rate(device: torch.device, dtype: torch.dtype) -> float:
     q: Tensor = torch.ones(1, heads, tokens, width, dtype=dtype, device=device)
     with torch.no_grad():
         took = _best_of(lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True), device)
-    return 2 * heads * tokens * tokens * width / took  # two products, half of each
+    return 2 * heads * tokens * tokens * width / took  # two products, half of each (causal)

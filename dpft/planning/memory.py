@@ -1,4 +1,4 @@
-"""What a rank holds between steps, and of gathered parameters during them."""
+"""Memory of one rank between steps, and of gathered parameters during a step."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 
 
 def resting_bytes(model: nn.Module, sharding: Sharding, optimizer: OptimizerName | None) -> dict[str, int]:
-    """Bytes that a rank holds beside what a step makes, by what they are.
+    """Bytes that a rank holds besides those that the simulated step allocates, by kind.
 
-    ``docs/engines.md`` has the layouts. Gradients and clipped sums are not in it: a step makes them, and they are
-    counted there.
+    ``docs/engines.md`` has the layouts. Gradients and clipped sums are not included, since the simulated step
+    allocates them, except for the gradients that ZeRO-3 keeps.
 
     Args:
-        model: of whole parameters, on any device.
+        model: with unsharded parameters, on any device.
         sharding: the engine.
-        optimizer: whose states are held; None: none.
+        optimizer: whose states are counted; None: none.
     """
     parameters = list(model.parameters())
     trainable = [p for p in parameters if p.requires_grad]
@@ -31,20 +31,20 @@ def resting_bytes(model: nn.Module, sharding: Sharding, optimizer: OptimizerName
     found = {"parameters and buffers": held + sum(_bytes(b) for b in model.buffers())}
     deepspeed = sharding.engine.startswith("zero")
     if optimizer is not None:
-        # DeepSpeed steps on a float32 copy of its part; the others on the parameters, with states of their dtype.
+        # DeepSpeed updates a float32 copy of its shard; the others the parameters, with states in their dtype.
         states = 2 if optimizer == "adamw" else 0
         found["optimiser states"] = sum(
             sharding.part(p.numel(), sharding.states) * (4 * (states + 1) if deepspeed else states * p.element_size())
             for p in trainable
         )
-    if sharding.engine == "zero3":  # kept from step to step; the other stages drop theirs
+    if sharding.engine == "zero3":  # kept between steps; the other stages free theirs
         found["DeepSpeed's gradients"] = sum(sharding.part(p.numel(), True) * p.element_size() for p in trainable)
     if sharding.parameters:
         blocks = _repeated(model)
         inside = {id(p) for block in blocks for p in block.parameters()}
         outside = sum(_bytes(p) for p in parameters if id(p) not in inside)
         largest = max((sum(_bytes(p) for p in block.parameters()) for block in blocks), default=0)
-        # One block is in use while the next one is on its way.
+        # One block is in use while the next one is gathered.
         found["gathered parameters"] = min(outside + 2 * largest, sum(map(_bytes, parameters)))
     return {name: size for name, size in found.items() if size}
 

@@ -1,4 +1,4 @@
-"""``plan``: what a private step will cost, before anything runs: FLOPs, time and memory, and what to do about them."""
+"""``plan``: predicts FLOPs, time and memory of a private step without running it, and chooses the strategy."""
 
 from __future__ import annotations
 
@@ -39,29 +39,29 @@ def plan(
 ) -> Plan:
     """Predict a private training step of a causal LM and choose its strategy, without running it.
 
-    The very code of the step, plain and private, runs on a meta twin of the model, which has shapes and no data: an
+    The code of the step itself, plain and private, runs on a meta twin of the model, which has shapes and no data: an
     8-billion-parameter model at 131,072 tokens takes seconds. The model itself is only read.
 
     Args:
-        model: a causal LM of Hugging Face, plain or under PEFT, wrapped or not, on any device; of meta tensors too.
+        model: a Hugging Face causal LM, plain or under PEFT, wrapped or not, on any device, meta included.
         batch_size: B of the physical batch; ``"auto"`` finds the one with the least time per example that fits, among
             1, 2, 3, 4, 6, 8, 12, ... 256.
         seq_len: T.
-        dtype: of the parameters (``"bf16"``, ``"fp32"`` or a torch dtype); None leaves them. Autocast is not planned.
-        checkpointing: non-reentrant gradient checkpointing on or off; None leaves the model's.
-        memory: bytes of the device, in which everything has to fit. None: what the model's device has free and what
-            the model takes of it; for a model of meta tensors, or a named hardware, all of the hardware's.
+        dtype: of the parameters (``"bf16"``, ``"fp32"`` or a torch dtype); None keeps theirs. Autocast is not planned.
+        checkpointing: non-reentrant gradient checkpointing on or off; None keeps the model's setting.
+        memory: bytes of the device, in which everything has to fit. None: the free memory of the model's device plus
+            what the model occupies; for a model on meta or a named hardware, all memory of the hardware.
         engine: ``"single"``, ``"ddp"``, ``"fsdp2"``, ``"zero1"``, ``"zero2"`` or ``"zero3"``.
-        world_size: ranks of the engine.
+        world_size: number of ranks of the engine.
         hardware: ``"h100"``, ``"a100"``, ``"h200"``, or a :class:`Hardware`. None measures the model's device once, in
-            less than half a second; for a model of meta tensors it is ``"h100"``.
-        optimizer: ``"adamw"`` or ``"sgd"`` under :class:`dpft.DPOptimizer` is at rest too, and gradients of bf16
-            parameters are float32; None plans the model alone.
+            less than half a second; for a model on meta it is ``"h100"``.
+        optimizer: ``"adamw"`` or ``"sgd"``, under :class:`dpft.DPOptimizer`: counts its states, and float32 gradients
+            of bf16 parameters. None plans the model alone.
         loss_chunk: as in :func:`dpft.wrap`.
 
     Raises:
         ValueError: an argument out of range.
-        UnsupportedModuleError: nothing to train, or a model that cannot be run on meta tensors.
+        UnsupportedModuleError: no trainable parameter, or a model that cannot run on meta tensors.
     """
     sharding = _checked(model, batch_size, seq_len, memory, engine, world_size)
     if optimizer not in (None, *OPTIMIZERS):
@@ -76,7 +76,7 @@ def plan(
     limit = memory
     if limit is None:
         limit = machine.memory if device.type == "meta" or isinstance(hardware, str) else _whole_memory(model, device)
-    if loss_chunk == "auto":  # as on the device that is planned for, not on meta
+    if loss_chunk == "auto":  # as on the planned device, not on meta
         loss_chunk = auto_chunk(torch.device("cuda" if machine.asynchronous else "cpu"))
     predictor = Predictor(
         twin, seq_len, sharding, machine, limit, resting_bytes(twin, sharding, optimizer), loss_chunk
@@ -134,6 +134,6 @@ def _machine(hardware: str | Hardware | None, device: torch.device) -> Hardware:
 
 
 def _whole_memory(model: nn.Module, device: torch.device) -> int:
-    """What training may take of the device: what is free, and what the model holds already."""
+    """Bytes of the device that training may use: the free ones, and those that the model occupies."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in (*model.parameters(), *model.buffers())}
     return free_memory(device) + sum(storage.nbytes() for storage in storages.values())

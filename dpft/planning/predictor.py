@@ -1,4 +1,4 @@
-"""The predictions of one model, what they say about the strategy, and the batch size that they are best for."""
+"""Simulates one model for each batch size and strategy, and derives predictions, strategy and best batch size."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ __all__ = ["Predictor"]
 
 STRATEGIES: tuple[Strategy, ...] = ("one_pass", "two_pass", "per_example")
 MAX_BATCH_SIZE = 256
-# Per-example takes a forward for each example, in the simulation too, and holds the graphs of all: it is for few.
+# Per-example runs one forward per example, in the simulation too, and keeps all their graphs: only for few examples.
 MAX_EXAMPLES_ALONE = 8
-# A larger batch has to be faster by this share to be worth its memory.
+# A larger batch has to be faster by this fraction to be worth its memory.
 WORTH = 0.02
 
 
-# The isolation check of the first steps of several examples holds up to 4.8 % more than a step without (*measured*).
+# A step with the isolation check needs up to 4.8 % more memory than one without (*measured*).
 PROBE = 1.05
 
 
 class Predictor:
-    """The predictions of one twin, each batch size and strategy simulated once."""
+    """The predictions for one meta twin; each batch size and strategy is simulated once."""
 
     def __init__(
         self,
@@ -89,26 +89,26 @@ class Predictor:
         return sum(self.resting.values()) + max(simulation.peak, simulation.accumulating_peak)
 
     def allowance(self, batch_size: int) -> int:
-        """Bytes that one-pass may keep: what everything else that it holds at its peak leaves of the memory.
+        """Bytes that one-pass may keep: the memory minus everything else that it holds at its peak.
 
-        So what it keeps is within the allowance exactly where its predicted peak is within the memory, and the closed
-        form by which a running training decides comes to the same choice.
+        So the kept bytes are within the allowance exactly if the predicted peak is within the memory, and a running
+        training, which decides by a closed form, makes the same choice.
         """
         total = self.total(self.simulated(batch_size, "one_pass"))
         left = self.memory - total
         if left < 0 and total <= self.total(self.simulated(batch_size, "two_pass")):
-            left = 0  # neither fits, and two-pass would not hold less
+            left = 0  # neither fits, and two-pass would not need less
         return left + self.extra(batch_size)
 
     def extra(self, batch_size: int) -> int:
-        """What the closed form takes one-pass to keep beyond one gradient."""
+        """Bytes that one-pass keeps beyond one gradient, by the closed form."""
         gradient = gradient_bytes(self.uses, self.itemsize)
         if self.sharding.engine != "single":
             return gradient * (batch_size - (0 if self.sharding.gradients else 1))
         return max(0, kept_bytes(self.uses, batch_size, self.seq_len, self.itemsize) - gradient)
 
     def choose(self, batch_size: int) -> Choice:
-        """By the function that a wrapped model decides by; per-example where there is no other way."""
+        """Chooses with the function that a wrapped model uses; per-example if no rule covers the model."""
         if self.uncovered:
             return Choice("per_example", f"per_example: the only way. {self.uncovered}")
         allowed = self.allowance(batch_size)
@@ -120,7 +120,7 @@ class Predictor:
         )
 
     def best_batch_size(self) -> int:
-        """The least time per example that fits; of sizes within :data:`WORTH` of it the smallest; else 1."""
+        """The smallest size that fits with a time per example within :data:`WORTH` of the least; 1 if none fits."""
         found: list[tuple[int, float]] = []
         for size in _sizes():
             simulation = self.simulated(size, self.choose(size).strategy)
@@ -128,7 +128,7 @@ class Predictor:
                 break
             found.append((size, self.machine.seconds(simulation.operations) / size))
             if len(found) > 4 and found[-1][1] > (1 - WORTH) * found[-3][1]:
-                break  # twice as large and no faster: so it stays
+                break  # twice as large and no faster: larger ones will not be either
         best = min((seconds for _, seconds in found), default=0.0)
         return next((size for size, seconds in found if seconds <= (1 + WORTH) * best), 1)
 
@@ -174,7 +174,7 @@ class Predictor:
         )
 
     def _settle(self, choice: Choice, predictions: dict[Strategy, Prediction]) -> Choice:
-        """The choice with what the predictions add to it."""
+        """The choice, with the reason extended by the predictions; per-example if only that fits."""
         chosen, alone = predictions[choice.strategy], predictions.get("per_example")
         if not chosen.fits and alone is not None and alone.fits and choice.strategy != "per_example":
             return Choice(

@@ -17,15 +17,15 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Prediction:
-    """One physical batch, plain or by one strategy.
+    """Predicted cost of one physical batch, plain or with one strategy.
 
     Attributes:
-        flops: a multiply-add counted as two, attention as its kernels' full square, as ``FlopCounterMode`` counts.
-        attention_flops: the part of the fused attention kernels, which ``FlopCounterMode`` does not see on a CPU.
+        flops: a multiply-add counted as two, attention without causal skipping, as ``FlopCounterMode`` counts.
+        attention_flops: those of the fused attention kernels, which ``FlopCounterMode`` does not see on a CPU.
         seconds: on the plan's hardware, without communication.
-        peak_bytes: above parameters, buffers and the batch, of a step that finds ``.grad`` empty.
-        accumulating_peak_bytes: the same of a step that adds to the gradient of a physical batch before it.
-        total_bytes: the larger of the two and what is at rest: what the device must hold.
+        peak_bytes: above parameters, buffers and the batch, of a step that starts with ``.grad`` empty.
+        accumulating_peak_bytes: the same for a step that adds to the gradient of an earlier physical batch.
+        total_bytes: the larger of the two plus the plan's ``resting``: what the device must hold.
         time_ratio: seconds over those of the plain step.
         memory_ratio: peak_bytes over those of the plain step.
         fits: whether total_bytes is within the plan's memory.
@@ -44,15 +44,15 @@ class Prediction:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """A kind of trainable matrix: those with the same name but for numbers, and the same shape.
+    """One group of trainable matrices, whose names differ only in layer numbers and whose shapes are equal.
 
     Attributes:
         name: with ``*`` for the numbers.
         count: how many there are.
-        shape: in words.
+        shape: as text.
         method: how the chosen strategy takes its norm.
         norm_flops: of all their norms, beyond a plain step.
-        kept_bytes: what one-pass keeps for all of them.
+        kept_bytes: bytes that one-pass keeps for all of them.
     """
 
     name: str
@@ -65,26 +65,26 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What :func:`dpft.plan` found. ``str()`` is a table; :meth:`to_dict` is for JSON.
+    """The result of :func:`dpft.plan`. ``str()`` is a table; :meth:`to_dict` is for JSON.
 
     Attributes:
         model: class of the model.
         choice: the strategy to take; ``wrap(strategy="auto", memory=plan.allowance)`` takes it too, but for
-            ``"per_example"``, which has to be asked for.
-        reason: why, in words and numbers.
-        batch_size: B, asked for or found.
+            ``"per_example"``, which must be requested.
+        reason: why, as text with figures.
+        batch_size: B, requested or found.
         seq_len: T.
         dtype: of the trainable parameters.
-        plain: the step of Hugging Face.
-        predictions: by strategy. One that does not cover the model is missing, and per-example above 8 examples.
-        layers: per kind of matrix, under the choice.
+        plain: the step without privacy.
+        predictions: by strategy, without those that do not cover the model, and without per-example above 8 examples.
+        layers: per group of matrices, under the chosen strategy.
         allowance: bytes that one-pass may keep beyond one gradient: ``memory=`` of :func:`dpft.wrap`.
         memory: bytes that were planned for, on each rank.
-        resting: bytes by what is held between steps, on each rank.
+        resting: bytes that stay allocated between steps, by kind, on each rank.
         hardware: what the times are for.
         engine: the training engine.
-        world_size: its ranks.
-        notes: what the figures leave out.
+        world_size: its number of ranks.
+        notes: what the figures do not include.
     """
 
     model: str
@@ -106,12 +106,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the choice fits in the memory."""
+        """Whether the chosen strategy fits in the memory."""
         return self.predictions[self.choice].fits
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON takes it."""
-        found = dataclasses.asdict(dataclasses.replace(self, hardware=None))  # type: ignore[arg-type]  # its dtypes are no JSON keys
+        """All fields, serialisable to JSON."""
+        found = dataclasses.asdict(dataclasses.replace(self, hardware=None))  # type: ignore[arg-type]  # dtypes cannot be JSON keys
         found["hardware"] = {
             "name": self.hardware.name,
             "memory": self.hardware.memory,
@@ -124,7 +124,7 @@ class Plan:
 
 
 def _table(plan: Plan) -> str:
-    """Several lines: what was planned, a row for each way of stepping, one for each kind of layer, the reason."""
+    """Several lines: what was planned, a row per strategy, a row per group of layers, the reason."""
     ranks = "" if plan.engine == "single" else f", {plan.engine} on {plan.world_size} ranks"
     machine = plan.hardware
     lines = [
@@ -177,7 +177,7 @@ def _row(name: str, found: Prediction) -> list[str]:
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:
-    """Columns as wide as their widest cell; the first to the left, figures to the right."""
+    """Columns as wide as their widest cell; the first left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])

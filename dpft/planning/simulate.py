@@ -1,4 +1,4 @@
-"""Runs plain and private steps of a meta twin under a meter, as one process or as one rank of an engine."""
+"""Runs plain and private steps of a meta twin under a step meter, as one process or as one rank of an engine."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ __all__ = ["ENGINES", "EngineName", "Meter", "Sharding", "Simulation", "ready_on
 
 EngineName = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
-# The isolation check runs on backward 1, 2, 4, 8, ... of a batch: the step that is simulated is none of them.
+# The isolation check runs on backward 1, 2, 4, 8, ...: the simulated step is never one of them.
 _NEVER = 1 << 62
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """How an engine spreads what a rank holds; see ``docs/engines.md``.
+    """What an engine shards over its ranks; see ``docs/engines.md``.
 
     Attributes:
         engine: its name.
-        world_size: ranks.
+        world_size: number of ranks.
     """
 
     engine: EngineName = "single"
@@ -45,32 +45,32 @@ class Sharding:
 
     @property
     def parameters(self) -> bool:
-        """Whether a rank keeps only its part of the parameters, and gathers them to use them."""
+        """Whether a rank keeps only its shard of the parameters, and gathers them to use them."""
         return self.engine in ("fsdp2", "zero3")
 
     @property
     def gradients(self) -> bool:
-        """Whether a rank keeps only its part of the gradients, plain, or of the clipped sums, private."""
+        """Whether a rank keeps only its shard of the gradients (plain) or of the clipped sums (private)."""
         return self.engine in ("fsdp2", "zero2", "zero3")
 
     @property
     def states(self) -> bool:
-        """Whether a rank keeps only its part of the optimiser's states."""
+        """Whether a rank keeps only its shard of the optimiser's states."""
         return self.engine not in ("single", "ddp")
 
     def part(self, numel: int, sharded: bool) -> int:
-        """Elements of ``numel`` that a rank holds."""
+        """Number of elements that a rank holds of ``numel``."""
         return math.ceil(numel / self.world_size) if sharded else numel
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """What one step does.
+    """Memory and operations of one step.
 
     Attributes:
-        peak: bytes above parameters, buffers and the batch, of a step that finds no gradient.
-        accumulating_peak: the same of one that finds the gradient of the physical batch before it, which it includes.
-        operations: what the step runs, with counts.
+        peak: bytes above parameters, buffers and the batch, of a step that starts without gradients.
+        accumulating_peak: the same for a step that adds to the previous physical batch's gradient, which is included.
+        operations: of the step, with counts.
     """
 
     peak: int
@@ -83,7 +83,7 @@ class Simulation:
 
 
 class _Rank:
-    """Stands for an engine: takes the gradients as it would, and holds its part of their sums in float32."""
+    """Stand-in for an engine: takes the gradients as it would, and keeps its part of their sums in float32."""
 
     reentrant = True
 
@@ -102,7 +102,7 @@ class _Rank:
         self._add_to(name, grad, torch.promote_types(grad.dtype, torch.float32))
 
     def take(self, name: str) -> Callable[[Tensor], None]:
-        """A hook for plain training: the engine takes the gradient from ``.grad`` as soon as it is there."""
+        """A hook for plain training: moves the gradient from ``.grad`` to the engine as soon as it is accumulated."""
 
         def hook(parameter: Tensor) -> None:
             assert parameter.grad is not None
@@ -138,7 +138,7 @@ def _prepared(
     batch_size: int,
     loss_chunk: int | Literal["auto"] | None,
 ) -> Iterator[None]:
-    """Inside, the twin takes steps of ``strategy`` (None: plain) as a rank of ``sharding``; then it is as before."""
+    """A context in which the twin's steps use ``strategy`` (None: plain) on a rank of ``sharding``; then undone."""
     rank = None if sharding.engine == "single" else _Rank(sharding, batch_size)
     hooks = []
     if strategy is not None:
@@ -166,56 +166,56 @@ def simulate(
     loss_chunk: int | Literal["auto"] | None = "auto",
     gpu: bool = False,
 ) -> Simulation:
-    """Run two steps, ``model(input_ids=ids, labels=ids).loss.backward()``, the second onto the first's gradient.
+    """Run two steps, ``model(input_ids=ids, labels=ids).loss.backward()``; the second accumulates onto the first.
 
     Args:
-        twin: of :func:`dpft.planning.twin.make_twin`, or any causal LM of meta tensors in training mode.
+        twin: from :func:`dpft.planning.twin.make_twin`, or any causal LM on meta in training mode.
         batch_size: B.
         seq_len: T; every row is full.
-        strategy: of the private step; None for the plain one of Hugging Face.
+        strategy: of the private step; None for the plain one.
         sharding: the engine; None is one process.
         loss_chunk: as in :func:`dpft.wrap`.
-        gpu: whether kernels are to take the way that they take on a GPU.
+        gpu: whether kernels run as on a GPU.
 
     Raises:
-        UnsupportedModuleError: the model cannot be run so, or ``strategy`` does not cover it.
+        UnsupportedModuleError: the model cannot run on meta tensors, or ``strategy`` does not cover it.
     """
     ids = torch.empty((batch_size, seq_len), dtype=torch.int64, device="meta")
     found: list[tuple[int, Counter[Operation]]] = []
     prepared = _prepared(twin, strategy, sharding or Sharding(), batch_size, loss_chunk)
     with warnings.catch_warnings(), prepared:
-        warnings.simplefilter("ignore")  # of models, about what they are asked: the real step will repeat them
+        warnings.simplefilter("ignore")  # the model's warnings: the real step will repeat them
         with StepMeter([*twin.parameters(), *twin.buffers(), ids]) as meter, simulated(meter, gpu):
             for _ in range(2):
                 meter.reset()
                 _step(twin, ids)
                 found.append((meter.peak, meter.operations))
-    # DistributedDataParallel, which private training does without, holds its buckets from step to step.
+    # DistributedDataParallel, which private training does not use, keeps its buckets between steps.
     buckets = strategy is None and sharding is not None and sharding.engine == "ddp"
     held = sum(p.numel() * p.element_size() for p in twin.parameters() if p.requires_grad) if buckets else 0
     return Simulation(found[0][0] + held, found[1][0] + held, found[0][1])
 
 
 class Meter(Protocol):
-    """What counts a simulated step."""
+    """A meter of simulated steps."""
 
     def once(self, key: Hashable, run: Callable[[], Tensor]) -> Tensor:
-        """``run()`` the first time; for the same ``key`` again what it cost, and a result of the same shape."""
+        """``run()`` the first time; for the same ``key`` again, count its cost and return a result of that shape."""
         ...
 
 
 def ready_on_meta(model: nn.Module) -> None:
-    """Let a wrapped model of meta tensors step: without the isolation check, and without a look at what was found."""
+    """Let a wrapped model on meta run steps: without the isolation check, and without reading deferred checks."""
     state = get_state(model)
     state.probed_at = _NEVER
-    state.deferred_checks.deferred = True  # there is nothing to read
+    state.deferred_checks.deferred = True  # meta tensors have no values to read
 
 
 @contextlib.contextmanager
 def simulated(meter: Meter, gpu: bool) -> Iterator[None]:
-    """Inside, models of meta tensors take steps, their kernels as on a GPU or not.
+    """A context in which models on meta can run steps, with the kernels of a GPU or of a CPU.
 
-    A layer's norm is run once for each shape, and counted whenever it is asked for.
+    A layer's norm is run once for each shape, and counted whenever it is used.
     """
 
     def counted(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -239,11 +239,11 @@ def _step(twin: nn.Module, ids: Tensor) -> None:
             raise
         raise UnsupportedModuleError(
             f"{type(twin).__name__} could not be run on meta tensors: {type(error).__name__}: {error}. Expected a "
-            "causal LM that takes input_ids and labels and whose forward does not branch on the data (experts that "
-            "are routed by the values of tokens do). Measure such a model instead."
+            "causal LM that takes input_ids and labels, without data-dependent control flow or shapes (as in the "
+            "routing of a mixture of experts). Measure such a model instead."
         ) from error
     if not isinstance(loss, Tensor):
         raise UnsupportedModuleError(
-            f"{type(twin).__name__} gave no loss for labels (got {type(loss).__name__}); expected a causal LM"
+            f"{type(twin).__name__} returned no loss for labels (got {type(loss).__name__}); expected a causal LM"
         )
     loss.backward()

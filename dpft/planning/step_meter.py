@@ -1,8 +1,8 @@
-"""What a step allocates and computes, operation by operation: a dispatch mode that works on any device, meta included.
+"""Counts a step's memory and FLOPs, operation by operation, in a dispatch mode on any device, meta included.
 
-Memory is counted by storage: a birth where an operation returns a storage that was not seen before, a death where
-nothing holds it any more (``weakref.finalize``). A storage counts once, whatever views there are of it. On a CPU this
-agrees with the allocator's own events to 0.03 %. Work is counted with the formulas of ``torch.utils.flop_counter``.
+Memory is counted by storage: allocated when an operation returns a storage not seen before, freed when nothing refers
+to it any more (``weakref.finalize``). A storage counts once, however many views it has. On a CPU this agrees with the
+allocator's own events to 0.03 %. FLOPs are counted with the formulas of ``torch.utils.flop_counter``.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["Operation", "StepMeter"]
 
-# They touch no memory: storages come from them uninitialised, or not at all.
+# They neither read nor write memory: they return an uninitialised storage, or none.
 _FREE = frozenset({"detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "alias"})
 
 
 @dataclass(frozen=True)
 class Operation:
-    """One kind of operation: all calls with the same work.
+    """One kind of operation: all calls with the same cost.
 
     Attributes:
         name: of the ATen operator, without its overload (``"mm"``).
         dtype: of its first floating-point input, else of its first tensor.
-        flops: of one call, a multiply-add counted as two, as ``FlopCounterMode`` counts; 0 for what it does not count.
-        moved: bytes that one call reads and writes, each tensor once; a broadcast one at its storage's size.
-        causal: whether it is attention that skips what lies above the diagonal, half of :attr:`flops`.
+        flops: of one call, a multiply-add counted as two, as by ``FlopCounterMode``; 0 where that has no formula.
+        moved: bytes that one call reads and writes, each tensor once; a broadcast tensor at its storage's size.
+        causal: whether it is causal attention, which skips half of :attr:`flops`.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class _Kind:
-    """What is known of an operator without its arguments."""
+    """Properties of an operator that do not depend on its arguments."""
 
     name: str
     formula: Any
@@ -59,26 +59,26 @@ class _Kind:
 
 
 class StepMeter(TorchDispatchMode):
-    """Inside, counts live bytes, their peak, and every operation.
+    """A mode that counts live bytes, their peak, and every operation.
 
     Attributes:
-        live: bytes of the storages that were born inside and are alive.
+        live: bytes of the live storages that were allocated inside.
         peak: the largest :attr:`live` since the start or the last :meth:`reset`.
         operations: how often each operation ran since the start or the last :meth:`reset`.
 
     Args:
-        known: tensors that existed before and are not to be counted: parameters, buffers, the batch.
+        known: tensors that existed before and are not counted: parameters, buffers, the batch.
     """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
-        # Not at the top: it imports Triton, half a second, and nothing but a plan needs it.
+        # Not at the top: it imports Triton, which takes half a second, and only a plan needs it.
         from torch.utils.flop_counter import flop_registry
 
         super().__init__()
         self._formulas = flop_registry
         self.live = self.peak = 0
         self.operations: Counter[Operation] = Counter()
-        self._held = list(known)  # so that their keys are not used again
+        self._held = list(known)  # a reference, so that their keys are not reused
         self._known = {t.untyped_storage()._cdata for t in self._held}
         self._kinds: dict[Any, _Kind] = {}
         self._costs: dict[Hashable, tuple[Counter[Operation], int, Callable[[], Tensor]]] = {}
@@ -122,15 +122,15 @@ class StepMeter(TorchDispatchMode):
         self.live -= size
 
     def reset(self) -> None:
-        """From here on count peak and operations anew, from what is alive."""
+        """Restart the peak, from the live bytes, and the operations, from none."""
         self.peak = self.live
         self.operations = Counter()
 
     def once(self, key: Hashable, run: Callable[[], Tensor]) -> Tensor:
-        """``run()`` the first time; for the same ``key`` again only what it cost, and a result of the same shape.
+        """``run()`` the first time; for the same ``key`` again, count its cost and return a result of that shape.
 
-        For a function that holds nothing but its result when it returns, on tensors without data: a model repeats its
-        norms in every block, and each consists of thousands of small operations.
+        For a function on meta tensors that keeps no memory besides its result: a model computes the same norms in
+        every block, and each consists of thousands of small operations.
         """
         outside, self.operations = self.operations, Counter()
         live, peak = self.live, self.peak
@@ -167,7 +167,7 @@ def _kind_of(func: Any, formulas: Mapping[Any, Any]) -> _Kind:
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among an operator's arguments or results, in lists and tuples too."""
+    """The tensors among an operator's arguments or results, also inside lists and tuples."""
     for value in values:
         if isinstance(value, Tensor):
             yield value

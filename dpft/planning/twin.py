@@ -1,7 +1,7 @@
-"""The meta twin of a model: the same modules with tensors that have shapes and no data, and what lets them run.
+"""The meta twin of a model (the same modules with tensors that have shapes and no data), and patches to run it.
 
-Running the very code on meta tensors gives its allocations and operations without a formula for any of them. A few
-calls have to be answered for a device that has no kernels: inside :func:`on_meta`, and for meta tensors alone.
+Running the same code on meta tensors gives its allocations and operations without a formula for any of them. A few
+functions must be patched for a device without kernels: inside :func:`on_meta`, and for meta tensors only.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ _OWN_HOOKS = ("torch.", "transformers.", "peft.")
 def make_twin(model: nn.Module, dtype: torch.dtype | None, checkpointing: bool | None) -> nn.Module:
     """A copy of ``model`` on the meta device, unwrapped and in training mode; no data is copied.
 
-    Hooks of the user's are left out, since they could act on what is not a step. The twin's attention is the fused
-    kernel's, unless the model's is eager.
+    The user's hooks are removed, since they could act on a step that is not real. The twin uses the fused attention
+    kernel, unless the model's attention is eager.
 
     Args:
         model: on any device, wrapped or not. It is read, not changed.
-        dtype: of the twin's floating-point parameters; None leaves each its own.
-        checkpointing: on (non-reentrant), off, or None: as the model has it.
+        dtype: of the twin's floating-point parameters; None keeps theirs.
+        checkpointing: on (non-reentrant), off, or None for the model's setting.
 
     Raises:
-        UnsupportedModuleError: parameters that are not plain tensors, a model that an engine has taken, or one that
-            has no gradient checkpointing.
+        UnsupportedModuleError: parameters that are not plain tensors, a model that was prepared for an engine, or one
+            without gradient checkpointing.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
         state = module.__dict__.get("_dpft_state")
         if isinstance(state, ClipState) and state.engine is not None:
             raise UnsupportedModuleError(
-                "the model was prepared for an engine, which has taken it apart; plan before dpft.prepare, with "
+                "the model was prepared for an engine, which may have sharded it; plan before dpft.prepare, with "
                 "engine= and world_size="
             )
         held = [*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()]
@@ -84,8 +84,8 @@ def _meta(t: Tensor, dtype: torch.dtype | None) -> Tensor:
         return torch.empty_like(t, device="meta", requires_grad=False)
     if type(t) is not nn.Parameter:
         raise UnsupportedModuleError(
-            f"a parameter of shape {list(t.shape)} is a {type(t).__name__}; expected plain parameters. Plan with the "
-            "model before it is quantised or sharded"
+            f"a parameter of shape {list(t.shape)} is a {type(t).__name__}; expected plain parameters. Plan before "
+            "the model is quantised or sharded"
         )
     kept = dtype if dtype is not None and t.is_floating_point() else t.dtype
     twin = nn.Parameter(torch.empty_like(t, device="meta", dtype=kept), requires_grad=t.requires_grad)
@@ -104,7 +104,7 @@ def _set_checkpointing(model: nn.Module, on: bool | None) -> None:
     change = getattr(model, f"gradient_checkpointing_{'enable' if on else 'disable'}", None)
     if change is None:
         raise UnsupportedModuleError(
-            f"checkpointing={on} was asked for and {type(model).__name__} has no gradient_checkpointing_enable. Leave "
+            f"checkpointing={on} was requested and {type(model).__name__} has no gradient_checkpointing_enable. Leave "
             "it None and plan the model as it is"
         )
     with warnings.catch_warnings():
@@ -113,9 +113,9 @@ def _set_checkpointing(model: nn.Module, on: bool | None) -> None:
 
 
 def _fused_attention(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``F.scaled_dot_product_attention`` that takes a fused kernel's meta function for meta tensors.
+    """``F.scaled_dot_product_attention`` that uses a fused kernel's meta function for meta tensors.
 
-    torch itself takes the unfused path there, which makes ``[T, T]`` matrices that no device makes.
+    torch itself takes the unfused path there, which materialises ``[T, T]`` matrices that no device materialises.
     """
 
     def attention(
@@ -148,10 +148,10 @@ def _fused_attention(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @contextlib.contextmanager
 def on_meta() -> Iterator[None]:
-    """Inside, models of meta tensors can take training steps. Calls on other tensors go their usual way.
+    """A context in which models on meta can run training steps. Calls on other tensors are unchanged.
 
-    Answered are: fused attention; autocast, which does not know the device (it is off); whether a batch holds packed
-    sequences, which transformers reads from the data (it does not). torch's random state is left as it was.
+    It patches fused attention; autocast, which does not support the device (it is off); and transformers' detection of
+    packed sequences, which reads the data (there are none). torch's random state is restored.
     """
     enabled, autocast = torch.is_autocast_enabled, torch.autocast
 

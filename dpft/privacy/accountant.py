@@ -252,7 +252,14 @@ def _base_pld(mechanism: Mechanism, h: float, extra: int) -> Any:
         return module.from_mixture_gaussian_mechanism(
             sigma, sensitivities, probabilities, value_discretization_interval=h
         )
+    _require_poisson(mechanism)
     return module.from_gaussian_mechanism(sigma, value_discretization_interval=h, sampling_prob=mechanism.sample_rate)
+
+
+def _require_poisson(mechanism: Mechanism) -> None:
+    """What is left at the end of a choice is Poisson's: no other sampler gets its epsilon."""
+    if mechanism.sampler != "poisson":
+        raise AccountingError(f"sampler={mechanism.sampler!r} has no accounting; none is taken from another sampler.")
 
 
 def _mixture(mechanism: Mechanism) -> tuple[list[float], list[float]]:
@@ -305,6 +312,7 @@ def _rdp_of_one(mechanism: Mechanism) -> tuple[float, ...]:
     elif mechanism.sampler == "shuffle":
         event = dp_accounting.GaussianDpEvent(sigma)
     else:
+        _require_poisson(mechanism)
         event = dp_accounting.PoissonSampledDpEvent(mechanism.sample_rate, dp_accounting.GaussianDpEvent(sigma))
     relation = getattr(dp_accounting.NeighboringRelation, _RELATIONS[mechanism.adjacency])
     accountant = _import("dp_accounting.rdp").RdpAccountant(neighboring_relation=relation)

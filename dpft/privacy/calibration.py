@@ -127,7 +127,8 @@ def _calibrate(
                 f"target_epsilon={target:g} is met even by a noise multiplier of {high:g}: such an epsilon protects "
                 "nothing; lower target_epsilon, or set noise_multiplier yourself."
             )
-    low, high = _narrow(lambda sigma: excess(sigma, True), low, high, 0.02)
+    high = _narrow(lambda sigma: excess(sigma, True), low, high, 0.02)[1]
+    low = high / 1.03
     # The fine epsilon is lower or equal, up to discretisation: widen until the bracket holds for it, then narrow.
     while excess(high, False) > 0:
         low, high = high, high * 1.02
@@ -137,10 +138,16 @@ def _calibrate(
 
 
 def _narrow(excess: Callable[[float], float], low: float, high: float, rel_tol: float) -> tuple[float, float]:
-    """Shrinks a bracket (over budget at ``low``, within it at ``high``) to a relative width of ``rel_tol``."""
+    """Shrinks a bracket (over budget at ``low``, within it at ``high``) until ``high`` is at the root to ``rel_tol``.
+
+    That is known where the bracket is as narrow, or where ``high`` is as near by the slope of the bracket: an
+    evaluation takes seconds, and the other side need not be closed to be safe.
+    """
     over, under = excess(low), excess(high)
     while high / low > 1 + rel_tol:
         a, b = math.log(low), math.log(high)
+        if math.isfinite(under) and -under * (b - a) <= rel_tol * (over - under):
+            break
         # Secant in log-log, where epsilon is nearly linear; shifted slightly to the safe side, so that one more step
         # on the other side closes the bracket. Never nearer to an end than a third of the tolerance.
         step = over / (over - under) if math.isfinite(under) and over > under else 0.5

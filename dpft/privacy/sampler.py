@@ -211,7 +211,9 @@ def make_sampler(
         return TruncatedPoissonSampler(dataset_size, schedule.sample_rate, schedule.max_batch_size, **ranks)
     if schedule.sampler == "fixed_size":
         return FixedSizeSampler(dataset_size, int(schedule.expected_batch_size), **ranks)
-    return ShuffleSampler(dataset_size, int(schedule.expected_batch_size), first_step=first_step, **ranks)
+    if schedule.sampler == "shuffle":
+        return ShuffleSampler(dataset_size, int(schedule.expected_batch_size), first_step=first_step, **ranks)
+    raise PrivacyConfigError(f"sampler={schedule.sampler!r} has no implementation; no other one is taken for it.")
 
 
 def _checked_rate(rate: float) -> float:

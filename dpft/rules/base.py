@@ -1,8 +1,8 @@
-"""What a per-layer gradient rule is, and what it asks of the pass that is running.
+"""The interfaces of rules, passes and the wrapped model, and the helpers that all rules share.
 
 A *site* is one use of one module's parameters. Its autograd node computes the layer's forward as usual and, in
-backward, hands ``(input, output gradient)`` to the pass that is running, which decides what to do with it: take a
-norm, keep it, or form the weighted sum. The node knows nothing of strategies; the pass knows nothing of layers.
+backward, passes ``(input, output gradient)`` to the running pass, which decides what to do with it: compute a norm,
+keep it, or form the weighted sum. The node does not depend on the strategy, nor the pass on the kind of layer.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ class MatrixUse(Protocol):
         ...
 
     def grad_sq_norm(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """Per-example gradients ``[B, *weight.shape]``, and ``[B]`` float64 squared norms of those very numbers."""
+        """Per-example gradients ``[B, *weight.shape]``, and ``[B]`` float64 squared norms of exactly these values."""
         ...
 
     def add_grad(self, x: Tensor, g: Tensor, out: Tensor | None) -> Tensor:
-        """Per-example gradients ``[B, *weight.shape]``, added to ``out`` in place where one is given."""
+        """Per-example gradients ``[B, *weight.shape]``, added to ``out`` in place if given."""
         ...
 
     def weighted_grad(self, x: Tensor, g: Tensor, factors: Tensor, out: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """``sum_i factors_i * grad_i`` in ``weight.shape``, added to ``out`` in place where one is given."""
+        """``sum_i factors_i * grad_i`` in ``weight.shape``, added to ``out`` in place if given."""
         ...
 
     def grad_numel(self) -> int:
@@ -51,32 +51,33 @@ class MatrixUse(Protocol):
         ...
 
     def rows_at(self, ids: Tensor, x: Tensor, g: Tensor, padding_idx: int | None) -> Tensor | None:
-        """``[B, T, D]`` rows of the per-example gradients ``[B, V, D]`` at ``ids [B, T]``: of a head; else None.
+        """``[B, T, D]`` rows of a head's per-example gradients ``[B, V, D]`` at ``ids [B, T]``; None if not a head.
 
-        An embedding tied to the head needs them: the inner product of the two gradients is theirs with its own ``g``.
+        For an embedding tied to the head: the inner product of these rows with the embedding's output gradient is that
+        of the two gradients of the weight.
         """
         ...
 
 
 class Pass(Protocol):
-    """The backward pass that is running; see :mod:`dpft.clipping.passes`."""
+    """The running backward pass; see :mod:`dpft.clipping.passes`."""
 
     batch_size: int
     weighted: bool
     probing: bool
-    """Whether it only looks which rows receive a gradient."""
+    """Whether it only checks which rows receive a gradient."""
 
     def matrix(self, use: MatrixUse, x: Tensor, g: Tensor, weight: Tensor) -> Tensor | None:
-        """Take in one use of a weight matrix; its weighted gradient if this pass is the weighted one, else None."""
+        """Process one use of a weight matrix; returns its weighted gradient in the weighted pass, else None."""
         ...
 
     def vector(self, key: str, grad: Tensor, weight: Tensor) -> Tensor | None:
-        """Take in per-example gradients ``[B, *weight.shape]`` of a small parameter; as :meth:`matrix`."""
+        """Process per-example gradients ``[B, *weight.shape]`` of a small parameter; returns as :meth:`matrix`."""
         ...
 
 
 class Host(Protocol):
-    """The wrapped model's state, as far as a site needs it."""
+    """The part of the wrapped model's state that a site needs."""
 
     active: Pass | None
     tap: Tensor
@@ -86,16 +87,16 @@ class Host(Protocol):
     impl: Impl
 
     def hold(self, weight: Tensor) -> AbstractContextManager[None]:
-        """Makes a weight's values present for as long as the context lasts; an engine may have put them away."""
+        """A context in which a weight's values are available; an engine may have sharded them."""
         ...
 
     def record_use(self, key: str, ids: Tensor | None = None) -> None:
-        """Note in the running forward that a matrix is used, so that tied and shared ones are known early."""
+        """Record that the running forward uses a matrix, so that the backward knows tied and shared ones early."""
         ...
 
 
 def running_pass(host: Host, site: str) -> Pass:
-    """The pass that is running, or an error: a gradient that did not come through the seam is not clipped."""
+    """The running pass, or an error: a gradient that did not come through the clip boundary is not clipped."""
     if host.active is None:
         raise ClippingError(
             f"a backward pass reached {site!r} without passing through the clip boundary, so its gradient would "
@@ -106,13 +107,13 @@ def running_pass(host: Host, site: str) -> Pass:
 
 
 def full_shape(parameter: Tensor) -> torch.Size:
-    """The shape of the whole parameter, also where ZeRO-3 has left an empty tensor in its place."""
+    """The shape of the whole parameter, also where ZeRO-3 has replaced its data by an empty tensor."""
     shape: torch.Size = getattr(parameter, "ds_shape", None) or parameter.shape
     return torch.Size(shape)
 
 
 def forward_batch_size(host: Host, leading: int) -> int:
-    """Number of examples as known in a forward: of the pass that recomputes it, else of the model's call."""
+    """Number of examples in a forward: of the pass that recomputes it, else of the model's call, else ``leading``."""
     if host.active is not None:
         return host.active.batch_size
     return leading if host.batch_size is None else host.batch_size
@@ -122,8 +123,8 @@ def per_example(t: Tensor, host: Host, site: str, feature_dims: int = 1) -> Tens
     """``t`` as ``[B, T, *features]``.
 
     Accepts ``[B, ..., *features]`` and, for model code that is known to flatten the first two dimensions (OPT's
-    decoder layer), ``[B * T, *features]`` with the rows of an example next to each other. Anywhere else a first
-    dimension that is a multiple of the batch may be a selection of tokens, in any order, and is refused.
+    decoder layer), ``[B * T, *features]`` with the rows of an example contiguous. Elsewhere a first dimension that is
+    a multiple of the batch size is refused, since it may be a selection of tokens in any order.
     """
     batch_size = running_pass(host, site).batch_size
     lead, features = t.shape[: t.dim() - feature_dims], t.shape[t.dim() - feature_dims :]
@@ -133,7 +134,7 @@ def per_example(t: Tensor, host: Host, site: str, feature_dims: int = 1) -> Tens
         return t.reshape(batch_size, lead[0] // batch_size, *features)
     raise ClippingError(
         f"{site!r} saw a tensor of shape {list(t.shape)} in a batch of {batch_size} examples: its first dimension is "
-        "not the batch, so a row cannot be told to belong to one example. Keep the batch in front ([B, T, ...], not "
+        "not the batch, so it is not known which example a row belongs to. Keep the batch in front ([B, T, ...], not "
         "[B * T, ...] or [T, B, ...]), wrap with strategy='per_example', or freeze it."
     )
 
@@ -197,7 +198,7 @@ class EmbeddingUse:
 
     def add_grad(self, x: Tensor, g: Tensor, out: Tensor | None) -> Tensor:
         if out is None:
-            # bf16 would round at every repetition of a token
+            # in bf16 every repetition of a token would be rounded
             dtype = torch.float64 if g.dtype == torch.float64 else torch.float32
             out = torch.zeros((len(x), self.num_embeddings, self.dim), dtype=dtype, device=g.device)
         return add_embedding_grad(out, x, g, self.padding_idx)
@@ -216,19 +217,19 @@ class EmbeddingUse:
 
 
 def attribute(module: nn.Module, name: str) -> Any:
-    """A module's attribute; torch types every one as Tensor | Module."""
+    """A module's attribute, typed Any: torch types every one as Tensor | Module."""
     return getattr(module, name)
 
 
 class SiteFunction(torch.autograd.Function):
-    """Base of the autograd nodes that stand between a parameter and the rest of the graph."""
+    """Base class of the autograd nodes between a parameter and the rest of the graph."""
 
 
 class Rule(Protocol):
-    """Makes one module's forward hand its per-example gradients to the running pass."""
+    """How one kind of module reports its per-example gradients to the running pass."""
 
     def parameters(self, module: nn.Module) -> set[str]:
-        """Names of the module's own parameters that this rule covers; raises UnsupportedModuleError for a variant."""
+        """Names of the module's own parameters that are covered; UnsupportedModuleError for an unsupported option."""
         ...
 
     def forward(
@@ -239,9 +240,9 @@ class Rule(Protocol):
         Args:
             module: the module.
             host: the wrapped model's state.
-            keys: own name -> full canonical name, of the module's trainable parameters.
+            keys: name within the module -> full canonical name, of its trainable parameters.
             plain: the module's forward as it was before wrapping.
-            *args: the call's.
-            **kwargs: the call's.
+            *args: of the call.
+            **kwargs: of the call.
         """
         ...

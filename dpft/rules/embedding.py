@@ -22,13 +22,13 @@ from dpft.rules.base import (
 
 
 class EmbeddingSite(SiteFunction):
-    """``y = E[ids]`` with ids ``[B, ...]``; broadcast ids are expanded, so that the gradient still has the batch."""
+    """``y = E[ids]`` with ids ``[B, ...]``; ids ``[1, ...]`` are expanded, so that the gradient has the batch too."""
 
     @staticmethod
     def forward(ctx: Any, ids: Tensor, w: Tensor, tap: Tensor, host: Host, use: EmbeddingUse, batch: int) -> Tensor:
         y = F.embedding(ids, w, use.padding_idx)
         if is_broadcast(ids, batch):
-            # Position ids [1, T]: what the model adds by broadcasting. A view: it takes no memory.
+            # Position ids [1, T], whose embeddings the model broadcasts. A view: it takes no memory.
             y, ids = y.expand(batch, *y.shape[1:]), ids.expand(batch, *ids.shape[1:])
         ctx.save_for_backward(ids, w)
         ctx.host, ctx.use = host, use
@@ -46,35 +46,35 @@ class EmbeddingSite(SiteFunction):
 
 
 def is_broadcast(ids: Tensor, batch: int) -> bool:
-    """Whether ids ``[1, ...]`` stand for all ``batch`` examples at once."""
+    """Whether ids ``[1, ...]`` are shared by all ``batch`` examples."""
     return batch > 1 and ids.dim() > 1 and ids.shape[0] == 1
 
 
 def embedding_site(host: Host, keys: dict[str, str], ids: Tensor, w: Tensor, padding_idx: int | None) -> Tensor:
-    """Look ``ids`` up through a site node."""
+    """Look up ``ids`` through a site node."""
     use = EmbeddingUse(keys["weight"], w.shape[0], w.shape[1], padding_idx)
     if ids.dim() == 0 or (ids.dim() == 1 and host.batch_size is not None and host.input_dim > 1):
         raise ClippingError(
             f"{use.key!r} looks up ids of shape {list(ids.shape)} in a model whose input has {host.input_dim} "
-            "dimensions: one id per example, or positions that all examples share? Pass positions as [1, T], "
-            "and one id per example as [B, 1]."
+            "dimensions, which may be one id per example or positions shared by all examples. Pass positions as "
+            "[1, T], and one id per example as [B, 1]."
         )
     batch = forward_batch_size(host, ids.shape[0])
-    # Only ids [B, T] can serve a tied head's cross term; others take the general way of shared weights.
+    # The cross term with a tied head needs ids [B, T]; others are handled like any shared weight.
     host.record_use(use.key, ids if ids.dim() == 2 and ids.shape[0] == batch else None)
     y: Tensor = EmbeddingSite.apply(ids, w, host.tap, host, use, batch)
     return y
 
 
 class EmbeddingRule:
-    """Rule of ``nn.Embedding``, ``weight [V, D]``; ``padding_idx`` rows receive no gradient."""
+    """Rule of ``nn.Embedding``, ``weight [V, D]``; the ``padding_idx`` row receives no gradient."""
 
     def parameters(self, module: nn.Module) -> set[str]:
         for option in ("max_norm", "scale_grad_by_freq", "sparse"):
             if getattr(module, option, None):
                 raise UnsupportedModuleError(
-                    f"{type(module).__name__} has {option}={getattr(module, option)!r}, which makes the "
-                    f"gradient of one example depend on others or the weight change in the forward. Set {option} off."
+                    f"{type(module).__name__} has {option}={getattr(module, option)!r}, which makes the gradient of "
+                    f"one example depend on others or changes the weight in the forward. Turn {option} off."
                 )
         return {"weight"}
 
@@ -85,13 +85,13 @@ class EmbeddingRule:
         return embedding_site(host, keys, ids, attribute(module, "weight"), attribute(module, "padding_idx"))
 
     def intercept(self, module: nn.Module, host: Host, keys: dict[str, str], func: Any, args: Any, kwargs: Any) -> Any:
-        """The site of an ``F.embedding`` call with this module's weight, made by a subclass's forward; else None."""
+        """Run a subclass's ``F.embedding`` call with this module's weight through a site; None for any other call."""
         if func is not F.embedding:
             return None
         call: dict[str, Any] = dict(zip(("input", "weight", "padding_idx"), args, strict=False)) | kwargs
         if call["weight"] is not attribute(module, "weight"):
             return None
-        self.parameters(module)  # options that are refused may have been set since
+        self.parameters(module)  # unsupported options may have been set since wrapping
         padding_idx = call.get("padding_idx")
         if padding_idx is not None and padding_idx < 0:
             padding_idx += call["weight"].shape[0]

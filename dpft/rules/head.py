@@ -1,7 +1,7 @@
-"""The site of a language model's head with its loss: per-example losses out, no logits kept.
+"""The site of a language model's head fused with its loss: it returns per-example losses and keeps no logits.
 
-Its forward makes the gradients together with the losses, chunk by chunk, while a chunk's logits are there
-(:mod:`dpft.kernels.head`); its backward only hands them to the running pass.
+Its forward computes the gradients together with the losses, chunk by chunk, while a chunk's logits exist
+(:mod:`dpft.kernels.head`); its backward only passes them to the running pass.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from dpft.rules.base import LinearUse, SiteFunction, running_pass
 
 @dataclass(frozen=True)
 class ProductUse:
-    """A weight whose per-example gradients are there already: ``x`` is ``[B, V, D]``, ``g [B, 1, 1]`` multiplies.
+    """A weight whose per-example gradients exist already: ``x [B, V, D]``, to be multiplied by ``g [B, 1, 1]``.
 
-    The multiplier of an example is the gradient of its loss, 1 unless something was computed from the loss.
+    The multiplier of an example is the gradient with respect to its loss, 1 unless the caller transformed the loss.
     """
 
     key: str
@@ -40,7 +40,7 @@ class ProductUse:
         return x * g.to(x.dtype) if out is None else out.addcmul_(x, g.to(x.dtype))
 
     def weighted_grad(self, x: Tensor, g: Tensor, factors: Tensor, out: Tensor | None, dtype: torch.dtype) -> Tensor:
-        # In place where it can be: a weighted gradient is the last thing that is made of it.
+        # In place if possible: nothing reads the per-example gradients after this.
         grad = weighted_sum_(x, factors, dtype, g.flatten())
         return grad if out is None else out.add_(grad)
 
@@ -53,10 +53,10 @@ class ProductUse:
 
 @dataclass(frozen=True)
 class HeadUse(LinearUse):
-    """A head whose loss is computed in chunks. It keeps other tensors than a linear layer."""
+    """A head whose loss is computed in chunks. It keeps different tensors from those of a linear layer."""
 
     def kept_bytes(self, batch_size: int, seq_len: int, itemsize: int) -> int | None:
-        """Bytes of per-example gradients that the forward makes; None where it keeps ``(h, g)`` as a linear does."""
+        """Bytes of per-example gradients that the forward keeps; None if it keeps ``(h, g)``, as a linear layer."""
         if not keeps_weight_gradient(seq_len, self.in_features, itemsize):
             return None
         return batch_size * self.grad_numel() * max(itemsize, 4)
@@ -92,7 +92,7 @@ class HeadLossSite(SiteFunction):
         dx = None if dh is None else dh * each.to(dh.dtype)
         dw = db = None
         if site.native:
-            # One example: its gradient is the weight's, and nothing else will be made of it.
+            # Per-example strategy: the batch is one example, and its gradient goes to autograd as it is.
             if ctx.needs_input_grad[1]:
                 dw = (g.mT @ h if grads is None else grads).mul_(each).squeeze(0)
             if ctx.needs_input_grad[2]:
@@ -102,7 +102,7 @@ class HeadLossSite(SiteFunction):
         if "weight" in site.keys:
             vocab, dim = site.shape
             if grads is None and not running.probing:
-                # On the smaller of the two; a probe, which forms no product, is to see it on the gradient.
+                # The multiplier goes on h, the smaller; a probe computes no product, and must see it on the gradient.
                 pair = LinearUse(site.keys["weight"], vocab, dim, impl=site.host.impl)
                 dw = running.matrix(pair, h * each.to(h.dtype), g, w)
             else:

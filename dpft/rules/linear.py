@@ -21,10 +21,10 @@ from dpft.rules.base import (
 
 
 class LinearSite(SiteFunction):
-    """The node of ``y = x W^T + b``; saves what autograd would save, ``x`` and ``W``, and nothing besides.
+    """The node of ``y = x W^T + b``; saves only what autograd would save, ``x`` and ``W``.
 
-    ``y`` is empty: :func:`linear_site` fills it. A checkpoint stops its recomputation when the last tensor has been
-    saved, and a Function saves when its forward has ended: a product made in here would be made once more for nothing.
+    ``y`` is uninitialised: :func:`linear_site` fills it. A checkpoint stops its recomputation when the last tensor has
+    been saved, and a Function saves after its forward: a product computed in here would be recomputed needlessly.
     """
 
     @staticmethod
@@ -53,7 +53,7 @@ class LinearSite(SiteFunction):
 
 
 class _Site:
-    """What one linear node needs to know besides tensors."""
+    """The non-tensor arguments of one linear node."""
 
     __slots__ = ("bias_key", "host", "use", "weight")
 
@@ -97,7 +97,7 @@ class LinearRule:
         return linear_site(host, keys, x, attribute(module, "weight"), attribute(module, "bias"), self.transposed)
 
     def intercept(self, module: nn.Module, host: Host, keys: dict[str, str], func: Any, args: Any, kwargs: Any) -> Any:
-        """The site of an ``F.linear`` call with this module's weight, made by a subclass's forward; else None."""
+        """Run a subclass's ``F.linear`` call with this module's weight through a site; None for any other call."""
         if func is not F.linear:
             return None
         call: dict[str, Any] = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs

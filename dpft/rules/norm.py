@@ -1,4 +1,4 @@
-"""Rules for normalisation: ``nn.LayerNorm``, ``nn.RMSNorm``, and the elementwise-affine norms of Hugging Face."""
+"""Rules for normalisation layers: ``nn.LayerNorm``, ``nn.RMSNorm``, and Hugging Face's elementwise-affine norms."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class LayerNormRule:
 
 
 class ExpandSite(SiteFunction):
-    """A small parameter ``[*shape]`` seen as ``[B, 1, ..., *shape]``: its gradient arrives per example by itself."""
+    """Expands a small parameter ``[*shape]`` to ``[B, 1, ..., *shape]``, whose gradient is per-example."""
 
     @staticmethod
     def forward(ctx: Any, w: Tensor, tap: Tensor, host: Host, key: str, batch: int, dims: int) -> Tensor:
@@ -116,7 +116,7 @@ class ElementwiseRule:
     """Rule of a module that only broadcasts its vector parameters over ``x [B, ..., features]``.
 
     The RMSNorm of every Hugging Face family (``w * x_hat``, ``(1 + w) * x_hat``, float32 inside or not): the
-    module's own forward runs, with each parameter replaced by a view that has the batch in front.
+    module's own forward runs, with each parameter replaced by a view with a leading batch dimension.
     """
 
     def parameters(self, module: nn.Module) -> set[str]:
@@ -133,7 +133,7 @@ class ElementwiseRule:
         else:
             batch = x.shape[0]
         for name, key in keys.items():
-            # In the instance's __dict__ it shadows the registered parameter, which stays where engines put it.
+            # In the instance's __dict__ it shadows the registered parameter, which stays registered for the engine.
             module.__dict__[name] = ExpandSite.apply(getattr(module, name), host.tap, host, key, batch, x.dim())
         try:
             y = plain(x, *rest, **kwargs)
@@ -144,7 +144,7 @@ class ElementwiseRule:
 
 
 class RMSNormRule(ElementwiseRule):
-    """Rule of ``nn.RMSNorm``, whose fused kernel takes only a weight of ``normalized_shape``."""
+    """Rule of ``nn.RMSNorm``, whose fused kernel does not accept a weight with a batch dimension."""
 
     def parameters(self, module: nn.Module) -> set[str]:
         return {"weight"}

@@ -1,4 +1,4 @@
-"""The one registry of rules, looked up along the MRO, so that an engine's dynamic subclasses find their rule."""
+"""The registry of rules, looked up along the MRO, so that dynamic subclasses made by an engine find theirs."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ _MATCHERS: list[Callable[[nn.Module], Rule | None]] = []
 
 
 def register_rule(cls: type[nn.Module], rule: Rule) -> None:
-    """Make ``rule`` the rule of ``cls`` and of subclasses that do not override its forward."""
+    """Register ``rule`` for ``cls`` and its subclasses that do not override its forward."""
     _RULES[cls] = rule
 
 
 def register_matcher(matcher: Callable[[nn.Module], Rule | None]) -> None:
-    """Add a function that finds a rule for modules that no registered class covers, or returns None."""
+    """Add a function that returns a rule for a module that no registered class covers, or None."""
     _MATCHERS.append(matcher)
 
 
 class InterceptRule:
-    """Rule of a subclass whose forward is its own, but ends in the functional call of the class that has a rule.
+    """Rule of a subclass that overrides forward, but makes the functional call of the class that has a rule.
 
-    ``OPTLearnedPositionalEmbedding`` or Gemma 3's scaled embedding: their forward runs as it is, and the one call of
-    ``F.linear`` or ``F.embedding`` with the module's weight goes through the site.
+    ``OPTLearnedPositionalEmbedding`` or Gemma 3's scaled embedding: their forward runs unchanged, except that the call
+    of ``F.linear`` or ``F.embedding`` with the module's weight goes through the site.
     """
 
     def __init__(self, rule: Any) -> None:
@@ -55,7 +55,7 @@ class InterceptRule:
         if mode.calls == 0:
             raise ClippingError(
                 f"{type(module).__name__} ({', '.join(keys.values())}) overrides the forward of a class that "
-                "has a rule and never made the call that the rule covers. Wrap with strategy='per_example', or "
+                "has a rule, and did not make the call that the rule covers. Wrap with strategy='per_example', or "
                 "freeze it."
             )
         return out
@@ -76,7 +76,7 @@ class _Intercept(TorchFunctionMode):
 
 
 def forward_of(cls: type) -> Any:
-    """The forward that instances of a class have, as a function."""
+    """The forward of a class, as a function."""
     return getattr(cls, "forward", None)
 
 
@@ -84,7 +84,7 @@ def find_rule(module: nn.Module) -> Rule | None:
     """The rule of ``module``, or None.
 
     Raises:
-        UnsupportedModuleError: the class has a rule that does not cover this variant of it.
+        UnsupportedModuleError: the class has a rule that does not support an option of this module.
     """
     for cls in type(module).__mro__:
         rule = _RULES.get(cls)

@@ -1,0 +1,8 @@
+"""All mutations: each a mistake that would void the guarantee, or the gradient's exactness, without an error."""
+
+from __future__ import annotations
+
+from tools.mutations.gradients import GRADIENT_MUTATIONS
+from tools.mutations.mechanism import MECHANISM_MUTATIONS
+
+MUTATIONS = (*GRADIENT_MUTATIONS, *MECHANISM_MUTATIONS)

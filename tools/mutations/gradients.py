@@ -1,0 +1,209 @@
+"""Mutations of clipping and kernels: each leaves another gradient than the clipped sum, without an error."""
+
+from __future__ import annotations
+
+from tools.mutations.mutation import Mutation
+
+GRADIENTS = ("tests/clipping/test_gradients.py",)
+SENSITIVITY = ("tests/clipping/test_sensitivity.py", *GRADIENTS)
+ROBUST = ("tests/clipping/test_robustness.py", *GRADIENTS)
+KERNELS = ("tests/kernels",)
+PREPARE = ("tests/test_prepare.py", "tests/test_prepare_refusals.py", "tests/test_prepare_spending.py")
+ESCAPES = ("tests/clipping/test_escapes.py",)
+
+_LINEAR, _EMBEDDING = "dpft/kernels/linear.py", "dpft/kernels/embedding.py"
+_WEIGHTED, _FACTORS = "dpft/kernels/weighted.py", "dpft/clipping/factors.py"
+_PASSES, _BOUNDARY, _GUARD = "dpft/clipping/passes.py", "dpft/clipping/boundary.py", "dpft/clipping/guard.py"
+
+GRADIENT_MUTATIONS = (
+    # clipping
+    Mutation("factor_not_capped", "small gradients are scaled up to C", _FACTORS, ".clamp(max=1.0)", "", SENSITIVITY),
+    Mutation(
+        "factor_squared",
+        "the factor is C / norm^2",
+        _FACTORS,
+        "norms = sq_norms.sqrt()",
+        "norms = sq_norms",
+        SENSITIVITY,
+    ),
+    Mutation(
+        "gamma_dropped",
+        "automatic clipping divides by the bare norm",
+        _FACTORS,
+        "(norms + self.gamma)",
+        "norms",
+        (*SENSITIVITY, *ROBUST),
+    ),
+    Mutation(
+        "weights_ignored",
+        "padding rows get a factor",
+        _FACTORS,
+        "factors = factors * row_weights(weights)",
+        "pass",
+        (*GRADIENTS, *ROBUST),
+    ),
+    Mutation(
+        "huge_norms_clipped",
+        "gradients that overflow are scaled, not dropped",
+        _FACTORS,
+        "norms <= LARGEST_NORM",
+        "norms == norms",
+        ESCAPES,
+    ),
+    Mutation(
+        "vectors_not_in_norm",
+        "biases and norm weights are left out of the norm",
+        _PASSES,
+        "        for grad in self._vectors.values():\n            self.sq += sq_norm(grad)\n        return set()",
+        "        return set()",
+        GRADIENTS,
+    ),
+    Mutation(
+        "norm_pass_forgets_vectors",
+        "two-pass leaves them out",
+        _PASSES,
+        "        for grad in (*self._vectors.values(), *self._summed.values()):\n            self.sq += sq_norm(grad)",
+        "        for grad in self._summed.values():\n            self.sq += sq_norm(grad)",
+        GRADIENTS,
+    ),
+    Mutation(
+        "cross_term_dropped",
+        "one-pass forgets the cross term of a tied weight",
+        _PASSES,
+        "kept.sq = kept.sq + _upper_sq_norm(use, x, g, None) + cross",
+        "kept.sq = kept.sq + _upper_sq_norm(use, x, g, None)",
+        GRADIENTS,
+    ),
+    Mutation(
+        "cross_term_once",
+        "two-pass counts the cross term once",
+        _PASSES,
+        "self.sq += 2 * (rows.double() * g).sum((1, 2))",
+        "self.sq += (rows.double() * g).sum((1, 2))",
+        GRADIENTS,
+    ),
+    Mutation(
+        "kept_norm_dropped",
+        "one-pass leaves matrices out of the norm",
+        _PASSES,
+        "            kept.check()\n            self.sq += kept.sq",
+        "            kept.check()",
+        GRADIENTS,
+    ),
+    Mutation(
+        "second_use_overwrites",
+        "a matrix used twice keeps the last gradient's norm",
+        _PASSES,
+        "            kept.grad = use.add_grad(x, g, kept.grad)\n            kept.sq = sq_norm(kept.grad)",
+        "            kept.grad = use.add_grad(x, g, kept.grad)",
+        GRADIENTS,
+    ),
+    Mutation(
+        "backward_twice",
+        "a loss can be differentiated twice",
+        _BOUNDARY,
+        "job = ctx.box.pop()",
+        "job = ctx.box[0]",
+        ("tests/clipping",),
+    ),
+    Mutation(
+        "mean_of_padding",
+        "the reported loss counts padding rows",
+        _BOUNDARY,
+        "present.sum().clamp(min=1)",
+        "len(present)",
+        ("tests/clipping", "tests/models"),
+    ),
+    Mutation(
+        "added_terms_accepted",
+        "a term added to the clipped gradient passes",
+        _GUARD,
+        "if len(given) == 1 and given[0] != (grad.data_ptr(), grad._version):",
+        "if False:",
+        ("tests/clipping", "tests/test_wrap.py"),
+    ),
+    Mutation(
+        "fp16_sums",
+        "sums of fp16 parameters are rounded to fp16",
+        _GUARD,
+        "p.dtype == torch.float16",
+        "False",
+        ESCAPES,
+    ),
+    # kernels
+    Mutation(
+        "gram_pairs_once", "pairs of tiles are counted once", _LINEAR, "alpha=1 if i == j else 2", "alpha=1", KERNELS
+    ),
+    Mutation(
+        "gram_diagonal_twice",
+        "tiles on the diagonal are counted twice",
+        _LINEAR,
+        "alpha=1 if i == j else 2",
+        "alpha=2",
+        KERNELS,
+    ),
+    Mutation(
+        "feature_misses_tile",
+        "feature tiles miss the last columns",
+        _LINEAR,
+        "for j in range(0, p, step_p):",
+        "for j in range(0, p - step_p + 1, step_p):",
+        KERNELS,
+    ),
+    Mutation(
+        "tail_of_norm",
+        "the elements after the last run are left out",
+        _LINEAR,
+        " + rest.double().square_()",
+        "",
+        KERNELS,
+    ),
+    Mutation(
+        "wide_product_16_bits",
+        "two-pass makes the product in 16 bits",
+        _LINEAR,
+        "    if x.dtype == dtype:\n        return g.mT @ x",
+        "    if x.dtype == dtype or True:\n        return (g.mT @ x).to(dtype)",
+        (*KERNELS, *GRADIENTS),
+    ),
+    Mutation(
+        "weighted_zero_not_masked",
+        "0 * inf of a dropped example is NaN",
+        _LINEAR,
+        "        grad = grad.mul_(factors[i].to(sum_dtype)).masked_fill_(dropped[i], 0)",
+        "        grad = grad.mul_(factors[i].to(sum_dtype))",
+        (*KERNELS, *ROBUST),
+    ),
+    Mutation(
+        "embedding_repeats",
+        "a token's repeats are squared one by one",
+        _EMBEDDING,
+        "index_add_(0, rows, block.flatten(0, 1))",
+        "copy_(block.flatten(0, 1))",
+        KERNELS,
+    ),
+    Mutation(
+        "embedding_padding",
+        "the padding token has a gradient in the norm",
+        _EMBEDDING,
+        "            block = block.masked_fill(skip, 0)",
+        "            pass",
+        KERNELS,
+    ),
+    Mutation(
+        "head_rows_transposed",
+        "the cross term reads the wrong positions",
+        _EMBEDDING,
+        "index_select(1, ids[i, t : t + step])",
+        "index_select(1, ids[i, t : t + step].flip(0))",
+        (*KERNELS, *GRADIENTS),
+    ),
+    Mutation(
+        "vector_zero_not_masked",
+        "0 * inf in a vector is NaN",
+        _WEIGHTED,
+        ".masked_fill_((factors == 0).view(shape), 0).sum(0)",
+        ".sum(0)",
+        (*KERNELS, *ROBUST),
+    ),
+)

@@ -1,0 +1,332 @@
+"""Mutations of noise, sampling, accounting, ledger and loop: each voids the stated epsilon without an error."""
+
+from __future__ import annotations
+
+from tools.mutations.mutation import Mutation
+
+GRADIENTS = ("tests/clipping/test_gradients.py",)
+OPTIMIZER = ("tests/test_optimizer.py",)
+NOISE = ("tests/test_noise.py",)
+PREPARE = ("tests/test_prepare.py", "tests/test_prepare_refusals.py", "tests/test_prepare_spending.py")
+SAMPLER = ("tests/privacy/test_sampler.py",)
+ACCOUNTANT = ("tests/privacy/test_accountant.py",)
+LEDGER = ("tests/privacy/test_ledger.py",)
+LOADER = ("tests/test_loader.py", *PREPARE)
+ISOLATION = ("tests/models/test_isolation.py",)
+ESCAPES = ("tests/clipping/test_escapes.py",)
+
+_OPTIMIZER, _NOISE, _LOADER = "dpft/optimizer.py", "dpft/noise.py", "dpft/loader.py"
+_RUN, _PREPARE, _SAMPLER = "dpft/run.py", "dpft/prepare.py", "dpft/privacy/sampler.py"
+_ACCOUNTANT, _LEDGER, _ISOLATION = "dpft/privacy/accountant.py", "dpft/privacy/ledger.py", "dpft/models/isolation.py"
+
+MECHANISM_MUTATIONS = (
+    # noise and release
+    Mutation(
+        "noise_dropped",
+        "no noise is added",
+        _NOISE,
+        "part.add_(draw(part.numel(), tensor.dtype), alpha=std)",
+        "pass",
+        NOISE + OPTIMIZER,
+    ),
+    Mutation(
+        "noise_variance",
+        "the standard deviation is taken for a variance",
+        _NOISE,
+        "alpha=std)\n        return tensor",
+        "alpha=std**0.5)\n        return tensor",
+        NOISE,
+    ),
+    Mutation(
+        "secure_noise_halved",
+        "the sum of four draws is not normalised",
+        _NOISE,
+        "/ np.sqrt(_SECURE_DRAWS))",
+        "/ _SECURE_DRAWS)",
+        NOISE,
+    ),
+    Mutation(
+        "noise_copied",
+        "a source of noise can be copied",
+        _NOISE,
+        'raise TypeError("GaussianNoise cannot',
+        'return ""  # ("GaussianNoise cannot',
+        NOISE,
+    ),
+    Mutation(
+        "noise_after_fork",
+        "a forked process repeats the noise",
+        _NOISE,
+        "if os.getpid() != self._pid:",
+        "if False:",
+        NOISE,
+    ),
+    Mutation(
+        "ranks_share_noise",
+        "every rank draws the same stream",
+        _NOISE,
+        "spawn_key=(self._stream, *purpose)",
+        "spawn_key=purpose",
+        NOISE,
+    ),
+    Mutation(
+        "noise_without_clip_norm",
+        "the noise does not scale with C",
+        _OPTIMIZER,
+        "self.noise.add_(total, self.noise_multiplier * self.max_grad_norm * self.sum_scale)",
+        "self.noise.add_(total, self.noise_multiplier * self.sum_scale)",
+        OPTIMIZER,
+    ),
+    Mutation(
+        "divisor_dropped",
+        "the sum is not divided",
+        _OPTIMIZER,
+        "total.div_(self.expected_batch_size * self.sum_scale)",
+        "pass",
+        OPTIMIZER,
+    ),
+    Mutation(
+        "unused_parameter_unnoised",
+        "a parameter without a gradient gets no noise",
+        _OPTIMIZER,
+        "        if total is None:\n            dtype",
+        "        if total is None:\n            return\n            dtype",
+        OPTIMIZER,
+    ),
+    Mutation(
+        "step_every_physical",
+        "each physical batch is released",
+        _OPTIMIZER,
+        "if self._is_last is not None and not self._is_last():\n            return",
+        "if False:\n            return",
+        (*OPTIMIZER, *PREPARE),
+    ),
+    Mutation(
+        "released_twice",
+        "a release can be made again without zero_grad",
+        _OPTIMIZER,
+        "        if self._spent:\n            raise WrapError(",
+        "        if False:\n            raise WrapError(",
+        OPTIMIZER,
+    ),
+    Mutation(
+        "sums_in_16_bits",
+        "bf16 parameters sum their gradients in bf16",
+        _OPTIMIZER,
+        "            p.grad_dtype = torch.float32",
+        "            pass",
+        (*OPTIMIZER, *PREPARE),
+    ),
+    # sampling
+    Mutation(
+        "poisson_constant",
+        "Poisson draws a constant number",
+        _SAMPLER,
+        "count = self._rng.binomial(self.owned, self.sample_rate)",
+        "count = round(self.owned * self.sample_rate)",
+        SAMPLER,
+    ),
+    Mutation(
+        "poisson_with_replacement",
+        "an example can be drawn twice",
+        _SAMPLER,
+        "local = self._rng.choice(self.owned, size=count, replace=False, shuffle=False)",
+        "local = self._rng.choice(self.owned, size=count)",
+        SAMPLER,
+    ),
+    Mutation(
+        "truncation_dropped",
+        "the cap is ignored",
+        _SAMPLER,
+        "min(self._rng.binomial(self.dataset_size, self.sample_rate), self.max_batch_size)",
+        "self._rng.binomial(self.dataset_size, self.sample_rate)",
+        SAMPLER,
+    ),
+    Mutation(
+        "shuffle_keeps_order",
+        "every epoch has the same order",
+        _SAMPLER,
+        "self._generator(1, epoch).permutation",
+        "self._generator(1, 0).permutation",
+        SAMPLER,
+    ),
+    Mutation(
+        "ranks_overlap",
+        "ranks share examples",
+        _SAMPLER,
+        "np.sort(logical[logical % self.world_size == self.rank])",
+        "np.sort(logical)",
+        SAMPLER,
+    ),
+    Mutation("padding_has_weight", "padding rows count", _LOADER, "weight[rows - padding :] = 0.0", "pass", LOADER),
+    # accounting and ledger
+    Mutation(
+        "one_step_less",
+        "one release is not accounted for",
+        _ACCOUNTANT,
+        ".self_compose(count)",
+        ".self_compose(max(1, count - 1))",
+        ACCOUNTANT,
+    ),
+    Mutation(
+        "sample_rate_halved",
+        "q is taken as q / 2",
+        _ACCOUNTANT,
+        "sampling_prob=mechanism.sample_rate)",
+        "sampling_prob=mechanism.sample_rate / 2)",
+        ACCOUNTANT,
+    ),
+    Mutation(
+        "replace_sensitivity",
+        "replacing an example costs C, not 2 C",
+        _ACCOUNTANT,
+        "GaussianDpEvent(sigma / 2)",
+        "GaussianDpEvent(sigma)",
+        ACCOUNTANT,
+    ),
+    Mutation(
+        "begun_epoch_free",
+        "the epoch that has begun is not counted",
+        _ACCOUNTANT,
+        "return math.ceil(steps / mechanism.steps_per_epoch)",
+        "return max(1, steps // mechanism.steps_per_epoch)",
+        ACCOUNTANT,
+    ),
+    Mutation(
+        "epsilon_rounded_down",
+        "a displayed epsilon is rounded down",
+        _ACCOUNTANT,
+        "math.ceil(value / unit * (1 - 1e-12))",
+        "math.floor(value / unit)",
+        ACCOUNTANT,
+    ),
+    Mutation(
+        "zero_noise_finite",
+        "no noise has a finite epsilon",
+        _ACCOUNTANT,
+        '        return math.inf\n    if accountant == "rdp":',
+        '        return 0.0\n    if accountant == "rdp":',
+        ACCOUNTANT,
+    ),
+    Mutation(
+        "torn_line_free",
+        "a line that was cut short is not counted",
+        _LEDGER,
+        "                torn += 1\n                counts[-1] += 1",
+        "                torn += 1",
+        LEDGER,
+    ),
+    Mutation(
+        "not_on_disk",
+        "a release is not synced before it happens",
+        _LEDGER,
+        "        view = view[os.write(fd, view) :]\n    os.fsync(fd)",
+        "        view = view[os.write(fd, view) :]",
+        LEDGER,
+    ),
+    Mutation(
+        "any_checkpoint",
+        "a checkpoint of another run is accepted",
+        _LEDGER,
+        "if run_id != self.run_id:",
+        "if False:",
+        LEDGER,
+    ),
+    Mutation(
+        "two_writers",
+        "two runs can write one ledger",
+        _LEDGER,
+        "fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "pass",
+        LEDGER,
+    ),
+    # the loop
+    Mutation(
+        "budget_ignored",
+        "more is released than was planned",
+        _RUN,
+        "        if self.ledger.count >= self.last_step:\n            planned",
+        "        if False:\n            planned",
+        PREPARE,
+    ),
+    Mutation(
+        "batch_released_twice",
+        "one batch is released twice",
+        _RUN,
+        "        if not self._drawn:\n            raise",
+        "        if False:\n            raise",
+        PREPARE,
+    ),
+    Mutation(
+        "two_backwards",
+        "a batch may have two backward passes",
+        _RUN,
+        "        if ran > 1:",
+        "        if ran > 99:",
+        PREPARE,
+    ),
+    Mutation(
+        "abandoned_sum",
+        "what a loop that ended left goes into the next batch",
+        _RUN,
+        "        self.optimizer.discard()\n        self._state.broken = False",
+        "        self._state.broken = False",
+        PREPARE,
+    ),
+    Mutation(
+        "scaled_loss",
+        "a loss may be multiplied",
+        _RUN,
+        "        state.deferred_checks.check(1.0)",
+        "        state.deferred_checks.clear()",
+        PREPARE,
+    ),
+    Mutation(
+        "unclipped_parameters",
+        "the optimiser may train what is not clipped",
+        _RUN,
+        "    if uncovered:",
+        "    if False:",
+        PREPARE,
+    ),
+    Mutation(
+        "test_seed_private",
+        "a run with a known seed calls itself private",
+        _RUN,
+        'return self.clipping != "none" and not self.seeded and self.schedule.private',
+        'return self.clipping != "none" and self.schedule.private',
+        PREPARE,
+    ),
+    Mutation(
+        "noise_seed_kept",
+        "a resumed test repeats its noise",
+        _PREPARE,
+        ' + run.steps.to_bytes(8, "big")',
+        "",
+        ("tests/test_resume.py", *PREPARE),
+    ),
+    Mutation(
+        "isolation_skipped",
+        "no row is run alone",
+        _ISOLATION,
+        "        return cls(state, model, run, args, kwargs, batch)",
+        "        return cls(state, model, None, args, kwargs, batch)",
+        ISOLATION,
+    ),
+    Mutation(
+        "padding_not_trimmed",
+        "a row keeps its padding when it is alone",
+        _ISOLATION,
+        "        if columns is not None:\n            row =",
+        "        if False:\n            row =",
+        ISOLATION,
+    ),
+    Mutation(
+        "buffers_not_compared",
+        "a buffer that training changes is saved",
+        _ISOLATION,
+        "        if changed:\n",
+        "        if False:\n",
+        ESCAPES,
+    ),
+)
