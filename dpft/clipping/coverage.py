@@ -80,7 +80,7 @@ def foreign_leaves(names: dict[int, str]) -> dict[int, tuple[Tensor, Tensor | No
 
     A backward through a reentrant checkpoint accumulates into every leaf that it reaches, and hides which these are.
     """
-    found = {}
+    found: dict[int, tuple[Tensor, Tensor | None, int]] = {}
     for value in gc.get_objects():
         if isinstance(value, nn.Parameter) and value.requires_grad and id(value) not in names:
             grad = value.grad

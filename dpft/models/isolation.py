@@ -187,6 +187,8 @@ class RowCheck:
 
 def _apart(here: Tensor, there: Tensor, tolerance: float, floor: float) -> Tensor:
     """``[]`` bool: whether two tensors differ by more than ``tolerance`` of ``floor`` plus their largest entry."""
+    if not here.numel():
+        return torch.zeros((), dtype=torch.bool, device=here.device)
     a, b = here.float(), there.float().to(here.device)
     finite = torch.isfinite(a) & torch.isfinite(b)
     size = torch.where(finite, b.abs(), 0.0).amax() + floor
