@@ -45,9 +45,9 @@ def wrap(
 ) -> nn.Module:
     """Make ``model`` produce clipped sums of per-example gradients, in place.
 
-    After it, ``model(**batch, labels=labels).loss`` of a causal LM is the mean of the per-example losses, and its
-    ``backward()`` leaves ``sum_i c_i grad_i`` in ``.grad``. For other models compute per-example losses ``[B]`` and
-    call :func:`clipped_loss`. A batch may carry ``example_weight [B]``, 0 for a padding row.
+    Afterwards ``model(**batch, labels=labels).loss`` of a causal LM is the mean of the per-example losses, and its
+    ``backward()`` accumulates ``sum_i c_i grad_i`` in ``.grad``. For other models compute per-example losses ``[B]``
+    and call :func:`clipped_loss`. A batch may contain ``example_weight [B]``, 0 for a padding row.
 
     Args:
         model: any ``nn.Module`` whose trainable layers have rules (Linear, Embedding, LayerNorm, RMSNorm families,
@@ -60,12 +60,12 @@ def wrap(
         strategy: ``"auto"``, ``"one_pass"``, ``"two_pass"`` or ``"per_example"``.
         clip_function: ``"abadi"`` (``min(1, C/norm)``) or ``"automatic"`` (``C/(norm + gamma)``).
         clip_gamma: gamma of ``"automatic"``.
-        memory: bytes that one-pass may keep beyond one gradient; None lets it take up to half of what is free.
-            ``dpft.plan(...).allowance`` is the number with which ``"auto"`` takes the strategy that was planned.
-        loss_chunk: tokens at a time in which a causal LM's head and loss are computed (``clipping="flash"``):
-            ``out.logits`` is then computed when it is read. ``"auto"`` chooses; None computes all logits at once, as
+        memory: bytes that one-pass may keep beyond one gradient; None lets it use up to half of the free memory.
+            With ``dpft.plan(...).allowance``, ``"auto"`` chooses the planned strategy.
+        loss_chunk: tokens per chunk in which a causal LM's head and loss are computed (``clipping="flash"``);
+            ``out.logits`` is then computed when read. ``"auto"`` chooses; None computes all logits at once, as
             plain training does, and so do heads other than an ``nn.Linear`` and logits that are scaled or capped.
-        impl: of the norm kernels of linear layers: ``"torch"``, ``"triton"``, or ``"auto"``, which takes torch: the
+        impl: of the norm kernels of linear layers: ``"torch"``, ``"triton"``, or ``"auto"``, which uses torch: the
             Triton kernels were not measured on a GPU yet. One that is named never falls back.
         isolation: how often one random row is also run alone, and must have the loss, or the outputs, that it has in
             the batch: ``"default"`` at backward 1, 2, 4, 8, ...; ``"every_step"``; ``"off"``. It costs a forward of
@@ -135,7 +135,7 @@ def wrap(
 def unwrap(model: nn.Module) -> nn.Module:
     """Undo :func:`wrap` in place: the model computes, and trains, as it did before. Returns the same object.
 
-    An optimiser inside a :class:`dpft.DPOptimizer` is given back by its ``detach()``.
+    To get the optimiser back from a :class:`dpft.DPOptimizer`, call its ``detach()``.
 
     Raises:
         WrapError: the model is not wrapped.
@@ -164,13 +164,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def clipped_loss(model: nn.Module, losses: Tensor | Sequence[Tensor], example_weight: Tensor | None = None) -> Tensor:
-    """The scalar whose backward leaves the clipped sum, for per-example losses that the caller computed.
+    """The scalar loss whose backward computes the clipped sum, from per-example losses that the caller computed.
 
     Args:
         model: a wrapped model.
-        losses: ``[B]``, each example's own loss, with its graph; example i's may depend on row i of the batch alone.
-            Under ``strategy="per_example"`` a list of B scalars, each from a forward of its own example alone.
-        example_weight: ``[B]``, 0 for padding rows. None takes what the model's forward was given, if anything.
+        losses: ``[B]`` per-example losses with their graph; example i's may depend only on row i of the batch.
+            With ``strategy="per_example"`` a list of B scalars, each from a forward of its example alone.
+        example_weight: ``[B]``, 0 for padding rows. None uses those passed to the model's forward, if any.
 
     Returns:
         ``[]`` float32, the mean of the losses over rows of positive weight.
@@ -195,8 +195,8 @@ def clipped_loss(model: nn.Module, losses: Tensor | Sequence[Tensor], example_we
         if isinstance(losses, Tensor) and (losses.dim() != 1 or len(losses) > 1):
             raise ClippingError(
                 f"got losses of shape {list(losses.shape)} from one forward; expected, with "
-                "strategy='per_example', a list of B scalars, each from a forward of its own: nothing is known "
-                "of how this architecture treats its rows. losses = [loss_of(model(x[i : i + 1])) for i in "
+                "strategy='per_example', a list of B scalars, each from a forward of its own, since nothing is known "
+                "about how this architecture treats its rows: losses = [loss_of(model(x[i : i + 1])) for i in "
                 "range(len(x))]"
             )
         return clip_boundary(state, [x.reshape(()) for x in losses], example_weight, "per_example")
@@ -221,9 +221,9 @@ def stats(model: nn.Module) -> ClipStats:
 
 
 def book_keeping(model: nn.Module) -> BookKeeping:
-    """The tensors that a private backward holds beyond what plain training would; for measuring, from inside of one.
+    """The tensors that the running private backward holds beyond those of plain training, for measurements.
 
-    Outside of a backward only the last one's norms and factors are left. They depend on private data.
+    Outside of a backward, only the last one's norms and factors. They depend on private data.
 
     Raises:
         WrapError: the model is not wrapped.
@@ -232,7 +232,7 @@ def book_keeping(model: nn.Module) -> BookKeeping:
 
 
 def explain(model: nn.Module, batch_size: int, seq_len: int) -> str:
-    """What dpft does with a physical batch of ``batch_size`` examples of ``seq_len`` tokens, and why.
+    """How dpft processes a physical batch of ``batch_size`` examples of ``seq_len`` tokens, and why.
 
     Args:
         model: a wrapped model.
@@ -240,8 +240,8 @@ def explain(model: nn.Module, batch_size: int, seq_len: int) -> str:
         seq_len: T.
 
     Returns:
-        Several lines: the strategy with its reason in numbers, then one line per kind of trainable matrix with the
-        method of its norm and what is kept for it.
+        Several lines: the strategy with its reason in numbers, then one line per kind of trainable matrix with its
+        norm method and the bytes kept for it.
 
     Raises:
         WrapError: the model is not wrapped.
@@ -267,7 +267,7 @@ def get_state(model: nn.Module) -> ClipState:
 
 
 def _inner(model: nn.Module) -> nn.Module:
-    """The wrapped model inside what an engine put around it."""
+    """The wrapped model inside an engine's wrapper."""
     while _STATE not in model.__dict__ and isinstance(getattr(model, "module", None), nn.Module):
         model = model.module  # type: ignore[assignment]  # checked just above
     if _STATE not in model.__dict__:
@@ -288,7 +288,7 @@ def _refuse_mixing(model: nn.Module) -> None:
 
 
 def _cover(model: nn.Module, parameters: dict[str, nn.Parameter]) -> list[tuple[nn.Module, Rule, dict[str, str]]]:
-    """The sites that cover every trainable parameter at every place where a module holds it."""
+    """The sites that cover every trainable parameter, in every module that has it."""
     canonical = {id(p): name for name, p in parameters.items()}
     sites, missing = [], []
     for path, module in model.named_modules():
@@ -309,14 +309,14 @@ def _cover(model: nn.Module, parameters: dict[str, nn.Parameter]) -> list[tuple[
         raise UnsupportedModuleError(
             f"{len(missing)} trainable parameters have no per-example gradient rule:\n  "
             + "\n  ".join(missing)
-            + "\nWrap with strategy='per_example', which takes any architecture, or freeze them with "
+            + "\nWrap with strategy='per_example', which supports any architecture, or freeze them with "
             "requires_grad_(False)."
         )
     return sites
 
 
 def _matrix_use(rule: Rule, module: nn.Module, keys: dict[str, str]) -> MatrixUse | None:
-    """The weight matrix of a site, for the choice of a strategy."""
+    """The use of a site's weight matrix, for the choice of a strategy; None if it has none that is trained."""
     base = rule.rule if isinstance(rule, InterceptRule) else rule
     weight = module.weight
     if "weight" not in keys or not isinstance(weight, Tensor) or len(full_shape(weight)) != 2:
@@ -331,7 +331,7 @@ def _matrix_use(rule: Rule, module: nn.Module, keys: dict[str, str]) -> MatrixUs
 
 
 def _chunked_head(causal_lm: nn.Module | None, model: nn.Module) -> nn.Module | None:
-    """The output layer whose loss can be computed in chunks: an ``nn.Linear`` that is nothing else; or None."""
+    """The output layer whose loss can be computed in chunks: a plain ``nn.Linear``; else None."""
     head = None if causal_lm is None else getattr(causal_lm, "get_output_embeddings", lambda: None)()
     if not isinstance(head, nn.Linear) or head is model or not isinstance(find_rule(head), LinearRule):
         return None
@@ -341,7 +341,7 @@ def _chunked_head(causal_lm: nn.Module | None, model: nn.Module) -> nn.Module | 
 def _replace_forward(module: nn.Module, body: Callable[..., Any]) -> None:
     """Put ``body(module, plain, *args, **kwargs)`` in front of the module's forward.
 
-    A bound method on the instance: a deep copy binds to the copy, an engine may still replace the class, and the
+    It is a bound method on the instance: a deep copy binds to the copy, an engine may still replace the class, and the
     signature is the original's (Trainer and generate read it).
     """
     before = module.__dict__.get("forward")
@@ -354,7 +354,7 @@ def _replace_forward(module: nn.Module, body: Callable[..., Any]) -> None:
         plain = replaced if replaced is not None else types.MethodType(type(self).forward, self)
         return body(self, plain, *args, **kwargs)
 
-    # Under torch.compile it runs as it is: a traced site would be differentiated by a backward that no pass sees.
+    # Excluded from torch.compile: a traced site would be differentiated by a backward that no pass sees.
     module.__dict__["forward"] = types.MethodType(torch.compiler.disable(forward), module)
 
 

@@ -4,9 +4,9 @@
 
     losses [B] --ClipBoundary--> scalar loss
 
-Its value is the mean of the losses; its backward leaves the clipped **sum** of their gradients. It holds the losses'
-graph and does all work on it itself, in nested passes, so the outer backward sees one node whose inputs are the
-parameters: hooks on them, the engines' among them, fire as in plain training.
+Its value is the mean of the losses; its backward computes the clipped **sum** of their gradients. It keeps the losses'
+graph and traverses it itself, in nested backward passes, so the outer backward sees one node whose inputs are the
+parameters: hooks on them, including those of engines, fire as in plain training.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dpft.errors import ClippingError
 
 
 class ClipBoundary(torch.autograd.Function):
-    """See the module. ``box`` holds the :class:`Job` until it has run, once."""
+    """See the module docstring. ``box`` contains the :class:`Job` until it has run, once."""
 
     @staticmethod
     def forward(ctx: Any, tap: Tensor, box: list[Job], value: Tensor, *parameters: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ class ClipBoundary(torch.autograd.Function):
         job.state.deferred_checks.note_scale(scale)
         if job.state.unfinished and any(p.grad is not None for p in job.state.parameters.values()):
             raise ClippingError(
-                "an earlier backward failed midway, and what it left in .grad is not known: some of its examples "
+                "an earlier backward failed midway and may have left a partial sum in .grad: some of its examples "
                 "would count twice. Call zero_grad() and begin the logical batch again."
             )
         job.state.unfinished = True
@@ -73,7 +73,7 @@ def clip_boundary(
     weights: Tensor | None,
     strategy: str,
 ) -> Tensor:
-    """The scalar loss whose backward leaves the clipped sum.
+    """The scalar loss whose backward computes the clipped sum.
 
     Args:
         state: of the wrapped model.

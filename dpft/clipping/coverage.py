@@ -1,4 +1,4 @@
-"""Checks of the graph that is about to be clipped: what cannot be covered is refused before it is trained on."""
+"""Checks the autograd graph before it is clipped: every trainable parameter must be used through its rule's site."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dpft.errors import UnsupportedModuleError
 
-# Which of a site's tensor inputs are its parameters; a parameter in another place is data, and its gradient dX.
+# Which inputs of a site node are its parameters; a parameter as another input is data, and its gradient dX.
 _SITES = {
     "LinearSiteBackward": (1, 2),
     "HeadLossSiteBackward": (1, 2),
@@ -36,7 +36,7 @@ def walk(root: Any) -> Iterator[tuple[Any, int, Any]]:
 
 
 def is_reentrant(node: Any) -> bool:
-    """Whether a node is a reentrant checkpoint: its inside cannot be seen, and it refuses ``inputs=``."""
+    """Whether a node is a reentrant checkpoint: its graph is not visible, and it does not support ``inputs=``."""
     name: str = node.name()
     return name.endswith("CheckpointFunctionBackward")
 
@@ -47,17 +47,17 @@ def has_reentrant(loss: Tensor) -> bool:
 
 
 def check_coverage(losses: Tensor, names: dict[int, str] | None) -> bool:
-    """Walk the autograd graph of ``losses`` and hold every trainable parameter against the rules.
+    """Walk the autograd graph of ``losses`` and check how it uses every trainable parameter.
 
     Args:
         losses: ``[B]`` per-example losses.
-        names: ``id`` of each covered parameter -> its full name; None where an engine puts others in their place.
+        names: ``id`` of each covered parameter -> its full name; None if an engine replaces parameters by others.
 
     Returns:
-        Whether there is a reentrant checkpoint in it.
+        Whether the graph contains a reentrant checkpoint.
 
     Raises:
-        UnsupportedModuleError: a parameter is reached by another operation than its rule's (a functional call that
+        UnsupportedModuleError: a parameter is used by an operation other than its rule's (a functional call that
             bypasses its module), or is not one of the model's.
     """
     root = losses.grad_fn
@@ -108,7 +108,7 @@ def _check_leaf(parameter: nn.Parameter, parent: str, slot: int, names: dict[int
     if known is None:
         raise UnsupportedModuleError(
             f"the losses depend on a trainable parameter of shape {list(parameter.shape)} (through {parent}) "
-            "that is not one of the wrapped model's: it would be trained on an unclipped gradient. Put it into "
+            "that is not one of the wrapped model's: it would be trained on an unclipped gradient. Register it in "
             "the model before dpft.wrap, or set requires_grad_(False)."
         )
     if slot not in _SITES.get(parent, ()):

@@ -1,8 +1,7 @@
-"""What is found out on the device during a logical batch, and read once, before its release.
+"""Checks that are computed on the device during a logical batch, and read once, before its release.
 
-Reading a value makes the host wait until the device has come that far, and the device then waits for the host: one
-such point in a backward costs more than many kernels. Nothing of a batch leaves the machine before its release, so
-that is early enough to refuse it.
+Reading a value synchronises the host with the device: one synchronisation in a backward costs more than many kernels.
+Nothing of a batch leaves the machine before its release, so that is early enough to refuse it.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ class DeferredChecks:
     """Flags and loss factors, accumulated on the device.
 
     Attributes:
-        deferred: whether someone reads them before each release. Where nobody does, a finding is raised where it is
-            made.
+        deferred: whether :meth:`check` is called before each release. If not, a failed check raises at once.
     """
 
     def __init__(self) -> None:
@@ -27,14 +25,14 @@ class DeferredChecks:
         self._scales: Tensor | None = None
 
     def clear(self) -> None:
-        """Forget what was found in a batch that was dropped."""
+        """Discard the findings of a batch that was dropped."""
         self._wrong, self._scales = {}, None
 
     def refuse_if(self, wrong: Tensor, message: str) -> None:
         """Refuse the release, with ``message``, if ``wrong`` (``[]`` bool) is true.
 
         Raises:
-            ClippingError: at once, where nobody will read it later.
+            ClippingError: at once, if not :attr:`deferred`.
         """
         if not self.deferred:
             if bool(wrong):
@@ -44,7 +42,7 @@ class DeferredChecks:
         self._wrong[message] = wrong if before is None else before.logical_or_(wrong.to(before.device))
 
     def note_scale(self, scale: Tensor) -> None:
-        """Remember the factor ``[]`` that a loss was multiplied by before its backward."""
+        """Record the factor ``[]`` by which a loss was multiplied before its backward."""
         seen = scale.detach().double().expand(2).clone()
         if self._scales is not None:
             before = self._scales.to(seen.device)
@@ -52,13 +50,13 @@ class DeferredChecks:
         self._scales = seen
 
     def check(self, expected_scale: float) -> None:
-        """Read all of it, in one transfer; what is in order is forgotten, what is not stays until :meth:`clear`.
+        """Read all findings in one transfer and discard them if all is well; a failure stays until :meth:`clear`.
 
         Args:
-            expected_scale: what every loss should have been multiplied by: the sensitivity is multiplied with it.
+            expected_scale: the factor that every loss should have been multiplied by; it multiplies the sensitivity.
 
         Raises:
-            ClippingError: what was found.
+            ClippingError: the first check that failed.
         """
         wrong, scales = self._wrong, self._scales
         parts = [flag.double().reshape(1) for flag in wrong.values()]

@@ -1,6 +1,6 @@
-"""The backward passes that sites report to: norms, norms with what is kept, the weighted sum, the isolation probe.
+"""The backward passes that sites report to: norms only, norms and kept tensors, weighted sum, isolation probe.
 
-A pass is made for one traversal of one graph and thrown away; nothing here outlives a step.
+A pass object is used for one traversal of one graph; nothing here outlives a step.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from dpft.kernels.weighted import scale_, weighted_sum_, weighted_vector
 from dpft.rules.base import EmbeddingUse, LinearUse, MatrixUse, full_shape
 from dpft.rules.head import ProductUse
 
-# A norm may be taken of tiles rounded to 16 bits, which moves an entry by at most u = 2^-8 of itself (bf16), while the
-# weighted sum is made in float32: the norm is understated by at most a factor of 1 - u.
+# A norm may be computed from tiles rounded to 16 bits, a relative error of at most u = 2^-8 per entry (bf16), and the
+# weighted sum in float32: the norm is understated by at most a factor of 1 - u.
 LOW_PRECISION_SLACK = 1 / (1 - 2.0**-8) - 1
 
 
 def grad_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype that ``weight.grad`` is to have: float32 for a bf16 weight under :class:`dpft.DPOptimizer`."""
+    """The required dtype of ``weight.grad``: float32 for a bf16 weight under :class:`dpft.DPOptimizer`."""
     return getattr(weight, "grad_dtype", None) or weight.dtype
 
 
@@ -35,7 +35,7 @@ def sum_dtype(weight: Tensor) -> torch.dtype:
 
 
 def _upper_sq_norm(use: MatrixUse, x: Tensor, g: Tensor, method: Method | None) -> Tensor:
-    """``[B]``, not below the square of what is released of this use. Before cross terms, which may cancel it."""
+    """``[B]``, not below the squared norm released for this use, without cross terms (which may be negative)."""
     sq = use.sq_norm(x, g, method)
     if isinstance(use, LinearUse):
         sq = sq + rounding_of_product(x, g).square()
@@ -43,17 +43,17 @@ def _upper_sq_norm(use: MatrixUse, x: Tensor, g: Tensor, method: Method | None) 
 
 
 def _add_vector(vectors: dict[str, Tensor], key: str, grad: Tensor) -> None:
-    """Add ``[B, ...]`` in at least float32: a copy, as at T = 1 it may be autograd's own, which others write into."""
+    """Add ``[B, ...]`` in at least float32: a copy, as at T = 1 it may be autograd's own, which others overwrite."""
     wide = torch.promote_types(grad.dtype, torch.float32)
     vectors[key] = vectors[key] + grad.to(wide) if key in vectors else grad.to(wide, copy=True)
 
 
 def _refuse_both(keys: Iterable[str]) -> None:
-    """Raise for parameters that are a matrix to one layer and a vector to another: no norm has their cross term."""
+    """Raise for parameters used as a matrix by one layer and as a vector by another: no norm has their cross term."""
     if both := sorted(keys):
         raise ClippingError(
-            f"{both} are used both as a matrix and entry by entry (a weight tied to another kind of layer's): the "
-            "norm of such a gradient is not known. Wrap with strategy='per_example', or untie them."
+            f"{both} are used both as a matrix and entry by entry (a weight tied to another kind of layer's): dpft "
+            "cannot compute the norm of such a gradient. Wrap with strategy='per_example', or untie them."
         )
 
 
@@ -65,15 +65,15 @@ def checksum(g: Tensor) -> Tensor:
 
 
 def _signs(n: int, like: Tensor) -> Tensor:
-    """``[n]`` of 1 and -1 without a pattern, the same every time, made where ``like`` is."""
+    """``[n]`` pseudorandom signs 1 and -1, the same every time, on ``like``'s device and in its dtype."""
     bits = (torch.arange(n, device=like.device) * 2654435761 >> 15) & 1
     return (1 - 2 * bits).to(like.dtype)
 
 
 def seen_of_matrix(use: MatrixUse, x: Tensor, g: Tensor) -> Tensor:
-    """``[4, B]`` float64: :func:`checksum` of g; of x a sum with signs over tokens and features, and its largest."""
+    """``[4, B]`` float64: :func:`checksum` of g; of x a sum with signs over tokens and features, and a bound on it."""
     if isinstance(use, ProductUse):
-        inputs = torch.zeros((2, len(g)), dtype=torch.float64, device=g.device)  # made in the forward, and kept
+        inputs = torch.zeros((2, len(g)), dtype=torch.float64, device=g.device)  # computed in the forward and kept
     else:
         rows = x @ _signs(x.shape[2], x) if x.is_floating_point() else x.double().cos()
         sizes = torch.linalg.vector_norm(x, dim=2) if x.is_floating_point() else torch.ones_like(rows)
@@ -83,19 +83,19 @@ def seen_of_matrix(use: MatrixUse, x: Tensor, g: Tensor) -> Tensor:
 
 
 def seen_of_vector(grad: Tensor) -> Tensor:
-    """``[4, B]`` float64, of a site without an input that it keeps."""
+    """As :func:`seen_of_matrix`, ``[4, B]`` float64, for a site that keeps no input."""
     found = checksum(grad)
     return torch.cat([found, torch.zeros_like(found)])
 
 
 @dataclass(frozen=True)
 class BookKeeping:
-    """The tensors that a private backward holds for its own sake, at the moment of asking.
+    """The tensors that a private backward currently holds beyond those of a plain one.
 
     Attributes:
         norms: squared norms, norms and factors, ``[B]`` and smaller.
-        kept: per-example gradients, or what they will be made of: an input and an output gradient of a layer may be
-            among them, which autograd holds as well until that layer's backward has ended.
+        kept: per-example gradients, or the tensors to compute them from: an input and an output gradient of a layer
+            may be among them, which autograd holds as well until that layer's backward has ended.
     """
 
     norms: list[Tensor] = field(default_factory=list)
@@ -104,10 +104,10 @@ class BookKeeping:
 
 @dataclass
 class Trace:
-    """What one forward used: filled by the sites, taken by the boundary that the forward's losses go through.
+    """The matrices used by one forward: filled by the sites, read by the clip boundary of the forward's losses.
 
     Attributes:
-        uses: how often each matrix was used. A hint: a reentrant checkpoint hides its uses.
+        uses: how often each matrix was used. Only a hint: uses inside a reentrant checkpoint are not recorded.
         ids: token ids ``[B, T]`` of an embedding that was used once.
     """
 
@@ -119,8 +119,8 @@ class NormPass:
     """Two-pass strategy, first traversal: per-example squared norms and nothing kept.
 
     A matrix used once contributes its squared norm. A tied embedding and head contribute theirs and the cross term. A
-    matrix used otherwise more than once has its per-example gradient summed over the uses before it is squared: exact
-    in every case, or reported as unresolved, and then the traversal is repeated with that matrix in ``shared``.
+    matrix used more than once otherwise has its per-example gradients summed over the uses before squaring. Each is
+    exact; a matrix found to be shared only afterwards is reported, and the traversal repeated with it in ``shared``.
     """
 
     weighted = probing = False
@@ -139,7 +139,7 @@ class NormPass:
         self._kinds: dict[str, list[type]] = {}
 
     def holds(self) -> BookKeeping:
-        """What is kept until the norms are complete."""
+        """The tensors kept until the norms are complete."""
         kept = [*self._vectors.values(), *self._summed.values(), *self._heads.values()]
         return BookKeeping([self.sq, self.seen], kept)
 
@@ -153,7 +153,7 @@ class NormPass:
         self.seen += seen_of_matrix(use, x, g)
         self._kinds.setdefault(use.key, []).append(type(use))
         if use.key in self.shared:
-            # In float32 before they add up: the sum may be smaller than the rounding of its parts.
+            # Converted to float32 before adding: the sum may be smaller than the rounding errors of its terms.
             dtype = torch.promote_types(g.dtype, torch.float32)
             grad = use.add_grad(x.to(dtype) if x.is_floating_point() else x, g.to(dtype), None)
             self._summed[use.key] = self._summed[use.key].add_(grad) if use.key in self._summed else grad
@@ -162,22 +162,22 @@ class NormPass:
         ids = self.trace.ids.get(use.key)
         if ids is None or self.trace.uses[use.key] != 2:
             return
-        # In a language model the head's backward comes first; what the embedding will need of it is [B, T, D].
+        # In a language model the head's backward comes first; the embedding will need these rows of it, [B, T, D].
         rows = use.rows_at(ids, x, g, None)
         if rows is not None:
             self._heads[use.key] = rows
         elif (
             isinstance(use, EmbeddingUse)
-            and len(self._kinds[use.key]) == 2  # the trace is a hint: a third use has cross terms of its own
+            and len(self._kinds[use.key]) == 2  # the trace is only a hint: a third use would add cross terms
             and use.key in self._heads
             and x.data_ptr() == ids.data_ptr()
-            and x.shape == ids.shape  # a part of them begins at the same place
+            and x.shape == ids.shape  # a slice of ids may have the same data_ptr
         ):
             rows = self._heads.pop(use.key)
             if use.padding_idx is not None:
                 rows.masked_fill_((x == use.padding_idx).unsqueeze(-1), 0)
             self.sq += 2 * (rows.double() * g).sum((1, 2))
-            self._kinds[use.key] = [type(use)]  # both uses and their cross term are in
+            self._kinds[use.key] = [type(use)]  # both uses and their cross term are included
 
     def finish(self) -> set[str]:
         """Complete :attr:`sq`; returns the keys whose uses could not be combined in this traversal."""
@@ -190,24 +190,24 @@ class NormPass:
 
 @dataclass
 class _Kept:
-    """One matrix in the one-pass strategy: its per-example gradients, or the pairs that they are products of."""
+    """One matrix in the one-pass strategy: its per-example gradients, or the pairs to compute them from."""
 
     sq: Tensor
     grad: Tensor | None = None
-    # the use, x, g, and the versions of x and g when their norm was taken
+    # the use, x, g, and the version counters of x and g when their norm was computed
     pairs: list[tuple[MatrixUse, Tensor, Tensor, tuple[int, int]]] = field(default_factory=list)
 
     def keep(self, use: MatrixUse, x: Tensor, g: Tensor) -> None:
         self.pairs.append((use, x, g, (x._version, g._version)))
 
     def check(self) -> None:
-        """Raise if another operation's backward has written into what is kept here, of which the norm was taken."""
+        """Raise if a kept tensor was changed in place by another operation's backward after its norm was computed."""
         for use, x, g, versions in self.pairs:
             if (x._version, g._version) != versions:
                 raise ClippingError(
                     f"the input or the output gradient of the layer of {use.key!r} was changed in place by another "
-                    "operation's backward after its norm was taken, so that another gradient than the clipped one "
-                    "would be released. Use operations that leave their output gradient as it is, or "
+                    "operation's backward after its norm was computed, so the released gradient would differ from the "
+                    "one that the norm bounds. Use operations that do not change their output gradient in place, or "
                     "strategy='two_pass', which keeps neither."
                 )
 
@@ -234,14 +234,14 @@ class KeepPass:
         _add_vector(self._vectors, key, grad)
 
     def holds(self) -> BookKeeping:
-        """What is kept until its weighted gradient is released."""
+        """The tensors kept until their weighted gradients are released."""
         pairs = [t for kept in self._kept.values() for _, x, g, _ in kept.pairs for t in (x, g)]
         grads = [kept.grad for kept in self._kept.values() if kept.grad is not None]
         norms = [kept.sq for kept in self._kept.values()]
         return BookKeeping([self.sq, *norms], [*self._vectors.values(), *grads, *pairs])
 
     def _materialise(self, use: MatrixUse, x: Tensor, g: Tensor) -> bool:
-        # At B = 1 the product is the gradient itself, which has to exist in the end.
+        # At B = 1 the product is the gradient itself, which will be needed anyway.
         return self.keep == "gradients" or keeps_gradient(use, self.batch_size, x, g)
 
     def matrix(self, use: MatrixUse, x: Tensor, g: Tensor, weight: Tensor) -> None:
@@ -256,7 +256,7 @@ class KeepPass:
             kept.sq = kept.sq + _upper_sq_norm(use, x, g, None) + cross
             kept.keep(use, x, g)
         else:
-            # Used again: gradients add up before they are squared.
+            # Used again: sum the gradients before squaring.
             kept.check()
             for pair in kept.pairs:
                 kept.grad = pair[0].add_grad(pair[1], pair[2], kept.grad)
@@ -265,7 +265,7 @@ class KeepPass:
             kept.sq = sq_norm(kept.grad)
 
     def finish(self) -> set[str]:
-        """Complete :attr:`sq`; returns the empty set: whatever a matrix's uses, they were combined."""
+        """Complete :attr:`sq`; returns the empty set, since all uses of a matrix were combined."""
         _refuse_both(self._vectors.keys() & self._kept.keys())
         for kept in self._kept.values():
             kept.check()
@@ -275,10 +275,10 @@ class KeepPass:
         return set()
 
     def scale(self, factors: Tensor) -> None:
-        """Weight the matrices' gradients that are kept of a batch of one, in place and all at once.
+        """For a batch of one, multiply the kept gradients of matrices by the factor, in place and all at once.
 
-        They are products made here, which nobody else holds. Vectors may be autograd's own gradients, and what is kept
-        as pairs has no product yet: both wait for :meth:`release`.
+        They were computed here, and nothing else refers to them. Vectors may be autograd's own gradients, and pairs
+        have not been multiplied yet: both wait for :meth:`release`.
         """
         if self.batch_size != 1:
             return
@@ -288,7 +288,7 @@ class KeepPass:
         self._scaled = {id(grad) for grad in whole}
 
     def release(self, key: str, weight: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """The weighted gradient of one parameter, giving up what was kept for it; None if the parameter was not used.
+        """The weighted gradient of one parameter; frees what was kept for it. None if the parameter was not used.
 
         Args:
             key: full canonical name.
@@ -307,7 +307,7 @@ class KeepPass:
             scaled = id(kept.grad) in self._scaled
             return kept.grad[0].to(dtype) if scaled else weighted_sum_(kept.grad, factors, dtype)
         while kept.pairs:
-            use, x, g, _ = kept.pairs.pop(0)  # the head first: its sum is made in the memory of its gradient
+            use, x, g, _ = kept.pairs.pop(0)  # the head first: its sum reuses the memory of its gradient
             out = use.weighted_grad(x, g, factors, out, dtype if out is None else out.dtype)
         return out
 
@@ -315,7 +315,7 @@ class KeepPass:
 def keeps_gradient(use: MatrixUse, batch_size: int, x: Tensor, g: Tensor) -> bool:
     """Whether one-pass keeps ``[B, d, p]`` rather than the pair ``x [B, T, ...]``, ``g [B, T, d]``: the smaller."""
     if isinstance(use, ProductUse):
-        return False  # they are what is kept already
+        return False  # x is the per-example gradients already
     if batch_size == 1 and isinstance(use, LinearUse):
         return True
     pair = x.numel() * x.element_size() + g.numel() * g.element_size()
@@ -323,7 +323,7 @@ def keeps_gradient(use: MatrixUse, batch_size: int, x: Tensor, g: Tensor) -> boo
 
 
 def _tied_cross(kept: _Kept, use: MatrixUse, x: Tensor, g: Tensor) -> Tensor | None:
-    """``[B]``: twice the inner product of a kept head with this embedding's gradient; None if they are not that."""
+    """``[B]``, twice the inner product of a kept head's gradient and this embedding's; None if not such a pair."""
     if not (len(kept.pairs) == 1 and isinstance(use, EmbeddingUse)):
         return None
     head, h, g_head, _ = kept.pairs[0]
@@ -342,10 +342,10 @@ class WeightedPass:
         deliver: Callable[[str, Tensor], None] | None = None,
         parameters: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """``deliver``: takes each weighted gradient by name, and autograd gets none; None leaves it to autograd.
+        """``deliver``: called with the name and each weighted gradient instead of autograd; None: autograd gets them.
 
-        ``parameters``: by name. What a site has saved of one stands for it in its values alone: a checkpoint, or
-        another hook on saved tensors, gives it back as a tensor without ``grad_dtype``.
+        ``parameters``: by name. A parameter that a site has saved may come back as another tensor without
+        ``grad_dtype``: through a checkpoint or other hooks on saved tensors.
         """
         self.batch_size, self.factors, self._deliver = len(factors), factors, deliver
         self._parameters = {} if parameters is None else parameters
@@ -373,7 +373,7 @@ class WeightedPass:
 
 
 class ProbePass:
-    """Backward from the losses of some examples: no other example's rows may receive a gradient, at any site.
+    """Backward from the losses of some examples, after which no site may have a gradient in other examples' rows.
 
     Args:
         seeded: ``[B]`` bool, the examples whose losses are seeded.
@@ -387,7 +387,7 @@ class ProbePass:
         self.reached = torch.zeros((), dtype=torch.bool, device=seeded.device)
 
     def _look(self, key: str, g: Tensor) -> None:
-        # 0 * inf is NaN and says nothing about mixing
+        # 0 * inf is NaN, which does not indicate mixing
         nonzero = (torch.nan_to_num(g.flatten(1), nan=0.0) != 0).any(1)
         self.mixed[key] = (nonzero & ~self._seeded).any() | self.mixed.get(key, torch.zeros_like(self.reached))
         self.reached |= (nonzero & self._seeded).any()

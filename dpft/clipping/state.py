@@ -1,4 +1,4 @@
-"""What a wrapped model carries: its clip rule, its parameters, the pass that is running."""
+"""The state of a wrapped model: its clip rule, its parameters, the running pass; and the engine interface."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ Clipping = Literal["flash", "ghost", "fast", "per_sample", "none"]
 
 
 class Engine(Protocol):
-    """What the clipped backward asks of an engine that spreads one model over several processes."""
+    """What the clipped backward needs from an engine that trains one model on several processes."""
 
     sharded: bool
-    """Whether parameters are put away between their uses, so that each traversal of the graph is a collective."""
+    """Whether parameters are sharded between their uses, so that each traversal of the graph is a collective."""
 
     reentrant: bool
-    """Whether it bears a backward that runs every parameter's hooks, which reentrant checkpointing cannot avoid."""
+    """Whether it supports a backward that runs every parameter's hooks, which reentrant checkpointing cannot avoid."""
 
     max_batch_size: int
-    """Rows of the largest physical batch on any rank: what all ranks' decisions are made on."""
+    """Rows of the largest physical batch on any rank, on which the decisions of all ranks are based."""
 
     def add(self, name: str, grad: Tensor) -> None:
         """Add this rank's part of the clipped sum of a parameter: the full shape, float32 or float64. A collective."""
@@ -47,7 +47,7 @@ class Engine(Protocol):
         ...
 
     def same_everywhere(self, words: str) -> bool:
-        """Whether all ranks say the same, where they must to make the same collectives. A collective."""
+        """Whether all ranks pass the same ``words``, as they must to run the same collectives. A collective."""
         ...
 
     def hold(self, weight: Tensor) -> AbstractContextManager[None]:
@@ -55,11 +55,11 @@ class Engine(Protocol):
         ...
 
     def rewind(self) -> Callable[[], None]:
-        """Called before the first traversal of a graph; what it returns, before each further one."""
+        """Called before the first traversal of a graph; the function returned is called before each further one."""
         ...
 
     def leaves(self) -> dict[str, Tensor]:
-        """By name, the leaves of autograd that a forward uses in the place of parameters; a collective."""
+        """By name, the autograd leaves that a forward uses instead of the parameters. A collective."""
         ...
 
 
@@ -67,18 +67,18 @@ class Head(Protocol):
     """The head of a causal LM that computes its losses in chunks."""
 
     def expecting(self, labels: Any) -> AbstractContextManager[None]:
-        """While it lasts, the head's forward computes its losses with these labels."""
+        """A context in which the head's forward computes its losses with these labels."""
         ...
 
 
 @dataclass(frozen=True)
 class ClipStats:
-    """What the last clipped backward measured. Data-dependent and not released: it stays on this machine.
+    """Norms and factors of the last clipped backward. They depend on private data: do not publish them.
 
     Attributes:
         norms: ``[B]`` float32, each example's gradient norm, or, of products in 16 bits, a bound up to 0.4 % above it;
-            0 for a padding row's.
-        clip_factors: ``[B]`` float32, what each gradient was multiplied by; 0 where the norm was not finite.
+            0 for a padding row.
+        clip_factors: ``[B]`` float32, the factor of each gradient; 0 where the norm was not finite.
         example_weights: ``[B]`` float32, 0 for padding rows.
         strategy: the strategy that ran.
     """
@@ -97,13 +97,13 @@ class ClipState:
         clipping: the mode.
         strategy: as requested; ``"auto"`` is decided per batch shape.
         rule: the clip function with C.
-        memory: bytes that one-pass may keep beyond one gradient; None asks the device.
-        uses: the trainable matrices, at every place where one is used.
+        memory: bytes that one-pass may keep beyond one gradient; None depends on the device's free memory.
+        uses: the trainable matrices, one entry per module that uses one.
         parameters: trainable parameters by canonical name, as they were when last registered.
         impl: of the norm kernels of linear layers.
-        flattening: names of parameters in modules that are known to see ``[B * T, ...]`` in order.
-        backwards: clipped backward passes so far.
-        broken: one of them failed midway: ``.grad`` may hold a part of it. Until a loop begins anew.
+        flattening: names of parameters in modules that are known to get ``[B * T, ...]`` in order.
+        backwards: number of clipped backward passes so far.
+        broken: one of them failed midway, so ``.grad`` may hold a partial sum; reset when a new loop begins.
         unfinished: the last one did.
         weights: ``[B]`` example weights that the last forward without labels was given.
         weights_used: a clipped loss has taken them: the next forward's may be others.
@@ -114,10 +114,10 @@ class ClipState:
         delivering: address and version of the clipped gradients that autograd is about to accumulate, by parameter.
         guarded: ``id`` of each parameter that has a hook.
         input_dim: number of dimensions of the model's input in the running forward.
-        engine: takes the clipped sums, where several processes train; None leaves them in ``.grad``.
-        decided: the strategy of every batch, where all ranks had to agree on one beforehand.
-        head: computes a causal LM's losses in chunks; None where the model's own head and loss are used.
-        holds: says what the clipped backward that is running keeps; None while there is none.
+        engine: receives the clipped sums if several processes train; None leaves them in ``.grad``.
+        decided: the strategy of every batch, if all ranks had to agree on one beforehand.
+        head: computes a causal LM's losses in chunks; None if the model's own head and loss are used.
+        holds: returns the tensors kept by the running clipped backward; None while none is running.
     """
 
     clipping: Clipping
@@ -168,7 +168,7 @@ class ClipState:
 
     @contextmanager
     def unrecorded(self) -> Iterator[None]:
-        """What is used while it lasts is no use of the running forward's."""
+        """A context in which uses are not recorded as those of the running forward."""
         trace, self.trace = self.trace, Trace()
         try:
             yield
@@ -182,15 +182,15 @@ class ClipState:
         return BookKeeping([*held.norms, *last], held.kept)
 
     def begin(self, shape: torch.Size) -> None:
-        """A forward of the whole model starts, on an input of this shape."""
+        """Start a forward of the whole model, on an input of this shape."""
         self.batch_size, self.seq_len, self.input_dim = shape[0], shape[1] if len(shape) > 1 else 1, len(shape)
 
     def end(self) -> None:
-        """It has ended; a layer that is called by itself is not a part of it."""
+        """End the forward; a layer that is called on its own later is not part of it."""
         self.batch_size = None
 
     def take_trace(self) -> Trace:
-        """The uses since the last boundary; the next forward starts anew."""
+        """The uses since the last clip boundary; the next forward starts with an empty trace."""
         trace, self.trace = self.trace, Trace()
         return trace
 
@@ -199,8 +199,8 @@ class ClipState:
 
         Args:
             model: the wrapped model.
-            at_rest: no forward or backward is under way. Within one a sharding engine puts whole parameters in the
-                place of its shards, so that only their names can be compared.
+            at_rest: no forward or backward is running. During one a sharding engine replaces its shards by whole
+                parameters, so that only their names can be compared.
 
         Raises:
             WrapError: names each parameter that was replaced, added, frozen or unfrozen since.
@@ -218,9 +218,9 @@ class ClipState:
         gone = sorted(name for i, name in then.items() if i not in now)
         raise WrapError(
             "the trainable parameters are not the ones that dpft.wrap covered. New or replaced: "
-            f"{added or 'none'}; gone, frozen or replaced: {gone or 'none'}. An optimiser that holds the old "
+            f"{added or 'none'}; removed, frozen or replaced: {gone or 'none'}. An optimiser that holds the old "
             "ones would train on nothing while epsilon is spent. Call dpft.unwrap(model), finish changing the model "
-            "(PEFT, device moves that re-create parameters, freezing), then wrap again and make the optimiser anew."
+            "(PEFT, device moves that re-create parameters, freezing), then wrap again and create a new optimiser."
         )
 
     def choose(self, device: torch.device, batch_size: int, seq_len: int) -> Choice:

@@ -1,8 +1,8 @@
 """The strategies: from per-example losses ``[B]`` and their graph to the clipped sum of the gradients.
 
-Each runs inside the backward of the clip boundary, as nested backward passes over the graph that the boundary holds.
+Each runs inside the backward of the clip boundary, as nested backward passes over the graph that the boundary keeps.
 Nothing outside can reach a site's backward while a pass runs, and a site that is reached while none runs raises: a
-gradient that did not come through here is never mistaken for a clipped one.
+gradient that did not come through here is never taken for a clipped one.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _METHODS: dict[str, Method | None] = {"flash": None, "ghost": "gram_full", "fast
 
 @dataclass
 class Job:
-    """One clipped backward, from the forward that made the losses to the gradients.
+    """One clipped backward, from the losses of a forward to the gradients.
 
     Attributes:
         state: of the wrapped model.
         losses: ``[B]`` with their graph, or B of shape ``[]`` with a graph each (per-example strategy).
         weights: ``[B]``, 0 for padding rows.
         strategy: which strategy to run; see :mod:`dpft.clipping.strategy_choice`.
-        trace: what the forward used.
-        leaves: by name, what the forward used in the place of parameters that an engine has sharded.
+        trace: the matrices that the forward used.
+        leaves: by name, the tensors that the forward used instead of parameters that an engine has sharded.
     """
 
     state: ClipState
@@ -68,7 +68,7 @@ class Job:
             for name, grad in zip(self.state.parameters, grads, strict=True):
                 if grad is not None:
                     self.state.delivering.setdefault(name, []).append((grad.data_ptr(), grad._version))
-            # A backward that stops before a parameter leaves nothing behind by which another one could pass.
+            # If a backward stops before a parameter, its entry must not let another gradient pass.
             torch.autograd.Variable._execution_engine.queue_callback(self.state.delivering.clear)
         return grads
 
@@ -81,7 +81,7 @@ class Job:
         self.reentrant = check_coverage(self.losses, names)
         if self.reentrant and self.state.engine is not None and not self.state.engine.reentrant:
             raise ClippingError(
-                "gradient checkpointing is reentrant, and DeepSpeed's hooks take its backward for the one that brings "
+                "gradient checkpointing is reentrant, and DeepSpeed's hooks mistake its backward for the one with "
                 "gradients. Use gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
             )
         self._probe()
@@ -97,13 +97,13 @@ class Job:
         return grads
 
     def traverse(self, running: Pass, losses: Tensor, seeds: Tensor, retain_graph: bool) -> None:
-        """One backward pass over the graph during which ``running`` receives what the sites see."""
+        """One backward pass over the graph, in which the sites report to ``running``."""
         state = self.state
         inputs: list[Tensor] | None = [state.tap]
         if running.weighted and state.engine is None:
             inputs = list(state.parameters.values())
         if self.reentrant:
-            inputs = None  # reentrant checkpointing refuses it; sites return None for weights unless weighted
+            inputs = None  # reentrant checkpointing does not support it; only the weighted pass returns gradients
         if self._rewind is not None:
             self._rewind()
         elif state.engine is not None:
@@ -117,7 +117,7 @@ class Job:
     def _probe(self) -> None:
         """The isolation check: see :class:`ProbePass`.
 
-        At the first batch of more than one example, and, for mixing that depends on the data, each time that the
+        It runs at the first batch of more than one example and, for mixing that depends on the data, whenever the
         number of backward passes has doubled since. Such a step keeps the graph as a two-pass step does.
         """
         state = self.state
@@ -137,7 +137,7 @@ class Job:
             reached = next(flags) or reached
             mixed |= {key for key in probe.mixed if next(flags)}
         anywhere = bool(mixed)
-        if state.engine is not None:  # all ranks go on, or none
+        if state.engine is not None:  # all ranks continue, or none
             anywhere, reached = state.engine.any(anywhere), state.engine.any(reached)
         if anywhere:
             raise ClippingError(
@@ -180,9 +180,9 @@ class Job:
 
 
 def run_one_pass(job: Job, scale: Tensor) -> list[Tensor | None] | None:
-    """Norms and, per matrix, what the weighted sum will be formed from, in one traversal.
+    """Norms and, per matrix, the tensors for the weighted sum, in one traversal.
 
-    Under an engine each gradient is released as soon as it is handed over, and at most one is formed at a time.
+    Under an engine gradients are computed and added one at a time, and none is kept afterwards.
     """
     assert isinstance(job.losses, Tensor)
     keep = KeepPass(
@@ -199,7 +199,7 @@ def run_one_pass(job: Job, scale: Tensor) -> list[Tensor | None] | None:
         return [keep.release(name, p, factors, grad_dtype(p)) for name, p in job.state.parameters.items()]
     for name, p in job.state.parameters.items():
         grad = keep.release(name, p, factors, sum_dtype(p))
-        # A parameter that this rank did not use takes part all the same: the sum is a collective.
+        # The sum is a collective: this rank takes part even if it did not use the parameter.
         engine.add(name, _nothing(p, losses.device) if grad is None else grad)
     return None
 
@@ -209,7 +209,7 @@ def _nothing(parameter: Tensor, device: torch.device) -> Tensor:
 
 
 def run_two_pass(job: Job, scale: Tensor) -> None:
-    """Norms in one traversal, then the weighted gradients, natively accumulated, in another of the same graph."""
+    """Norms in one traversal, then the weighted gradients, accumulated by autograd, in another of the same graph."""
     assert isinstance(job.losses, Tensor)
     state = job.state
     losses, job.losses = job.losses, ()
@@ -222,8 +222,8 @@ def run_two_pass(job: Job, scale: Tensor) -> None:
         words = "\n".join([*norms.order, "", *sorted(unresolved)])
         if state.engine is not None and not state.engine.same_everywhere(words):
             raise ClippingError(
-                "the ranks used different parameters, or in another order (layers dropped at random, a tower that "
-                "only some examples use), and two-pass sends each gradient as it meets it. Use strategy='one_pass'."
+                "the ranks used different parameters, or in a different order (layers dropped at random, a tower that "
+                "only some examples use), and two-pass sends gradients in that order. Use strategy='one_pass'."
             )
         if not unresolved:
             break
@@ -237,20 +237,20 @@ def run_two_pass(job: Job, scale: Tensor) -> None:
 
 
 def _check_same_gradients(state: ClipState, norms: Tensor, weighted: Tensor, factors: Tensor) -> None:
-    """Refuse a step whose two traversals saw different gradients or inputs: the norms are then of something else.
+    """Refuse a step whose two traversals saw different gradients or inputs, so that the norms do not bound the sum.
 
     Args:
-        state: in whose deferred checks the result is noted.
+        state: whose deferred checks record the result.
         norms: ``[4, B]``, per example the sum over sites of :func:`seen_of_matrix`.
-        weighted: the same of the second traversal.
+        weighted: the same for the second traversal.
         factors: ``[B]``; examples of factor zero do not count.
     """
     by = (norms - weighted).abs()
     apart = ~((by[:2].amax(0) <= 1e-3 * norms[1]) & (by[2:].amax(0) <= 1e-4 * norms[3]))  # also where one is NaN
     state.deferred_checks.refuse_if(
         (apart & (factors != 0)).any(),
-        "the norm pass and the weighted pass saw different gradients or inputs: a recomputed forward is not that "
-        "which was run (dropout in a checkpoint with preserve_rng_state=False, a random generator of its own). Their "
+        "the norm pass and the weighted pass saw different gradients or inputs: a recomputed forward differs from the "
+        "original (dropout in a checkpoint with preserve_rng_state=False, a random generator of its own). Their "
         "sum is not clipped: drop it. Use preserve_rng_state=True, or strategy='one_pass'.",
     )
 
@@ -259,7 +259,7 @@ def run_plain(job: Job, scale: Tensor) -> None:
     """``clipping="none"``: the plain sum of the gradients of the unpadded examples' losses."""
     losses, job.losses = job.losses, ()
     assert isinstance(losses, Tensor)
-    unknown = torch.full((job.batch_size,), torch.nan, dtype=torch.float64, device=losses.device)  # nobody asked
+    unknown = torch.full((job.batch_size,), torch.nan, dtype=torch.float64, device=losses.device)  # not computed
     weights = job.factors(unknown)
     seeds = (weights * scale.to(weights)).to(losses.dtype)
     torch.autograd.backward(losses, seeds)
@@ -283,7 +283,7 @@ def run_per_example(job: Job, scale: Tensor) -> list[Tensor | None] | None:
         job.state.holds = functools.partial(_held, squares, grads)
         loss_device = loss.device
         del loss
-        owned = [is_sole_owner(grads, k) for k in range(len(grads))]  # before anything here has one, too
+        owned = [is_sole_owner(grads, k) for k in range(len(grads))]  # before anything here refers to one, too
         sq = _sq_norm_of(grads, job.weights.device)
         factor = job.state.rule.factors(sq, job.weights[i : i + 1].to(sq.device))
         if job.state.clipping == "none":
@@ -301,7 +301,7 @@ def run_per_example(job: Job, scale: Tensor) -> list[Tensor | None] | None:
             else:
                 wide = torch.promote_types(grad.dtype, torch.float32)
                 part = grad.to(wide)
-                # Autograd may give two parameters one tensor, or one that a Function has kept: those are copied.
+                # Autograd may return one tensor for two parameters, or one that a Function has kept: copy those.
                 part = part.mul_(multiplier) if part is not grad or owned[k] else part * multiplier
                 part.masked_fill_(multiplier == 0, 0)
             if engine is not None:
@@ -338,13 +338,13 @@ def _sq_norm_of(grads: list[Tensor | None], device: torch.device) -> Tensor:
 
 
 def _example_gradient(state: ClipState, loss: Tensor, parameters: list[Tensor]) -> list[Tensor | None]:
-    """Gradient of one loss, outside ``.grad``."""
+    """Gradients of one loss, without touching ``.grad``."""
     previous, state.active = state.active, _Anything()
     aside: list[Tensor | None] | None = None
     try:
         if not has_reentrant(loss):
             return list(torch.autograd.grad(loss, parameters, allow_unused=True))
-        # Reentrant checkpointing works through .grad alone: put what is there aside.
+        # Reentrant checkpointing can only accumulate into .grad: put its content aside.
         aside = [p.grad for p in parameters]
         for p in parameters:
             p.grad = None
@@ -358,7 +358,7 @@ def _example_gradient(state: ClipState, loss: Tensor, parameters: list[Tensor]) 
 
 
 class _Anything(WeightedPass):
-    """Marks that a per-example backward runs; no site reports to it, for the per-example strategy has none."""
+    """Marks that a per-example backward is running; no site reports to it, since the strategy has no sites."""
 
     def __init__(self) -> None:
         super().__init__(torch.ones(1, dtype=torch.float64))

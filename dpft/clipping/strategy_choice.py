@@ -1,4 +1,4 @@
-"""Which strategy a batch takes, and why: by shape, dtype and memory, in numbers."""
+"""Chooses the strategy of a batch from its shape, dtype and memory, with a reason in numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dpft.rules.head import HeadUse
 
 Strategy = Literal["one_pass", "two_pass", "per_example"]
 
-# Share of the memory that is free when a shape is first seen which one-pass may take for what it keeps.
+# Fraction of the free memory, when a shape is first seen, that one-pass may use for the tensors it keeps.
 FREE_MEMORY_SHARE = 0.5
 
 __all__ = [
@@ -67,7 +67,7 @@ class UseDetail:
         key: full name of the weight.
         shape: what it is, as text.
         method: how its per-example norms are taken.
-        flops: of those norms beyond what a plain step does; 0 where they are taken of the gradient itself.
+        flops: of those norms beyond a plain step; 0 if they are computed from the gradient itself.
         kept: bytes that one-pass keeps for it; 0 under two-pass.
     """
 
@@ -99,7 +99,7 @@ def use_details(
             flops = batch_size * method_flops(method, seq_len, p, d)
             found.append(UseDetail(use.key, f"linear {p} -> {d}", method, flops, kept))
         elif isinstance(use, EmbeddingUse):
-            # Additions, no products: nothing that a count of FLOPs counts.
+            # Additions without products, which a count of FLOPs leaves out.
             how = "materialise" if strategy == "per_example" else "segment sums"
             shape = f"embedding {use.num_embeddings} x {use.dim}"
             found.append(UseDetail(use.key, shape, how, 0, kept))
@@ -109,7 +109,7 @@ def use_details(
 def describe_uses(
     uses: Iterable[MatrixUse], strategy: Strategy, batch_size: int, seq_len: int, itemsize: int
 ) -> list[str]:
-    """One line per kind of matrix: how its norm is taken, and what one-pass keeps for it."""
+    """One line per kind of matrix: how its norm is computed, and what one-pass keeps for it."""
     kinds: Counter[str] = Counter()
     for detail in use_details(uses, strategy, batch_size, seq_len, itemsize):
         kept = f", keeps {detail.kept / 2**20:.2f} MiB" if strategy == "one_pass" else ""
@@ -127,29 +127,29 @@ def free_memory(device: torch.device) -> int:
 
 
 def allowance(memory: int | None, device: torch.device) -> int:
-    """Bytes that one-pass may keep: ``memory``, or a share of what ``device`` has free."""
+    """Bytes that one-pass may keep: ``memory``, or a fraction of what ``device`` has free."""
     return int(FREE_MEMORY_SHARE * free_memory(device)) if memory is None else memory
 
 
 def gradient_bytes(uses: Iterable[MatrixUse], itemsize: int) -> int:
-    """Bytes of one gradient of the matrices, shared ones once."""
+    """Bytes of one gradient of the matrices, shared ones counted once."""
     return sum({use.key: use.grad_numel() for use in uses}.values()) * itemsize
 
 
 def choose_strategy(
     uses: Iterable[MatrixUse], batch_size: int, seq_len: int, itemsize: int, memory: int | None, device: torch.device
 ) -> Choice:
-    """One-pass where what it keeps fits, else two-pass.
+    """One-pass if the tensors it keeps fit, else two-pass.
 
-    One-pass does the work of a plain step (1.00 x its FLOPs); two-pass 1.67 x and keeps nothing.
+    One-pass takes the FLOPs of a plain step (1.00 x); two-pass takes 1.67 x and keeps nothing.
 
     Args:
         uses: the model's trainable matrices.
         batch_size: B of the physical batch.
         seq_len: T.
         itemsize: bytes per element of activations.
-        memory: bytes that one-pass may keep beyond one gradient; None asks ``device``.
-        device: where the model is.
+        memory: bytes that one-pass may keep beyond one gradient; None depends on what ``device`` has free.
+        device: of the model.
     """
     uses = list(uses)
     gradient = gradient_bytes(uses, itemsize)
@@ -167,18 +167,18 @@ def choose_strategy(
 def choose_for_all(
     uses: Iterable[MatrixUse], max_batch_size: int, itemsize: int, allowed: int, shards_gradients: bool, gathers: bool
 ) -> Choice:
-    """The strategy of every batch of a run on several ranks, which see batches of different lengths.
+    """The strategy of every batch of a run on several ranks, whose batches have different lengths.
 
-    Ranks that took different strategies would wait for each other's collectives for ever, so one is chosen for all, by
-    a bound that holds for any length: what one-pass keeps of a matrix is at most its per-example gradients.
+    Ranks with different strategies would wait for each other's collectives for ever, so one is chosen for all, by a
+    bound that holds for any length: one-pass keeps for a matrix at most its per-example gradients.
 
     Args:
         uses: the model's trainable matrices.
         max_batch_size: rows of the largest physical batch.
         itemsize: bytes per element of activations.
-        allowed: bytes that one-pass may keep, the least of all ranks'.
+        allowed: bytes that one-pass may keep, the minimum over all ranks.
         shards_gradients: whether plain training under this engine never holds a whole gradient.
-        gathers: whether each traversal of the graph gathers the parameters anew.
+        gathers: whether each traversal of the graph gathers the parameters again.
     """
     uses = list(uses)
     gradient = gradient_bytes(uses, itemsize)
