@@ -13,7 +13,7 @@ from dpft.rules.base import running_pass
 
 
 def guard_parameters(state: ClipState) -> None:
-    """Make a gradient that reaches a parameter in any other way than a clipped sum an error, not an update.
+    """Register hooks that raise for a gradient that reaches a parameter in any other way than a clipped sum.
 
     It also sees what a reentrant checkpoint hides from the walk of the graph. Called before every forward, since a
     deep copy of a model has parameters without hooks. fp16 parameters get float32 gradients: rounded to fp16, small
@@ -42,7 +42,7 @@ def guard_parameters(state: ClipState) -> None:
                     )
             elif not state.active.weighted:
                 raise ClippingError(
-                    f"a gradient that no rule has seen reached {name!r} while norms were taken: the parameter is used "
+                    f"a gradient that no rule has seen reached {name!r} in a norm pass: the parameter is used "
                     "by an operation other than its module's forward. Wrap with strategy='per_example', or freeze it."
                 )
 

@@ -21,10 +21,10 @@ def _may_be_an_example(entry: Any, one_each: bool) -> bool:
 
 
 def row_of(value: Any, i: int, batch: int, name: str = "") -> Any:
-    """Example i's part of an argument; what stands for all examples as it is.
+    """Example i's row of an argument; an argument shared by all examples unchanged.
 
     Raises:
-        ClippingError: an argument of which it is not known which part is whose.
+        ClippingError: an argument that cannot be split by example.
     """
     if isinstance(value, Tensor) and value.dim() > 0 and name not in NOT_BATCHED:
         if value.shape[0] == batch:
@@ -32,7 +32,7 @@ def row_of(value: Any, i: int, batch: int, name: str = "") -> Any:
         if value.shape[0] != 1:
             raise ClippingError(
                 f"argument {name!r} has shape {list(value.shape)} in a batch of {batch}: it is not known which "
-                "part is whose example's. Put the batch first, or use physical batches of one example."
+                "part belongs to which example. Make the batch its first dimension, or use physical batches of one."
             )
     elif isinstance(value, Mapping):
         return type(value)({k: row_of(v, i, batch, str(k)) for k, v in value.items()})  # type: ignore[call-arg]  # a mapping type is made from a dict
