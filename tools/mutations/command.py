@@ -9,10 +9,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from tools.common.command_line import Parser, say
+from tools.common.command_line import Parser
 from tools.common.conditions import conditions
 from tools.common.json_files import json_path, write_json
 from tools.mutations.catalogue import MUTATIONS
@@ -30,6 +31,7 @@ def parse(description: str | None, arguments: list[str] | None = None) -> argpar
     parser = Parser("mutate", description)
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help="these alone")
     parser.add_argument("--list", action="store_true", help="say what they are, and stop")
+    parser.add_argument("--jobs", type=int, default=1, help="mutations at a time (default 1)")
     parser.add_argument("--json", type=json_path, help="where the table goes as JSON")
     return parser.parse_args(arguments)
 
@@ -87,11 +89,10 @@ def execute(args: argparse.Namespace) -> int:
             print(f"{mutation.name:32} {mutation.file:32} {mutation.what}")
         return 0
     rows: list[dict[str, Any]] = []
-    for mutation in chosen:
-        say(mutation.name)
-        rows.append(run(mutation))
+    for row in ThreadPoolExecutor(args.jobs).map(run, chosen):  # each waits for a process
+        rows.append(row)
         verdict = "caught by " + (rows[-1]["by"] or ["?"])[0] if rows[-1]["caught"] else "SURVIVED"
-        print(f"{mutation.name:32} {verdict} {rows[-1].get('reason', '')}", flush=True)
+        print(f"{row['name']:32} {verdict} {rows[-1].get('reason', '')}", flush=True)
         if args.json:
             caught = sum(row["caught"] for row in rows)
             write_json(args.json, {"conditions": conditions(1), "caught": caught, "of": len(rows), "mutations": rows})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tools.mutations.mutation import Mutation
 
 GRADIENTS = ("tests/clipping/test_gradients.py",)
-SENSITIVITY = ("tests/clipping/test_sensitivity.py", *GRADIENTS)
+SENSITIVITY = ("tests/clipping/test_sensitivity.py::test_adversarial_example", *GRADIENTS)
 ROBUST = ("tests/clipping/test_robustness.py", *GRADIENTS)
 KERNELS = ("tests/kernels",)
 PREPARE = ("tests/test_prepare.py", "tests/test_prepare_refusals.py", "tests/test_prepare_spending.py")
