@@ -207,7 +207,7 @@ class Meter(Protocol):
 def ready_on_meta(model: nn.Module) -> None:
     """Let a wrapped model on meta run steps: without the isolation check, and without reading deferred checks."""
     state = get_state(model)
-    state.probed_at = _NEVER
+    state.probed_at = state.isolated_at = _NEVER
     state.deferred_checks.deferred = True  # meta tensors have no values to read
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForQuestionAnswering
 
 import dpft
+from dpft.clipping.factors import ClipRule
 from tests import zoo
 from tests.training import Training, tiny_llama
 
@@ -142,6 +143,13 @@ def test_no_input_is_too_large(size: float, clip: Any, strategy: Any) -> None:
     total = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     assert total.isfinite().all() and total.norm() <= 3 * (1 + 1e-5)
     assert dpft.stats(model).clip_factors[1] > 0
+
+
+def test_a_norm_whose_products_overflow_contributes_nothing() -> None:
+    for function in ("abadi", "automatic"):
+        rule = ClipRule(1.0, function)  # type: ignore[arg-type]  # the two names above
+        factors = rule.factors(torch.tensor([1.0, 1e34, 1e37, 1e80], dtype=torch.float64))
+        assert factors[:2].gt(0).all() and factors[2:].eq(0).all()
 
 
 def test_a_question_answering_head_is_refused_by_name() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,8 @@ def mutated(mutation: Mutation, text: str) -> str:
     return text.replace(mutation.old, mutation.new)
 
 
-def run(mutation: Mutation) -> dict[str, Any]:
-    """Change a copy and run the tests there; ``caught`` if one of them failed."""
+def tested(mutation: Mutation, tests: Sequence[str], change: bool) -> tuple[int, str]:
+    """Pytest's status and output on a copy of the project, with or without the mutation."""
     with tempfile.TemporaryDirectory(prefix="dpft-mutation-") as folder:
         for name in COPIED:
             source = ROOT / name
@@ -60,22 +61,30 @@ def run(mutation: Mutation) -> dict[str, Any]:
             else:
                 shutil.copy(source, folder)
         file = Path(folder, mutation.file)
-        file.write_text(mutated(mutation, file.read_text()))
-        began = time.monotonic()
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-n0", *mutation.tests]
+        if change:
+            file.write_text(mutated(mutation, file.read_text()))
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-n0", *tests]
         environment = {**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
         try:
             done = subprocess.run(
                 command, cwd=folder, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
             )
-            status, output = done.returncode, done.stdout
+            return done.returncode, done.stdout
         except subprocess.TimeoutExpired:
-            status, output = -1, f"its tests did not end in {LIMIT:.0f} s"
+            return -1, f"its tests did not end in {LIMIT:.0f} s"
+
+
+def run(mutation: Mutation) -> dict[str, Any]:
+    """Run the mutation's tests; it is caught if one fails that passes without it."""
+    began = time.monotonic()
+    status, output = tested(mutation, mutation.tests, change=True)
     failed = [
         line.split(" - ")[0].removeprefix("FAILED ") for line in output.splitlines() if line.startswith("FAILED")
     ]
     row = {"name": mutation.name, "file": mutation.file, "what": mutation.what, "caught": status == FAILED_TESTS}
     row |= {"by": failed[:1], "seconds": time.monotonic() - began}
+    if row["caught"] and tested(mutation, failed[:1], change=False)[0] != 0:
+        row |= {"caught": False, "reason": f"{failed[0]} fails without the mutation, too"}
     if status not in (0, FAILED_TESTS):
         row["reason"] = f"pytest ended with status {status}: {output[-600:]}"
     return row

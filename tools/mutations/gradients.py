@@ -40,7 +40,7 @@ GRADIENT_MUTATIONS = (
         _FACTORS,
         "factors = factors * row_weights(weights)",
         "pass",
-        (*GRADIENTS, *ROBUST),
+        ("tests/clipping/test_situations.py::test_example_weight",),
     ),
     Mutation(
         "huge_norms_clipped",
