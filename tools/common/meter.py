@@ -14,20 +14,43 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 MIB = 2**20
 
-ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_ATEN = torch.ops.aten
+# Query, key and value come first; of the backward ones the output's gradient, and then they.
+ATTENTION = {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu,
+    _ATEN._scaled_dot_product_flash_attention,
+    _ATEN._scaled_dot_product_efficient_attention,
+    _ATEN._scaled_dot_product_cudnn_attention,
+}
+ATTENTION_BACKWARD = {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward,
+    _ATEN._scaled_dot_product_flash_attention_backward,
+    _ATEN._scaled_dot_product_efficient_attention_backward,
+    _ATEN._scaled_dot_product_cudnn_attention_backward,
+}
 
 
 def operation_flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
-    """FLOPs of one operation by torch's formulas, with the CPU's attention, which its table lacks."""
+    """FLOPs of one operation by torch's formulas, with the CPU's attention, which its table lacks.
+
+    Attention is counted with as many heads of keys and values as of queries: grouped ones are used that often, and
+    the formulas of torch 2.11 refuse them.
+    """
     packet = func.overloadpacket
-    if packet is ATTENTION:
-        return int(sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape))
-    if packet is ATTENTION_BACKWARD:
-        return int(sdpa_backward_flop_count(args[0].shape, args[1].shape, args[2].shape, args[3].shape))
+    if packet in ATTENTION:
+        query, key, value = (tensor.shape for tensor in args[:3])
+        return int(sdpa_flop_count(query, _with_heads(key, query), _with_heads(value, query)))
+    if packet in ATTENTION_BACKWARD:
+        gradient, query, key, value = (tensor.shape for tensor in args[:4])
+        return int(sdpa_backward_flop_count(gradient, query, _with_heads(key, query), _with_heads(value, query)))
     if packet in flop_registry:
         return int(flop_registry[packet](*args, **kwargs, out_val=out))
     return 0
+
+
+def _with_heads(shape: torch.Size, query: torch.Size) -> tuple[int, ...]:
+    """``[B, heads, T, D]`` with the heads of the query."""
+    return (shape[0], query[1], *shape[2:])
 
 
 class Meter(TorchDispatchMode):
