@@ -101,7 +101,8 @@ class StepMeter(TorchDispatchMode):
         dtype = next((t.dtype for t in inputs if t.dtype.is_floating_point), None)
         if dtype is None:
             dtype = (inputs or outputs)[0].dtype if inputs or outputs else torch.int64
-        flops = 0 if kind.formula is None else int(kind.formula(*args, **kwargs, out_val=out))
+        counted = _with_equal_heads(kind.name, args) if "attention" in kind.name else args
+        flops = 0 if kind.formula is None else int(kind.formula(*counted, **kwargs, out_val=out))
         moved = 0 if kind.name in _FREE else sum(map(_bytes_touched, (*inputs, *outputs)))
         at = kind.causal_at
         causal = at is not None and bool(kwargs.get("is_causal", args[at] if at < len(args) else False))
@@ -164,6 +165,20 @@ def _kind_of(func: Any, formulas: Mapping[Any, Any]) -> _Kind:
         view=any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns),
         causal_at=names.index("is_causal") if attention and "is_causal" in names else None,
     )
+
+
+def _with_equal_heads(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """An attention's arguments with as many heads of keys and values as of queries, as views.
+
+    Grouped ones are used that often, and the formulas of torch 2.11 refuse them.
+    """
+    first = 1 if "backward" in name else 0  # a backward's begin with the output's gradient
+    shapes = [t.dim() if isinstance(t, Tensor) else 0 for t in args[first : first + 3]]
+    if shapes != [4, 4, 4] or args[first].shape[1] == args[first + 1].shape[1]:
+        return args
+    heads = args[first].shape[1]
+    equal = [t[:, :1].expand(-1, heads, -1, -1) for t in args[first + 1 : first + 3]]
+    return (*args[: first + 1], *equal, *args[first + 3 :])
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

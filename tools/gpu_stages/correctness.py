@@ -46,6 +46,7 @@ def kernels(context: Context) -> int:
                 try:
                     found = function(bench.x, bench.g)
                 except Exception as error:  # a kernel that cannot run here is a result
+                    wrong += context.device == "cuda"
                     context.add(**row, method=method, reason=reason_of(error))
                     continue
                 off = float(((found.double() - expected) / expected).abs().max())
@@ -68,6 +69,7 @@ def steps(context: Context) -> int:
             try:
                 error = error_of(Case(shape, context.device, strategy).check()["digest"], expected["all"])
             except Exception as failed:  # such as Triton on a CPU
+                wrong += context.device == "cuda"
                 context.add(**row, reason=reason_of(failed))
                 continue
             good = error.within(expected["limit"])

@@ -43,7 +43,10 @@ def execute(args: argparse.Namespace) -> int:
         return 2
     chosen = [stage for stage in STAGES if args.only is None or stage.name in args.only]
     if args.skip:
-        chosen = [stage for stage in chosen if not has_result(args.output / f"{stage.name}.json")]
+        chosen = [s for s in chosen if not has_result(args.output / f"{s.name}.json", args.rehearse)]
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # ended early, it still writes its summary
     args.output.mkdir(parents=True, exist_ok=True)
     device = "cpu" if args.rehearse else "cuda"
     found = conditions(torch.get_num_threads()) | describe_device(device) | {"rehearsal": args.rehearse}
@@ -61,9 +64,10 @@ def execute(args: argparse.Namespace) -> int:
     return int(any(status not in (DONE, SKIPPED) for status in statuses))
 
 
-def has_result(path: Path) -> bool:
-    """Whether a stage was done to its end."""
-    return path.exists() and json.loads(path.read_text())["status"] == DONE
+def has_result(path: Path, rehearsal: bool) -> bool:
+    """Whether a stage was done to its end, on a GPU or in a rehearsal."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return bool(found) and found["status"] == DONE and found["rehearsal"] == rehearsal
 
 
 def run_all(stages: Sequence[Stage], budget: float, output: Path, run: Callable[[Stage, float], None]) -> None:

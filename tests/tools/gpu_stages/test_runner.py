@@ -69,9 +69,10 @@ def test_a_cut_stage_keeps_its_rows(tmp_path: Path) -> None:
     found = read(context.path)
     assert found["status"] == FAILED and found["reason"] == "stopped after 1 s"
     assert found["rows"] == [{"method": "plain", "value": 1}, {"method": "one_pass", "value": 2}]
-    assert not runner.has_result(context.path)
+    assert not runner.has_result(context.path, rehearsal=True)
     context.write(DONE)
-    assert runner.has_result(context.path) and not list(tmp_path.glob(".*"))
+    assert runner.has_result(context.path, rehearsal=True) and not runner.has_result(context.path, rehearsal=False)
+    assert not list(tmp_path.glob(".*"))
 
 
 def write(folder: Path, name: str, status: str, rows: list[dict[str, object]]) -> None:
