@@ -44,9 +44,7 @@ def execute(args: argparse.Namespace) -> int:
     chosen = [stage for stage in STAGES if args.only is None or stage.name in args.only]
     if args.skip:
         chosen = [s for s in chosen if not has_result(args.output / f"{s.name}.json", args.rehearse)]
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # ended early, it still writes its summary
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended early, it still writes its summary
     args.output.mkdir(parents=True, exist_ok=True)
     device = "cpu" if args.rehearse else "cuda"
     found = conditions(torch.get_num_threads()) | describe_device(device) | {"rehearsal": args.rehearse}
