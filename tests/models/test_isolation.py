@@ -34,12 +34,23 @@ def keep_largest(h: Tensor) -> Tensor:
     return h * (size >= size.flatten().median()).unsqueeze(-1)
 
 
+def attend_across_rows(h: Tensor) -> Tensor:
+    """Attention with the batch in place of the tokens, as where they were transposed by mistake."""
+    rows = h.detach().transpose(0, 1)
+    return h + torch.softmax(rows @ rows.mT, 2).matmul(rows).transpose(0, 1)
+
+
 MIXINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "detached batch mean": lambda h: h - h.mean(0).detach(),
     "detached batch deviation": lambda h: h / (1 + h.detach().std(0)),
     "the row before": lambda h: h + 0.3 * h.roll(1, 0).detach(),
     "the order of the rows": lambda h: h * (1 + h.detach().norm(dim=(1, 2)).argsort().argsort().view(-1, 1, 1)),
     "capacity": keep_largest,
+    "attention over the batch": attend_across_rows,
+    "a convolution over padding": lambda h: h + 0.3 * h.roll(-2, 1),
+    "a mean over padding": lambda h: h + h.mean(1, keepdim=True),
+    "the padded length": lambda h: h * (1 + 0.1 * h.shape[1]),
+    "packed rows": lambda h: h.flatten(0, 1).cumsum(0).view_as(h),
 }
 
 
