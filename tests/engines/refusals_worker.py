@@ -264,6 +264,15 @@ def changes() -> None:
 
     case("random state not saved", unsaved)
 
+    def mixed() -> tuple[Private, Any]:
+        model: Any = zoo.seeded(zoo.llama)("sdpa")
+        layer = model.get_submodule("model.layers.0")
+        layer.register_forward_hook(lambda module, args, h: h - h.mean(0, keepdim=True).detach())
+        training = Private("mixed", model)
+        return training, training.loop
+
+    case("rows mixed by detached values", mixed)
+
     def differs() -> tuple[Private, Any]:
         torch.manual_seed(3)
         if ENGINE == "FSDP":

@@ -51,6 +51,7 @@ CHANGES = {
     "drop_hooks before_step": "step hook",
     "skip_one before_step": "elements were noised",
     "more_groups before_step": "after dpft.prepare",
+    "rows mixed by detached values": "run alone and without its padding",
     "random state not saved": "preserve_rng_state",
     "random states differ": "saw different gradients",
 }
