@@ -185,11 +185,9 @@ class LoopGuard:
         self._drawn = False
 
     def start(self) -> None:
-        """Called when a loop begins: sums that an abandoned one left would put its examples into a second batch."""
-        assert self.optimizer is not None
+        """Called when a loop begins."""
         self._ranks.together(self._run.check_start)
         self._ranks.agree({"releases": self._run.steps}, "the ledger's")
-        self.optimizer.discard()
         self._state.broken = False
         self._state.deferred_checks.clear()
         self._backwards = self._state.backwards
@@ -208,7 +206,9 @@ class LoopGuard:
                 )
             self._step, self._drawn = step, True
             assert self.optimizer is not None
-            self.optimizer.discard()  # an old release, if zero_grad was called when Accelerate skips it
+            # What an abandoned loop left, whose examples would be in two batches; or an old release, if zero_grad was
+            # called when Accelerate skips it.
+            self.optimizer.discard()
         self._backwards = self._state.backwards
         self._accelerator.sync_gradients = is_last
 

@@ -67,6 +67,8 @@ def test_no_logical_batch_is_released_twice(path: Path) -> None:
         training.optimizer.step()
         training.optimizer.zero_grad()
         before = values(training.model)
+        with pytest.raises(dpft.ClippingError, match="a second time"):
+            training.optimizer.step()
         with pytest.raises(DPFTError):
             training.backward(batch)
             training.optimizer.step()

@@ -307,6 +307,23 @@ def test_two_resumes_of_one_checkpoint_have_different_noise(path: Path, tmp_path
     assert values(start.model).equal(values(tiny_llama()))
 
 
+def test_a_resumed_test_seed_does_not_repeat_its_noise(path: Path) -> None:
+    """Nor do its first releases: a known seed and a count say which noise it was."""
+    changes = {"num_steps": 2}
+
+    def moved(training: Training) -> torch.Tensor:
+        before = values(training.model)
+        return values(training.train(1).model) - before
+
+    first = Training(path, dataset=silent_examples(), changes=changes)
+    noise = moved(first)
+    first.accelerator.save_state(str(path.with_name("state")))
+    first.run.close()
+    resumed = Training(path, dataset=silent_examples(), changes=changes)
+    resumed.accelerator.load_state(str(path.with_name("state")))
+    assert (moved(resumed) - noise).abs().mean() > 0.5 * noise.abs().mean() > 0
+
+
 def test_the_state_has_no_seed_and_a_global_one_has_no_say(path: Path) -> None:
     """`load_state` restores torch's and numpy's generators, to the same state for both."""
     state = saved(path, 1, 1, test_seed=None)

@@ -269,8 +269,8 @@ MECHANISM_MUTATIONS = (
         "abandoned_sum",
         "what a loop that ended left goes into the next batch",
         _RUN,
-        "        self.optimizer.discard()\n        self._state.broken = False",
-        "        self._state.broken = False",
+        "            self.optimizer.discard()\n        self._backwards",
+        "        self._backwards",
         PREPARE,
     ),
     Mutation(
