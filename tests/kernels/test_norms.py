@@ -80,6 +80,17 @@ def test_bf16_contributions_stay_within_c(strategy: str, batch: int) -> None:
     assert worst >= 1e-3 * (1 - 2.0**-7), "clipped far more than the rounding needs"
 
 
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 40), (3, 40), (3, 2)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_of_16_bit_products_are_not_rounded_to_16_bits(batch: int, tokens: int, dtype: torch.dtype) -> None:
+    """Each contribution is bounded by its norm; a sum that is rounded after clipping may be larger."""
+    x, g = (t.to(dtype) for t in pair(batch, tokens, 12, 20))
+    factors = torch.rand(batch, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    exact = torch.einsum("b,bdp->dp", factors, reference.linear_grad(x, g))
+    found = weighted_linear_grad(x, g, factors, torch.float32).double()
+    assert (found - exact).norm() <= 1e-6 * exact.norm()
+
+
 def test_an_example_that_is_dropped_leaves_no_nan() -> None:
     x, g = pair(3, 5, 4, 6)
     x[1], g[1, 2] = torch.inf, torch.nan
