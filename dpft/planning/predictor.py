@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 
 import torch
 from torch import nn
@@ -18,11 +18,11 @@ from dpft.clipping.strategy_choice import (
     use_details,
 )
 from dpft.errors import UnsupportedModuleError
-from dpft.kernels.linear import gram_cost
 from dpft.planning.hardware import Hardware
 from dpft.planning.memory import OptimizerName
 from dpft.planning.result import LayerPlan, Plan, Prediction
 from dpft.planning.simulate import Sharding, Simulation, simulate
+from dpft.planning.step_meter import Cost
 from dpft.rules.base import MatrixUse
 from dpft.wrap import get_state, unwrap, wrap
 
@@ -59,6 +59,7 @@ class Predictor:
         self.itemsize = max(p.element_size() for p in trainable)
         self.dtype = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in trainable}))
         self.uncovered = ""
+        self._costs: dict[Hashable, Cost] = {}
         self._simulated: dict[tuple[int, Strategy | None], Simulation] = {}
         self.uses = self._find_uses()
 
@@ -82,6 +83,7 @@ class Predictor:
                 self.sharding,
                 self.loss_chunk,
                 gpu=self.machine.asynchronous,
+                costs=self._costs,
             )
         return self._simulated[key]
 
@@ -193,8 +195,7 @@ class Predictor:
 
     def _layers(self, strategy: Strategy, batch_size: int) -> list[LayerPlan]:
         kinds: dict[tuple[str, str, str], list[int]] = {}
-        cost = gram_cost(self.itemsize, self.machine.asynchronous)
-        for detail in use_details(self.uses, strategy, batch_size, self.seq_len, self.itemsize, cost):
+        for detail in use_details(self.uses, strategy, batch_size, self.seq_len, self.itemsize):
             name = re.sub(r"(?<=\.)\d+(?=\.)", "*", detail.key)
             sums = kinds.setdefault((name, detail.shape, detail.method), [0, 0, 0])
             for i, value in enumerate((1, detail.flops, detail.kept)):

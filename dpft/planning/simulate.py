@@ -15,12 +15,16 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from dpft import kernels
 from dpft.clipping.strategy_choice import Strategy
 from dpft.errors import UnsupportedModuleError
 from dpft.kernels import impl
-from dpft.planning.step_meter import Operation, StepMeter
+from dpft.kernels.gram import REMEMBERED, InputCache
+from dpft.kernels.head import HeadProducts, chunked_head_loss
+from dpft.planning.blocks import SHALLOW, deeper_operations, deeper_peak, phases, repeated_blocks, shortened
+from dpft.planning.step_meter import Cost, Operation, StepMeter
 from dpft.planning.twin import on_meta
+from dpft.rules import base
+from dpft.rules import head as rules_head
 from dpft.wrap import get_state, unwrap, wrap
 
 __all__ = ["ENGINES", "EngineName", "Meter", "Sharding", "Simulation", "ready_on_meta", "simulate", "simulated"]
@@ -165,6 +169,8 @@ def simulate(
     sharding: Sharding | None = None,
     loss_chunk: int | Literal["auto"] | None = "auto",
     gpu: bool = False,
+    whole: bool = False,
+    costs: dict[Hashable, Cost] | None = None,
 ) -> Simulation:
     """Run two steps, ``model(input_ids=ids, labels=ids).loss.backward()``; the second accumulates onto the first.
 
@@ -176,24 +182,64 @@ def simulate(
         sharding: the engine; None is one process.
         loss_chunk: as in :func:`dpft.wrap`.
         gpu: whether kernels run as on a GPU.
+        whole: run the twin with all of its blocks, however many there are.
+        costs: what was counted once, shared by simulations of the same ``gpu``.
 
     Raises:
         UnsupportedModuleError: the model cannot run on meta tensors, or ``strategy`` does not cover it.
     """
-    ids = torch.empty((batch_size, seq_len), dtype=torch.int64, device="meta")
-    found: list[tuple[int, Counter[Operation]]] = []
-    prepared = _prepared(twin, strategy, sharding or Sharding(), batch_size, loss_chunk)
-    with warnings.catch_warnings(), prepared:
-        warnings.simplefilter("ignore")  # the model's warnings: the real step will repeat them
-        with StepMeter([*twin.parameters(), *twin.buffers(), ids]) as meter, simulated(meter, gpu):
-            for _ in range(2):
-                meter.reset()
-                _step(twin, ids)
-                found.append((meter.peak, meter.operations))
+    blocks = None if whole else repeated_blocks(twin)
+    if blocks is not None:
+        count = len(blocks)
+        runs = []
+        for few in SHALLOW:
+            with shortened(twin, blocks, few):
+                runs.append(_run(twin, batch_size, seq_len, strategy, sharding, loss_chunk, gpu, blocks, costs))
+        peaks = [deeper_peak(a.phases, b.phases, count) for a, b in zip(*runs, strict=True)]
+        operations = deeper_operations(runs[0][0].operations, runs[1][0].operations, count)
+        found = [_Step(peak, operations, {}) for peak in peaks if peak is not None]
+    if blocks is None or len(found) < 2:
+        found = _run(twin, batch_size, seq_len, strategy, sharding, loss_chunk, gpu, None, costs)
     # DistributedDataParallel, which private training does not use, keeps its buckets between steps.
     buckets = strategy is None and sharding is not None and sharding.engine == "ddp"
     held = sum(p.numel() * p.element_size() for p in twin.parameters() if p.requires_grad) if buckets else 0
-    return Simulation(found[0][0] + held, found[1][0] + held, found[0][1])
+    return Simulation(found[0].peak + held, found[1].peak + held, found[0].operations)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Peak, operations, and peaks by phase of one step."""
+
+    peak: int
+    operations: Counter[Operation]
+    phases: dict[Any, int]
+
+
+def _run(
+    twin: nn.Module,
+    batch_size: int,
+    seq_len: int,
+    strategy: Strategy | None,
+    sharding: Sharding | None,
+    loss_chunk: int | Literal["auto"] | None,
+    gpu: bool,
+    blocks: nn.ModuleList | None,
+    costs: dict[Hashable, Cost] | None,
+) -> list[_Step]:
+    """Two steps of the twin as it is; ``blocks``: with peaks by phase."""
+    ids = torch.empty((batch_size, seq_len), dtype=torch.int64, device="meta")
+    found: list[_Step] = []
+    prepared = _prepared(twin, strategy, sharding or Sharding(), batch_size, loss_chunk)
+    with warnings.catch_warnings(), prepared:
+        warnings.simplefilter("ignore")  # the model's warnings: the real step will repeat them
+        meter = StepMeter([*twin.parameters(), *twin.buffers(), ids], costs)
+        labelled = contextlib.nullcontext() if blocks is None else phases(meter, blocks)
+        with meter, simulated(meter, gpu, meter), labelled:
+            for _ in range(2):
+                meter.reset()
+                _step(twin, ids)
+                found.append(_Step(meter.peak, meter.operations, dict(meter.phases)))
+    return found
 
 
 class Meter(Protocol):
@@ -212,22 +258,37 @@ def ready_on_meta(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def simulated(meter: Meter, gpu: bool) -> Iterator[None]:
+def simulated(meter: Meter, gpu: bool, steps: StepMeter | None = None) -> Iterator[None]:
     """A context in which models on meta can run steps, with the kernels of a GPU or of a CPU.
 
-    A layer's norm is run once for each shape, and counted whenever it is used.
+    The norm of a layer of long texts is run once for each shape and counted whenever it is used; in short texts layers
+    with the same input share products. For ``steps`` so is the head with its loss.
     """
 
     def counted(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*args: Any) -> Tensor:
-            shapes = [(a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in args]
-            return meter.once((norm, *shapes), lambda: norm(*args))
+            if args[0].shape[1] <= REMEMBERED:
+                return norm(*args)
+            shapes = [(a.shape, a.stride(), a.dtype) for a in args if isinstance(a, Tensor)]
+            rest = [a for a in args if not isinstance(a, Tensor | InputCache)]
+            return meter.once((norm, *shapes, *rest), lambda: norm(*args))
 
         return call
 
-    names = ("linear_sq_norm", "embedding_sq_norm")
-    replaced: dict[str, Any] = {name: counted(getattr(kernels, name)) for name in names}
-    with on_meta(), mock.patch.object(impl, "simulated_gpu", gpu), mock.patch.multiple(kernels, **replaced):
+    def head_once(*args: Any, **kwargs: Any) -> HeadProducts:
+        shapes = [(a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in args]
+        if steps is None:
+            return chunked_head_loss(*args, **kwargs)
+        return steps.once((*shapes, *kwargs.items()), lambda: chunked_head_loss(*args, **kwargs))
+
+    names = ("upper_sq_norm", "embedding_sq_norm")
+    replaced: dict[str, Any] = {name: counted(getattr(base, name)) for name in names}
+    with (
+        on_meta(),
+        mock.patch.object(impl, "simulated_gpu", gpu),
+        mock.patch.multiple(base, **replaced),
+        mock.patch.object(rules_head, "chunked_head_loss", head_once),
+    ):
         yield
 
 

@@ -11,14 +11,16 @@ import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["Operation", "StepMeter"]
+
+T = TypeVar("T")
 
 # They neither read nor write memory: they return an uninitialised storage, or none.
 _FREE = frozenset({"detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "alias"})
@@ -48,6 +50,10 @@ class Operation:
         return "attention" in self.name
 
 
+# Operations, bytes of the peak beyond what was live, and a function that makes a result of that shape.
+Cost = tuple["Counter[Operation]", int, Callable[[], Any]]
+
+
 @dataclass(frozen=True)
 class _Kind:
     """Properties of an operator that do not depend on its arguments."""
@@ -64,13 +70,15 @@ class StepMeter(TorchDispatchMode):
     Attributes:
         live: bytes of the live storages that were allocated inside.
         peak: the largest :attr:`live` since the start or the last :meth:`reset`.
+        phases: the same by phase of a step (:meth:`enter`).
         operations: how often each operation ran since the start or the last :meth:`reset`.
 
     Args:
         known: tensors that existed before and are not counted: parameters, buffers, the batch.
+        costs: what :meth:`once` found, shared by meters of the same kind of device.
     """
 
-    def __init__(self, known: Iterable[Tensor]) -> None:
+    def __init__(self, known: Iterable[Tensor], costs: dict[Hashable, Cost] | None = None) -> None:
         # Not at the top: it imports Triton, which takes half a second, and only a plan needs it.
         from torch.utils.flop_counter import flop_registry
 
@@ -78,10 +86,12 @@ class StepMeter(TorchDispatchMode):
         self._formulas = flop_registry
         self.live = self.peak = 0
         self.operations: Counter[Operation] = Counter()
+        self.phases: dict[Hashable, int] = {}
+        self._phase: Hashable = ("forward", 0, "first")
         self._held = list(known)  # a reference, so that their keys are not reused
         self._known = {t.untyped_storage()._cdata for t in self._held}
         self._kinds: dict[Any, _Kind] = {}
-        self._costs: dict[Hashable, tuple[Counter[Operation], int, Callable[[], Tensor]]] = {}
+        self._costs = {} if costs is None else costs
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -116,6 +126,7 @@ class StepMeter(TorchDispatchMode):
         self._known.add(key)
         self.live += size
         self.peak = max(self.peak, self.live)
+        self._note_phase(self.live)
         weakref.finalize(storage, self._died, key, size)
 
     def _died(self, key: int, size: int) -> None:
@@ -123,15 +134,25 @@ class StepMeter(TorchDispatchMode):
         self.live -= size
 
     def reset(self) -> None:
-        """Restart the peak, from the live bytes, and the operations, from none."""
+        """Restart the peaks, from the live bytes, and the operations, from none."""
         self.peak = self.live
         self.operations = Counter()
+        self.phases = {}
+        self.enter(("forward", 0, "first"))
 
-    def once(self, key: Hashable, run: Callable[[], Tensor]) -> Tensor:
+    def enter(self, phase: Hashable) -> None:
+        """A phase of the step begins; it may come again."""
+        self._phase = phase
+        self._note_phase(self.live)
+
+    def _note_phase(self, live: int) -> None:
+        self.phases[self._phase] = max(self.phases.get(self._phase, 0), live)
+
+    def once(self, key: Hashable, run: Callable[[], T]) -> T:
         """``run()`` the first time; for the same ``key`` again, count its cost and return a result of that shape.
 
-        For a function on meta tensors that keeps no memory besides its result: a model computes the same norms in
-        every block, and each consists of thousands of small operations.
+        ``run`` returns a tensor or a dataclass of tensors. For a function on meta tensors that keeps no memory besides
+        its result: a model computes the same norms in every block, and each consists of thousands of small operations.
         """
         outside, self.operations = self.operations, Counter()
         live, peak = self.live, self.peak
@@ -142,9 +163,9 @@ class StepMeter(TorchDispatchMode):
             self.peak = live
             result = run()
             operations, extra = self.operations, self.peak - live
-            make = functools.partial(torch.empty, result.shape, dtype=result.dtype, device=result.device)
-            self._costs[key] = operations, extra, make
+            self._costs[key] = operations, extra, _maker(result)
         self.peak = max(peak, live + extra)
+        self._note_phase(live + extra)
         self.operations = outside
         self.operations.update(operations)
         return result
@@ -153,6 +174,15 @@ class StepMeter(TorchDispatchMode):
         """FLOPs so far, with or without the fused attention kernels (``FlopCounterMode`` misses them on a CPU)."""
         counted = ((op, count) for op, count in self.operations.items() if attention or not op.attention)
         return sum(op.flops * count for op, count in counted)
+
+
+def _maker(result: Any) -> Callable[[], Any]:
+    """A function that makes tensors like those of ``result``, a tensor or a dataclass of tensors and others."""
+    if isinstance(result, Tensor):
+        return functools.partial(torch.empty, result.shape, dtype=result.dtype, device=result.device)
+    makers = {f.name: _maker(v) for f in fields(result) if isinstance(v := getattr(result, f.name), Tensor)}
+    kind, rest = type(result), {f.name: getattr(result, f.name) for f in fields(result) if f.name not in makers}
+    return lambda: kind(**rest, **{name: make() for name, make in makers.items()})
 
 
 def _kind_of(func: Any, formulas: Mapping[Any, Any]) -> _Kind:
