@@ -16,12 +16,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import dpft
 
 # Far below the norm of any gradient here, so that every example is clipped and a wrong norm shows in the sum.
 MAX_GRAD_NORM = 1e-3
+LABELS = 2
 STRATEGIES = ("one_pass", "two_pass", "per_example")
 Step = Callable[[Tensor], dict[str, Tensor]]
 """input_ids [B, T] -> the gradient of each trainable parameter by name; the model keeps none."""
@@ -29,7 +37,11 @@ Step = Callable[[Tensor], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Shape:
-    """A model and a batch. ``heads``, ``kv_heads`` and ``intermediate`` come from the width where they are 0."""
+    """A model and a batch. ``heads``, ``kv_heads`` and ``intermediate`` come from the width where they are 0.
+
+    ``architecture`` is ``llama``, ``gpt2``, or ``bert``, an encoder with a classification head. ``lora`` is the rank
+    of the adapters that are trained instead of the weights; 0 trains the weights.
+    """
 
     architecture: str = "llama"
     width: int = 512
@@ -44,9 +56,14 @@ class Shape:
     kv_heads: int = 0
     intermediate: int = 0
     tied: bool = False
+    lora: int = 0
 
     def __str__(self) -> str:
-        extras = [", checkpointed"] * self.checkpointing + [", with the optimiser"] * self.update
+        extras = (
+            [f", LoRA r={self.lora}"] * (self.lora > 0)
+            + [", checkpointed"] * self.checkpointing
+            + [", with the optimiser"] * self.update
+        )
         return (
             f"{self.architecture} {self.width} x {self.layers}, V={self.vocab}, T={self.tokens}, B={self.rows}, "
             f"{self.dtype}{''.join(extras)}"
@@ -108,6 +125,19 @@ def build_model(shape: Shape, device: str, method: Method | None = None) -> Any:
                     **common,
                 )
                 model: Any = GPT2LMHeadModel(gpt2)
+            elif shape.architecture == "bert":
+                bert = BertConfig(
+                    vocab_size=shape.vocab,
+                    hidden_size=width,
+                    intermediate_size=shape.intermediate or 4 * width,
+                    num_hidden_layers=shape.layers,
+                    num_attention_heads=max(1, width // 32),
+                    max_position_embeddings=shape.tokens,
+                    hidden_dropout_prob=0.0,
+                    attention_probs_dropout_prob=0.0,
+                    num_labels=LABELS,
+                )
+                model = BertForSequenceClassification(bert)
             else:
                 llama = LlamaConfig(
                     hidden_size=width,
@@ -121,6 +151,10 @@ def build_model(shape: Shape, device: str, method: Method | None = None) -> Any:
                 model = LlamaForCausalLM(llama)
     finally:
         torch.set_default_dtype(before)
+    if shape.lora:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=shape.lora, target_modules="all-linear", task_type="CAUSAL_LM"))
     model.train()
     if shape.checkpointing:
         reentrant = method is not None and method.reentrant
@@ -152,8 +186,15 @@ def _positions(shape: Shape, ids: Tensor) -> dict[str, Tensor]:
     return {"position_ids": torch.arange(ids.shape[1], device=ids.device).repeat(len(ids), 1)}
 
 
+def classes_of(ids: Tensor) -> Tensor:
+    """``[B]`` labels of an encoder's texts."""
+    return ids[:, 0] % LABELS
+
+
 def losses_of(module: Any, shape: Shape, ids: Tensor) -> Tensor:
     """``[B]`` each example's mean loss, from the logits: the loss of libraries that bring none."""
+    if shape.architecture == "bert":
+        return F.cross_entropy(module(input_ids=ids).logits.float(), classes_of(ids), reduction="none")
     logits = module(input_ids=ids, **_positions(shape, ids)).logits[:, :-1]
     flat = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
     return flat.view(len(ids), -1).mean(1)
@@ -171,11 +212,15 @@ def take(model: nn.Module, attribute: str = "grad") -> dict[str, Tensor]:
     return found
 
 
-def _train(model: Any) -> Step:
+def _train(model: Any, shape: Shape, private: bool) -> Step:
     """What a user of Hugging Face writes."""
 
     def step(ids: Tensor) -> dict[str, Tensor]:
-        model(input_ids=ids, labels=ids).loss.backward()
+        if shape.architecture == "bert" and private:
+            dpft.clipped_loss(model, losses_of(model, shape, ids)).backward()
+        else:
+            labels = classes_of(ids) if shape.architecture == "bert" else ids
+            model(input_ids=ids, labels=labels).loss.backward()
         return take(model)
 
     return step
@@ -183,7 +228,7 @@ def _train(model: Any) -> Step:
 
 def plain(model: Any, shape: Shape) -> Step:
     """Plain Hugging Face training: its own loss."""
-    return _train(model)
+    return _train(model, shape, private=False)
 
 
 def ours(**options: Any) -> Callable[[Any, Shape], Step]:
@@ -191,7 +236,7 @@ def ours(**options: Any) -> Callable[[Any, Shape], Step]:
 
     def make(model: Any, shape: Shape) -> Step:
         dpft.wrap(model, max_grad_norm=MAX_GRAD_NORM, **options)
-        return _train(model)
+        return _train(model, shape, private=True)
 
     return make
 

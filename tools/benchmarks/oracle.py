@@ -50,7 +50,7 @@ def small_ids(shape: Shape, device: str) -> Tensor:
 
 def gradients(model: Any, shape: Shape, ids: Tensor) -> dict[str, Tensor]:
     """The gradient of the batch's mean loss, by plain autograd."""
-    names, parameters = zip(*model.named_parameters(), strict=True)
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
     return dict(zip(names, torch.autograd.grad(losses_of(model, shape, ids).mean(), parameters), strict=True))
 
 

@@ -13,7 +13,7 @@ from tools.benchmarks import oracle
 from tools.benchmarks.cases import STRATEGIES, Method, Shape, find_method
 from tools.benchmarks.digest import Digest, Error, error_of
 from tools.benchmarks.presets import Longest, Run
-from tools.benchmarks.worker import PRELOAD, Case, predict
+from tools.benchmarks.worker import PRELOAD, Case, first_steps, predict
 from tools.common.spread import spread
 from tools.common.worker import Worker, WorkerError, end_all
 
@@ -92,6 +92,7 @@ class ShapeRunner:
         self.run, self.machine, self.budget, self.say = run, machine, budget, say
         self.entries = [self._entry(name) for name in run.methods]
         self.expected: dict[str, Any] = {}
+        self.first: dict[str, Any] | None = None
         # On a GPU all models would take the memory that is measured: a model goes aside until its turn.
         self.parks = machine.device == "cuda" and not run.alone
 
@@ -107,9 +108,11 @@ class ShapeRunner:
             return self._result(None)
         try:
             # dpft.plan predicts a step without its optimiser.
-            planned = not self.run.shape.update and any(e.name in STRATEGIES for e in self.entries)
+            ours = any(e.name in STRATEGIES for e in self.entries)
+            planned = ours and not self.run.shape.update and self.run.shape.architecture != "bert"
             plan = self._once(predict) if planned else None
             self.expected = self._once(oracle.expectations)
+            self.first = self._once(first_steps) if self.run.first else None
             if self.run.alone:
                 for entry in self.entries:
                     self._prepare([entry])
@@ -273,6 +276,8 @@ class ShapeRunner:
         if plan is not None:
             result["plan"] = plan
             result["auto"] = self._auto(plan)
+        if self.first is not None:
+            result["first_steps"] = self.first
         result["speedups"] = self._speedups()
         return result
 

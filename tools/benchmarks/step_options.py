@@ -14,16 +14,17 @@ from tools.benchmarks.presets import EVERYTHING, Longest, Preset, Run
 from tools.common.command_line import Parser
 from tools.common.json_files import json_path
 
-ARCHITECTURES = ("llama", "gpt2")
+ARCHITECTURES = ("llama", "gpt2", "bert")
 
 
-HAND = ("architecture", "width", "layers", "vocab", "tokens", "rows", "dtype", "checkpointing", "update", "methods")
+FIELDS = ("architecture", "width", "layers", "vocab", "dtype", "update", "lora")
+HAND = (*FIELDS, "tokens", "rows", "checkpointing", "methods")
 
 
 def parse(description: str | None, arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; ends with status 2 and one line where it is wrong."""
     parser = Parser("benchmark_steps", description)
-    parser.add_argument("--preset", choices=("cpu", "gpu", "smoke"), help="instead of the shapes below")
+    parser.add_argument("--preset", choices=("cpu", "short", "gpu", "smoke"), help="instead of the shapes below")
     parser.add_argument("--architecture", choices=ARCHITECTURES)
     for name in ("width", "layers", "vocab"):
         parser.add_argument(f"--{name}", type=int)
@@ -32,6 +33,8 @@ def parse(description: str | None, arguments: list[str] | None = None) -> argpar
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--checkpointing", choices=("off", "on", "both"))
     parser.add_argument("--update", action="store_true", default=None, help="with AdamW, and for ours with noise")
+    parser.add_argument("--lora", type=int, help="rank of adapters that are trained instead of the weights")
+    parser.add_argument("--first", action="store_true", help="time one-pass's first steps, too")
     parser.add_argument("--methods", nargs="+", help="names, or module:function of your own")
     parser.add_argument("--alone", action="store_true", help="one process after the other, not in turns")
     parser.add_argument("--longest", type=int, nargs=3, metavar=("START", "STEP", "MOST"), help="search the longest T")
@@ -57,13 +60,13 @@ def parse(description: str | None, arguments: list[str] | None = None) -> argpar
 
 def by_hand(args: argparse.Namespace) -> Preset:
     """The shapes that the options name; T, B and checkpointing in every combination."""
-    fields = {name: getattr(args, name) for name in ("architecture", "width", "layers", "vocab", "dtype", "update")}
+    fields = {name: getattr(args, name) for name in FIELDS}
     base = Shape(**{name: value for name, value in fields.items() if value is not None})
     kinds = {"off": [False], "on": [True], "both": [False, True]}[args.checkpointing or "off"]
     methods = tuple(args.methods or EVERYTHING)
     lengths, sizes = args.tokens or [base.tokens], args.rows or [base.rows]
     shapes = [replace(base, tokens=t, rows=b, checkpointing=c) for c, b, t in itertools.product(kinds, sizes, lengths)]
-    parts: list[Run | Longest] = [Run(shape, methods, alone=args.alone) for shape in shapes]
+    parts: list[Run | Longest] = [Run(shape, methods, alone=args.alone, first=args.first) for shape in shapes]
     if args.longest:
         start, step, most = args.longest
         parts = parts if args.tokens else []

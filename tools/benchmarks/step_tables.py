@@ -44,6 +44,12 @@ def table(result: dict[str, Any]) -> str:
         )
     for peer, ratio in result["speedups"].items():
         lines.append(f"  one_pass is {_times(ratio)} x as fast as {peer}")
+    first = result.get("first_steps")
+    if first and "reason" in first:
+        lines.append(f"  first steps: {first['reason']}")
+    elif first:
+        together = f"the first {first['count']} together {first['all']:.2f} x"
+        lines.append(f"  one_pass's first step {first['first']:.2f} x plain, {together}")
     auto = result.get("auto")
     if auto and "best" in auto:
         slower = f"{auto['choice']} was {100 * auto['slower']:.1f} % slower"

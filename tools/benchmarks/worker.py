@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import statistics
 import time
 from typing import Any
 
@@ -18,6 +19,7 @@ from tools.common.meter import Meter
 from tools.common.processes import limit_memory
 
 PRELOAD = ["torch", "transformers.models.llama.modeling_llama", "transformers.models.gpt2.modeling_gpt2"]
+PRELOAD += ["transformers.models.bert.modeling_bert", "peft"]
 PRELOAD += ["tools.benchmarks.worker", "opacus", "fastDP"]
 FIRST_STEPS, FIRST_TOKENS = 4, 8
 
@@ -88,16 +90,17 @@ class Case:
         return {"digest": digest(found), "flops": meter.flops, "peak_bytes": peak}
 
     def time(self, before: int) -> float:
-        """Seconds of one step, after ``before`` others that are not timed."""
+        """Seconds of one step, on a CPU of the processor, after ``before`` others that are not timed."""
         ids = input_ids(self.shape, self.device)
         for _ in range(before):
             self.step(ids)
         self.settle()
         self._synchronize()
-        start = time.perf_counter()
+        clock = time.process_time if self.device == "cpu" else time.perf_counter
+        start = clock()
         found = self.step(ids)
         self._synchronize()
-        seconds = time.perf_counter() - start
+        seconds = clock() - start
         del found
         return seconds
 
@@ -136,6 +139,30 @@ class Case:
     def _synchronize(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
+
+
+def first_steps(shape: Shape, device: str, method: str = "one_pass", count: int = 20) -> dict[str, float]:
+    """A private model's first steps, with their isolation checks, in turns with plain ones of a model that is warm.
+
+    Returns:
+        ``first``: the first step over the median of the plain ones; ``all``: the mean of the first ``count``.
+    """
+    ids = input_ids(shape, device)
+    models = {name: build_model(shape, device, find_method(name)) for name in ("plain", method)}
+    steps = {name: find_method(name).make(model, shape) for name, model in models.items()}
+    for _ in range(3):
+        steps["plain"](ids)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    for _ in range(count):
+        for name, step in steps.items():
+            start = clock()
+            step(ids)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(clock() - start)
+    one = statistics.median(seconds["plain"])
+    return {"first": seconds[method][0] / one, "all": statistics.mean(seconds[method]) / one, "count": count}
 
 
 def predict(shape: Shape, device: str) -> dict[str, Any]:
