@@ -35,7 +35,15 @@ from finetune.loop import History, make_optimizer, make_scheduler, train
 from finetune.options import Options, parse
 from finetune.private import LEDGER, Prepared, explain, prepare, privacy_config, statement
 from finetune.report import write_report
-from finetune.setup import METRICS, Materials, choose_output, load_materials, load_model, steady_memory
+from finetune.setup import (
+    METRICS,
+    Materials,
+    choose_output,
+    load_materials,
+    load_model,
+    predicted_steps,
+    steady_memory,
+)
 
 
 @contextmanager
@@ -71,6 +79,9 @@ def dry_run(options: Options, materials: Materials, model: nn.Module, accelerato
     for line in others:
         accelerator.print(f"                   {line}")
     accelerator.print(f"memory             {steady_memory(model, accelerator)}")
+    accelerator.print("a physical batch   is predicted to take")
+    for line in predicted_steps(model, options, accelerator):
+        accelerator.print(f"                   {line}")
     accelerator.print("dry run: nothing was trained, nothing was written")
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+import dpft
 from accelerate import Accelerator
 from finetune.data import load_texts, make_collate, text_column, tokenise
-from finetune.engine import engine_name, from_first
+from finetune.engine import WHOLE, engine_name, from_first
 from finetune.evaluation import choose_examples
 from finetune.options import Options
 from finetune.private import LEDGER
@@ -147,7 +148,7 @@ def _with_lora(model: nn.Module, options: Options) -> nn.Module:
 
 
 def steady_memory(model: nn.Module, accelerator: Accelerator) -> str:
-    """The memory that a process always needs, in words: parameters, clipped sums, AdamW; activations come on top."""
+    """The memory that a process always needs, in words: parameters, clipped sums, AdamW."""
     engine, ranks = engine_name(accelerator), accelerator.num_processes
     zero = engine.startswith("zero")
     every = sum(_numel(p) * p.element_size() for p in model.parameters())
@@ -164,8 +165,26 @@ def steady_memory(model: nn.Module, accelerator: Accelerator) -> str:
     each = " on each process" if ranks > 1 else ""
     return (
         f"{(every + adam + sums) / 2**20:,.1f} MiB held{each}: parameters {every / 2**20:,.1f}, clipped sums "
-        f"{sums / 2**20:,.1f}, AdamW {adam / 2**20:,.1f}; activations of a physical batch come on top"
+        f"{sums / 2**20:,.1f}, AdamW {adam / 2**20:,.1f}"
     )
+
+
+def predicted_steps(model: nn.Module, options: Options, accelerator: Accelerator) -> list[str]:
+    """What a physical batch of full length will take beyond that, by strategy, in lines: time and peak of memory."""
+    name, ranks = engine_name(accelerator), accelerator.num_processes
+    engine: Any = ("single" if ranks == 1 else "ddp") if name == WHOLE else name
+    try:
+        plan = dpft.plan(
+            model,
+            batch_size=options.max_physical_batch_size,
+            seq_len=options.seq_len,
+            engine=engine,
+            world_size=ranks,
+        )
+    except dpft.UnsupportedModuleError as error:
+        return [f"not predicted: {error}"]
+    steps = [("without privacy", plan.plain), *plan.predictions.items()]
+    return [f"{n:15} {s.seconds:8.3g} s {s.accumulating_peak_bytes / 2**20:10,.1f} MiB" for n, s in steps]
 
 
 def _numel(parameter: nn.Parameter) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -167,6 +168,8 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
         assert part in told
     for part in ("1 x 48 tokens", "linear 96 -> 256", "MiB held", "nothing was written"):
         assert part in told
+    for strategy in ("without privacy", "one_pass", "two_pass"):
+        assert re.search(rf"{strategy} +[\d.e-]+ s +[\d,.]+ MiB", told), strategy
     assert not list(tmp_path.iterdir())
 
 
