@@ -1,4 +1,4 @@
-"""The backward passes that sites report to: norms only, norms and kept tensors, weighted sum, isolation probe.
+"""The backward passes that sites report to: norms only, norms and kept tensors, weighted sum.
 
 A pass object is used for one traversal of one graph; nothing here outlives a step.
 """
@@ -13,15 +13,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dpft.clipping.probe import Watched, checksum
 from dpft.errors import ClippingError
-from dpft.kernels.linear import Method, rounding_of_product, sq_norm
-from dpft.kernels.weighted import scale_, weighted_sum_, weighted_vector
+from dpft.kernels.gram import InputCache
+from dpft.kernels.linear import Method, sq_norm
+from dpft.kernels.weighted import RowWeights, all_finite, scale_, weighted_sum_, weighted_vector
 from dpft.rules.base import EmbeddingUse, LinearUse, MatrixUse, full_shape
 from dpft.rules.head import ProductUse
-
-# A norm may be computed from tiles rounded to 16 bits, a relative error of at most u = 2^-8 per entry (bf16), and the
-# weighted sum in float32: the norm is understated by at most a factor of 1 - u.
-LOW_PRECISION_SLACK = 1 / (1 - 2.0**-8) - 1
 
 
 def grad_dtype(weight: Tensor) -> torch.dtype:
@@ -34,18 +32,16 @@ def sum_dtype(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
-def _upper_sq_norm(use: MatrixUse, x: Tensor, g: Tensor, method: Method | None) -> Tensor:
-    """``[B]``, not below the squared norm released for this use, without cross terms (which may be negative)."""
-    sq = use.sq_norm(x, g, method)
-    if isinstance(use, LinearUse):
-        sq = sq + rounding_of_product(x, g).square()
-    return sq * (1 + LOW_PRECISION_SLACK) ** 2 if g.dtype.itemsize < 4 else sq
-
-
 def _add_vector(vectors: dict[str, Tensor], key: str, grad: Tensor) -> None:
     """Add ``[B, ...]`` in at least float32: a copy, as at T = 1 it may be autograd's own, which others overwrite."""
     wide = torch.promote_types(grad.dtype, torch.float32)
     vectors[key] = vectors[key] + grad.to(wide) if key in vectors else grad.to(wide, copy=True)
+
+
+def _watch(watched: Watched | None, key: str, g: Tensor) -> None:
+    """Record a site's gradient where the isolation check will compare it."""
+    if watched is not None:
+        watched.look(key, g)
 
 
 def _refuse_both(keys: Iterable[str]) -> None:
@@ -55,13 +51,6 @@ def _refuse_both(keys: Iterable[str]) -> None:
             f"{both} are used both as a matrix and entry by entry (a weight tied to another kind of layer's): dpft "
             "cannot compute the norm of such a gradient. Wrap with strategy='per_example', or untie them."
         )
-
-
-def checksum(g: Tensor) -> Tensor:
-    """``[2, B]`` float64: per example the sum of ``g [B, ...]`` and of its absolute values."""
-    flat = g.reshape(g.shape[0], g.shape[1:].numel())
-    dtype = torch.promote_types(g.dtype, torch.float32)
-    return torch.stack([flat.sum(1, dtype=dtype), torch.linalg.vector_norm(flat, 1, dim=1, dtype=dtype)]).double()
 
 
 def _signs(n: int, like: Tensor) -> Tensor:
@@ -133,6 +122,7 @@ class NormPass:
         self.sq = torch.zeros(batch_size, dtype=torch.float64, device=device)
         self.seen = torch.zeros((4, batch_size), dtype=torch.float64, device=device)
         self.order: list[str] = []  # of the parameters, as their sites reported
+        self.watched: Watched | None = None
         self._vectors: dict[str, Tensor] = {}
         self._summed: dict[str, Tensor] = {}
         self._heads: dict[str, Tensor] = {}
@@ -144,11 +134,13 @@ class NormPass:
         return BookKeeping([self.sq, self.seen], kept)
 
     def vector(self, key: str, grad: Tensor, weight: Tensor) -> None:
+        _watch(self.watched, key, grad)
         self.order.append(key)
         self.seen += seen_of_vector(grad)
         _add_vector(self._vectors, key, grad)
 
     def matrix(self, use: MatrixUse, x: Tensor, g: Tensor, weight: Tensor) -> None:
+        _watch(self.watched, use.key, use.watched(g))
         self.order.append(use.key)
         self.seen += seen_of_matrix(use, x, g)
         self._kinds.setdefault(use.key, []).append(type(use))
@@ -158,7 +150,7 @@ class NormPass:
             grad = use.add_grad(x.to(dtype) if x.is_floating_point() else x, g.to(dtype), None)
             self._summed[use.key] = self._summed[use.key].add_(grad) if use.key in self._summed else grad
             return
-        self.sq += _upper_sq_norm(use, x, g, self.method)
+        self.sq += use.upper_sq_norm(x, g, self.method)
         ids = self.trace.ids.get(use.key)
         if ids is None or self.trace.uses[use.key] != 2:
             return
@@ -227,10 +219,14 @@ class KeepPass:
         self.batch_size, self.keep = batch_size, keep
         self.sq = torch.zeros(batch_size, dtype=torch.float64, device=device)
         self._scaled: set[int] = set()  # tensors that are weighted already, by id; they are kept alive
+        self._inputs = InputCache()
+        self._weights: RowWeights | None = None
+        self.watched: Watched | None = None
         self._kept: dict[str, _Kept] = {}
         self._vectors: dict[str, Tensor] = {}
 
     def vector(self, key: str, grad: Tensor, weight: Tensor) -> None:
+        _watch(self.watched, key, grad)
         _add_vector(self._vectors, key, grad)
 
     def holds(self) -> BookKeeping:
@@ -245,15 +241,16 @@ class KeepPass:
         return self.keep == "gradients" or keeps_gradient(use, self.batch_size, x, g)
 
     def matrix(self, use: MatrixUse, x: Tensor, g: Tensor, weight: Tensor) -> None:
+        _watch(self.watched, use.key, use.watched(g))
         kept = self._kept.get(use.key)
         if kept is None and self._materialise(use, x, g):
             grad, sq = use.grad_sq_norm(x, g)
             self._kept[use.key] = _Kept(sq, grad)
         elif kept is None:
-            kept = self._kept[use.key] = _Kept(_upper_sq_norm(use, x, g, None))
+            kept = self._kept[use.key] = _Kept(use.upper_sq_norm(x, g, None, self._inputs))
             kept.keep(use, x, g)
         elif kept.grad is None and (cross := _tied_cross(kept, use, x, g)) is not None:
-            kept.sq = kept.sq + _upper_sq_norm(use, x, g, None) + cross
+            kept.sq = kept.sq + use.upper_sq_norm(x, g, None) + cross
             kept.keep(use, x, g)
         else:
             # Used again: sum the gradients before squaring.
@@ -275,40 +272,46 @@ class KeepPass:
         return set()
 
     def scale(self, factors: Tensor) -> None:
-        """For a batch of one, multiply the kept gradients of matrices by the factor, in place and all at once.
+        """Take the factors ``[B]`` float64; for a batch of one multiply the kept gradients of matrices by it in place.
 
         They were computed here, and nothing else refers to them. Vectors may be autograd's own gradients, and pairs
         have not been multiplied yet: both wait for :meth:`release`.
         """
+        # What an example with a finite norm was multiplied from is finite: 0 * inf would have made its norm NaN.
+        self._inputs.clear()
+        self._weights = RowWeights(factors, all_finite(self.sq), self._inputs)
         if self.batch_size != 1:
             return
         grads = [kept.grad for kept in self._kept.values() if kept.grad is not None]
         whole = [grad for grad in grads if grad.dtype in (torch.float32, torch.float64)]
-        scale_(whole, factors[0])
+        scale_(whole, factors[0], self._weights.finite)
         self._scaled = {id(grad) for grad in whole}
 
-    def release(self, key: str, weight: Tensor, factors: Tensor, dtype: torch.dtype) -> Tensor | None:
+    def release(self, key: str, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
         """The weighted gradient of one parameter; frees what was kept for it. None if the parameter was not used.
 
         Args:
             key: full canonical name.
             weight: the parameter; the result has its shape.
-            factors: ``[B]`` float64.
             dtype: of the result.
         """
+        weights = self._weights
+        assert weights is not None
         vector = self._vectors.pop(key, None)
         if vector is not None:
-            return weighted_vector(vector, factors).to(dtype).view(full_shape(weight))
+            return weighted_vector(vector, weights.factors, weights.finite).to(dtype).view(full_shape(weight))
         kept = self._kept.pop(key, None)
         if kept is None:
             return None
         out: Tensor | None = None
         if kept.grad is not None:
             scaled = id(kept.grad) in self._scaled
-            return kept.grad[0].to(dtype) if scaled else weighted_sum_(kept.grad, factors, dtype)
+            if scaled:
+                return kept.grad[0].to(dtype)
+            return weighted_sum_(kept.grad, weights.factors, dtype, finite=weights.finite)
         while kept.pairs:
             use, x, g, _ = kept.pairs.pop(0)  # the head first: its sum reuses the memory of its gradient
-            out = use.weighted_grad(x, g, factors, out, dtype if out is None else out.dtype)
+            out = use.weighted_grad(x, g, weights, out, dtype if out is None else out.dtype)
         return out
 
 
@@ -338,7 +341,7 @@ class WeightedPass:
 
     def __init__(
         self,
-        factors: Tensor,
+        weights: RowWeights,
         deliver: Callable[[str, Tensor], None] | None = None,
         parameters: Mapping[str, Tensor] | None = None,
     ) -> None:
@@ -347,9 +350,9 @@ class WeightedPass:
         ``parameters``: by name. A parameter that a site has saved may come back as another tensor without
         ``grad_dtype``: through a checkpoint or other hooks on saved tensors.
         """
-        self.batch_size, self.factors, self._deliver = len(factors), factors, deliver
+        self.batch_size, self._weights, self._deliver = len(weights.factors), weights, deliver
         self._parameters = {} if parameters is None else parameters
-        self.seen = torch.zeros((4, len(factors)), dtype=torch.float64, device=factors.device)
+        self.seen = torch.zeros((4, self.batch_size), dtype=torch.float64, device=weights.factors.device)
 
     def _hand_over(self, key: str, grad: Tensor) -> Tensor | None:
         if self._deliver is None:
@@ -363,37 +366,10 @@ class WeightedPass:
     def matrix(self, use: MatrixUse, x: Tensor, g: Tensor, weight: Tensor) -> Tensor | None:
         self.seen += seen_of_matrix(use, x, g)
         dtype = self._dtype(self._parameters.get(use.key, weight))
-        return self._hand_over(use.key, use.weighted_grad(x, g, self.factors, None, dtype))
+        return self._hand_over(use.key, use.weighted_grad(x, g, self._weights, None, dtype))
 
     def vector(self, key: str, grad: Tensor, weight: Tensor) -> Tensor | None:
         self.seen += seen_of_vector(grad)
         weight = self._parameters.get(key, weight)
-        weighted = weighted_vector(grad, self.factors).to(self._dtype(weight))
+        weighted = weighted_vector(grad, self._weights.factors, self._weights.finite).to(self._dtype(weight))
         return self._hand_over(key, weighted.view(full_shape(weight)))
-
-
-class ProbePass:
-    """Backward from the losses of some examples, after which no site may have a gradient in other examples' rows.
-
-    Args:
-        seeded: ``[B]`` bool, the examples whose losses are seeded.
-    """
-
-    weighted, probing = False, True
-
-    def __init__(self, seeded: Tensor) -> None:
-        self.batch_size, self._seeded = len(seeded), seeded
-        self.mixed: dict[str, Tensor] = {}
-        self.reached = torch.zeros((), dtype=torch.bool, device=seeded.device)
-
-    def _look(self, key: str, g: Tensor) -> None:
-        # 0 * inf is NaN, which does not indicate mixing
-        nonzero = (torch.nan_to_num(g.flatten(1), nan=0.0) != 0).any(1)
-        self.mixed[key] = (nonzero & ~self._seeded).any() | self.mixed.get(key, torch.zeros_like(self.reached))
-        self.reached |= (nonzero & self._seeded).any()
-
-    def matrix(self, use: MatrixUse, x: Tensor, g: Tensor, weight: Tensor) -> None:
-        self._look(use.key, g)
-
-    def vector(self, key: str, grad: Tensor, weight: Tensor) -> None:
-        self._look(key, grad)

@@ -11,17 +11,18 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dpft.clipping.aliasing import is_sole_owner
 from dpft.clipping.coverage import check_coverage, foreign_leaves, has_reentrant, refuse_strays
 from dpft.clipping.factors import row_weights
-from dpft.clipping.passes import BookKeeping, KeepPass, NormPass, ProbePass, Trace, WeightedPass, grad_dtype, sum_dtype
+from dpft.clipping.passes import BookKeeping, KeepPass, NormPass, Trace, WeightedPass, grad_dtype, sum_dtype
+from dpft.clipping.probe import ProbePass, Watched, draw_seeds, mixed_examples
 from dpft.clipping.state import ClipState, ClipStats
 from dpft.errors import ClippingError
 from dpft.kernels.linear import Method, sq_norm
+from dpft.kernels.weighted import RowWeights, all_finite
 from dpft.rules.base import Pass, full_shape
 
 _METHODS: dict[str, Method | None] = {"flash": None, "ghost": "gram_full", "fast": "materialise"}
@@ -50,6 +51,7 @@ class Job:
     def __post_init__(self) -> None:
         self.batch_size = len(self.weights)
         self.reentrant = False
+        self.probe: ProbePass | None = None
         self._rewind: Callable[[], None] | None = None
 
     def run(self, scale: Tensor) -> list[Tensor | None] | None:
@@ -84,7 +86,7 @@ class Job:
                 "gradient checkpointing is reentrant, and DeepSpeed's hooks mistake its backward for the one with "
                 "gradients. Use gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
             )
-        self._probe()
+        self.probe = self._probe()
         # As rarely as the isolation check: it looks at every object of the process.
         look = self.reentrant and self.state.engine is None and self.state.backwards & (self.state.backwards - 1) == 0
         others = foreign_leaves({id(p): n for n, p in self.state.parameters.items()}) if look else {}
@@ -114,28 +116,37 @@ class Job:
         finally:
             state.active = previous
 
-    def _probe(self) -> None:
-        """The isolation check: see :class:`ProbePass`.
+    def _probe(self) -> ProbePass | None:
+        """The first half of the isolation check: the traversal with other seeds, where one is due.
 
-        It runs at the first batch of more than one example and, for mixing that depends on the data, whenever the
-        number of backward passes has doubled since. Such a step keeps the graph as a two-pass step does.
+        One is due at the first batch of more than one example and, for mixing that depends on the data, at backward 2,
+        4, and whenever their number is four times that at the last. Such a step keeps the graph, as a two-pass step
+        does.
         """
         state = self.state
         largest = self.batch_size if state.engine is None else state.engine.max_batch_size
-        if largest < 2 or (state.probed_at > 0 and state.backwards < 2 * state.probed_at):
-            return
+        rarer = 2 if state.probed_at < 4 else 4
+        if largest < 2 or (state.probed_at > 0 and state.backwards < rarer * state.probed_at):
+            return None
         assert isinstance(self.losses, Tensor)
-        probes: list[ProbePass] = []
-        for seeded in self._probe_seeds():
-            probes.append(ProbePass(seeded))
-            self.traverse(probes[-1], self.losses, seeded.to(self.losses.dtype), retain_graph=True)
+        narrow = torch.float16 in {self.losses.dtype, *(p.dtype for p in state.parameters.values())}
+        probe = ProbePass(draw_seeds(self.losses, narrow))
+        self.traverse(probe, self.losses, probe.seeds, retain_graph=True)
+        return probe
+
+    def refuse_mixed(self, watched: Watched | None) -> None:
+        """The second half: compare what the traversal with unit seeds saw with what the probe saw.
+
+        Raises:
+            ClippingError: on all ranks, if the examples of one are mixed.
+        """
+        state, probe = self.state, self.probe
+        if probe is None or watched is None:
+            return
+        flags, reached_any = mixed_examples(probe, watched)
         # One transfer from the device for all of them.
-        seen = [flag.to(self.losses.device) for probe in probes for flag in (probe.reached, *probe.mixed.values())]
-        flags = iter(torch.stack(seen).tolist())
-        reached, mixed = False, set()
-        for probe in probes:
-            reached = next(flags) or reached
-            mixed |= {key for key in probe.mixed if next(flags)}
+        read = torch.stack([flag.to(reached_any.device) for flag in (reached_any, *flags.values())]).tolist()
+        reached, mixed = read[0], {key for key, flag in zip(flags, read[1:], strict=True) if flag}
         anywhere = bool(mixed)
         if state.engine is not None:  # all ranks continue, or none
             anywhere, reached = state.engine.any(anywhere), state.engine.any(reached)
@@ -145,25 +156,11 @@ class Job:
                 f"{sorted(mixed) or 'a layer, on another rank'}: a layer mixes "
                 "examples (batch statistics, routing, a sequence-first layout, packed examples), so no bound on one "
                 "example's contribution would hold. Make the batch the first dimension of every layer's input and "
-                "remove the mixing, or wrap with strategy='per_example', which runs one example at a time."
+                "remove the mixing, or wrap with strategy='per_example', which runs one example at a time. (The same "
+                "is seen of a backward that is not linear, and of a recomputed forward with other random numbers.)"
             )
         if reached:
             state.probed_at = state.backwards
-
-    def _probe_seeds(self) -> list[Tensor]:
-        """Which examples to seed, pass by pass, each ``[B]`` bool.
-
-        The first time: those whose index has a certain bit, and those whose has not, so that in 2 log2(B) passes each
-        ordered pair of examples is distinguished. Later: a random half, once.
-        """
-        assert isinstance(self.losses, Tensor)
-        device, engine = self.losses.device, self.state.engine
-        if self.state.probed_at:
-            order = torch.from_numpy(np.random.default_rng().permutation(self.batch_size)).to(device)
-            return [order < self.batch_size // 2]
-        index = torch.arange(self.batch_size, device=device)
-        bits = range(((self.batch_size if engine is None else engine.max_batch_size) - 1).bit_length())
-        return [((index >> bit) & 1) == value for bit in bits for value in (0, 1)]
 
     def factors(self, sq_norms: Tensor) -> Tensor:
         """``[B]`` float64 clip factors, which also become the model's stats."""
@@ -190,15 +187,17 @@ def run_one_pass(job: Job, scale: Tensor) -> list[Tensor | None] | None:
     )
     losses, job.losses = job.losses, ()
     job.state.holds = keep.holds
+    keep.watched = Watched() if job.probe is not None else None
     job.traverse(keep, losses, torch.ones_like(losses), retain_graph=False)
+    job.refuse_mixed(keep.watched)
     keep.finish()
     factors = job.factors(keep.sq) * scale.to(keep.sq)
     keep.scale(factors)
     engine = job.state.engine
     if engine is None:
-        return [keep.release(name, p, factors, grad_dtype(p)) for name, p in job.state.parameters.items()]
+        return [keep.release(name, p, grad_dtype(p)) for name, p in job.state.parameters.items()]
     for name, p in job.state.parameters.items():
-        grad = keep.release(name, p, factors, sum_dtype(p))
+        grad = keep.release(name, p, sum_dtype(p))
         # The sum is a collective: this rank takes part even if it did not use the parameter.
         engine.add(name, _nothing(p, losses.device) if grad is None else grad)
     return None
@@ -217,6 +216,7 @@ def run_two_pass(job: Job, scale: Tensor) -> None:
     for _ in range(2):
         norms = NormPass(job.batch_size, losses.device, _METHODS[state.clipping], job.trace, state.shared)
         state.holds = norms.holds
+        norms.watched = Watched() if job.probe is not None else None
         job.traverse(norms, losses, seeds, retain_graph=True)
         unresolved = norms.finish()
         words = "\n".join([*norms.order, "", *sorted(unresolved)])
@@ -230,8 +230,10 @@ def run_two_pass(job: Job, scale: Tensor) -> None:
         state.shared = state.shared | unresolved
     else:
         raise ClippingError(f"the uses of {sorted(unresolved)} changed between two traversals of one graph")
+    job.refuse_mixed(norms.watched)
     factors = job.factors(norms.sq) * scale.to(norms.sq)
-    weighted = WeightedPass(factors, None if state.engine is None else state.engine.add, state.parameters)
+    weights = RowWeights(factors, all_finite(norms.sq))
+    weighted = WeightedPass(weights, None if state.engine is None else state.engine.add, state.parameters)
     job.traverse(weighted, losses, seeds, retain_graph=False)
     _check_same_gradients(state, norms.seen, weighted.seen, factors)
 
@@ -361,4 +363,4 @@ class _Anything(WeightedPass):
     """Marks that a per-example backward is running; no site reports to it, since the strategy has no sites."""
 
     def __init__(self) -> None:
-        super().__init__(torch.ones(1, dtype=torch.float64))
+        super().__init__(RowWeights(torch.ones(1, dtype=torch.float64)))

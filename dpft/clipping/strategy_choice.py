@@ -79,7 +79,7 @@ class UseDetail:
 
 
 def use_details(
-    uses: Iterable[MatrixUse], strategy: Strategy, batch_size: int, seq_len: int, itemsize: int, cost: float = 2.0
+    uses: Iterable[MatrixUse], strategy: Strategy, batch_size: int, seq_len: int, itemsize: int
 ) -> list[UseDetail]:
     """What ``strategy`` does with each matrix; see :func:`kept_bytes` and :func:`choose_method` for the arguments."""
     found = []
@@ -95,7 +95,7 @@ def use_details(
             if materialised or strategy == "per_example":
                 found.append(UseDetail(use.key, f"linear {p} -> {d}", "materialise", 0, kept))
                 continue
-            method = choose_method(seq_len, p, d, cost)
+            method = choose_method(seq_len, p, d)
             flops = batch_size * method_flops(method, seq_len, p, d)
             found.append(UseDetail(use.key, f"linear {p} -> {d}", method, flops, kept))
         elif isinstance(use, EmbeddingUse):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dpft.kernels.linear import TILE_ELEMENTS, sq_norm
+from dpft.kernels.linear import edge_and_elements, sq_norm
 
 
 def _masked(ids: Tensor, padding_idx: int | None) -> Tensor | None:
@@ -42,7 +42,7 @@ def embedding_sq_norm(ids: Tensor, g: Tensor, padding_idx: int | None = None) ->
     rows = (_segments(ids) + torch.arange(batch, device=ids.device).unsqueeze(1) * seq_len).reshape(-1)
     dtype = torch.float64 if g.dtype == torch.float64 else torch.float32
     skip = _masked(ids, padding_idx)
-    step = max(1, TILE_ELEMENTS // (batch * seq_len))
+    step = max(1, edge_and_elements(g)[1] // (batch * seq_len))
     for i in range(0, dim, step):
         block = g[:, :, i : i + step].to(dtype)
         if skip is not None:
@@ -56,25 +56,31 @@ def add_embedding_grad(out: Tensor, ids: Tensor, g: Tensor, padding_idx: int | N
     """Add each example's embedding gradient to ``out [B, V, D]`` in place; ``ids [B, T]``, ``g [B, T, D]``."""
     skip = _masked(ids, padding_idx)
     g = g if skip is None else g.masked_fill(skip, 0)
-    for i in range(len(out)):
-        out[i].index_add_(0, ids[i], g[i].to(out.dtype))
+    rows = _rows_of_all(ids, out.shape[1])
+    out.view(-1, out.shape[2]).index_add_(0, rows, g.reshape(-1, g.shape[2]).to(out.dtype))
     return out
 
 
+def _rows_of_all(ids: Tensor, vocab: int) -> Tensor:
+    """``[B T]`` rows of a flattened ``[B V, D]`` that ``ids [B, T]`` are of ``[B, V, D]``."""
+    return (ids + torch.arange(len(ids), device=ids.device).unsqueeze(1) * vocab).flatten()
+
+
 def weighted_embedding_grad(
-    ids: Tensor, g: Tensor, factors: Tensor, out: Tensor, padding_idx: int | None = None
+    ids: Tensor, g: Tensor, factors: Tensor, out: Tensor, padding_idx: int | None = None, finite: bool = False
 ) -> Tensor:
     """Add ``sum_i factors_i * grad_i`` to ``out [V, D]`` (float32 or float64) in place.
 
-    An example whose factor is zero contributes exactly zero, even if its gradient is NaN.
+    An example whose factor is zero contributes exactly zero, even if its gradient is NaN; ``finite``: none is.
     """
     skip = _masked(ids, padding_idx)
     drop = factors == 0
-    step = max(1, TILE_ELEMENTS // max(1, g[0].numel())) if len(ids) else 1
+    step = max(1, edge_and_elements(g)[1] // max(1, g[0].numel())) if len(ids) else 1
     for i in range(0, len(ids), step):
         chunk = slice(i, i + step)
         rows = g[chunk].to(out.dtype) * factors[chunk].to(out.dtype).view(-1, 1, 1)
-        rows.masked_fill_(drop[chunk].view(-1, 1, 1), 0)
+        if not finite:
+            rows.masked_fill_(drop[chunk].view(-1, 1, 1), 0)
         if skip is not None:
             rows.masked_fill_(skip[chunk], 0)
         out.index_add_(0, ids[chunk].flatten(), rows.flatten(0, 1))
@@ -97,9 +103,14 @@ def head_rows_at_tokens(ids: Tensor, h: Tensor, g_head: Tensor, padding_idx: int
     batch, seq_len = ids.shape
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
     out = torch.empty((batch, seq_len, h.shape[2]), dtype=dtype, device=h.device)
-    step = max(1, TILE_ELEMENTS // max(1, h.shape[1]))
-    for i in range(batch):
+    # Tokens of all examples whose columns are copied at a time.
+    step = max(1, edge_and_elements(h)[1] // max(1, h.shape[1]))
+    many = max(1, step // max(1, seq_len))
+    for i in range(0, batch, many):
+        some = slice(i, i + many)
         for t in range(0, seq_len, step):
-            out[i, t : t + step] = g_head[i].index_select(1, ids[i, t : t + step]).to(dtype).mT @ h[i].to(dtype)
+            at = ids[some, None, t : t + step]
+            columns = g_head[some].gather(2, at.expand(-1, h.shape[1], -1))
+            out[some, t : t + step] = columns.to(dtype).mT @ h[some].to(dtype)
     skip = _masked(ids, padding_idx)
     return out if skip is None else out.masked_fill_(skip, 0)

@@ -15,9 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dpft.kernels.impl import on_gpu
+
 # Tokens per chunk. On a CPU the chunk's logits should stay close to the caches; a GPU needs products large enough to
 # fill it, and reads and writes the [V, D] gradient once per chunk, which 2,048 tokens amortise.
 CPU_CHUNK, GPU_CHUNK = 256, 2048
+# Logits, elements, that a CPU turns into their gradient at a time: they stay in a core's cache (1 MiB).
+_CACHED = 1 << 18
 # Rows of the weight's gradient computed by one low-precision product, which is then accumulated in float32.
 _ROWS = 8192
 
@@ -105,37 +109,51 @@ def chunked_head_loss(
     # Per-example sums need one example at a time; otherwise a chunk may span several examples.
     whole = products.weight is None and products.bias is None
     flat = [t.reshape(1, -1, *t.shape[2:]) if whole else t for t in (h, targets, valid, share, lost)]
+    flat_shape = (batch * seq_len, vocab)
+    grads = need_dh or need_weight or need_bias
     for i, (h_i, targets_i, valid_i, share_i, lost_i) in enumerate(zip(*flat, strict=True)):
         for t in range(0, len(h_i), chunk):
             rows = slice(t, t + chunk)
-            z, total = _exponentials(h_i[rows], weight, bias, targets_i[rows], valid_i[rows], lost_i[rows])
-            if need_dh or need_weight or need_bias:
-                _into_gradient(z, total, targets_i[rows], valid_i[rows], share_i[rows])
+            kept = None if products.g is None else (products.g.view(flat_shape) if whole else products.g[i])[rows]
+            z = _logits(h_i[rows], weight, bias, lost.dtype, kept)
+            step = len(z) if on_gpu(z) or z.is_meta else max(1, _CACHED // vocab)
+            for r in range(0, len(z), step):
+                some = slice(t + r, min(t + r + step, t + len(z)))
+                _losses_and_gradient(
+                    z[r : r + step], targets_i[some], valid_i[some], share_i[some], lost_i[some], grads
+                )
+            if grads:
                 _add_products(products, None if whole else i, rows, z, h_i[rows], weight)
             del z
     products.losses = (lost * share).masked_fill_(~valid, 0).sum(1, dtype=torch.float64).to(wide)
     return products
 
 
-def _exponentials(
-    h: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, valid: Tensor, lost: Tensor
-) -> tuple[Tensor, Tensor]:
-    """``exp(logits - max) [c, V]`` and its sums ``[c]``, in float32 (float64); the tokens' losses go to ``lost``."""
-    logits = h @ weight.mT if bias is None else torch.addmm(bias, h, weight.mT)
-    z = logits.to(lost.dtype)  # the same memory where it is float32 already
-    del logits
-    picked = z.gather(1, targets.where(valid, 0).unsqueeze(1)).squeeze(1)
+def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, kept: Tensor | None) -> Tensor:
+    """``[c, V]`` in ``dtype``; in the memory of ``kept``, where the gradient will be kept, if that has this dtype."""
+    out = kept if kept is not None and kept.dtype == dtype else None
+    logits = torch.mm(h, weight.mT, out=out) if bias is None else torch.addmm(bias, h, weight.mT, out=out)
+    return logits.to(dtype)
+
+
+def _losses_and_gradient(
+    z: Tensor, targets: Tensor, valid: Tensor, share: Tensor, lost: Tensor, gradient: bool
+) -> None:
+    """The losses ``lost [c]`` of tokens with logits ``z [c, V]``, which become the gradient of the example's loss."""
+    at = targets.where(valid, 0).unsqueeze(1)
+    picked = z.gather(1, at).squeeze(1)
     top = z.amax(1)
     total = z.sub_(top.unsqueeze(1)).exp_().sum(1)
     torch.sub(top + total.log(), picked, out=lost)
-    return z, total
-
-
-def _into_gradient(z: Tensor, total: Tensor, targets: Tensor, valid: Tensor, share: Tensor) -> None:
-    """Turn exponentials ``[c, V]`` into the gradient of the example's loss with respect to its logits, in place."""
+    if not gradient:
+        return
     z.mul_((share / total).unsqueeze(1))
-    z.scatter_add_(1, targets.where(valid, 0).unsqueeze(1), -share.unsqueeze(1))
-    z.masked_fill_(~valid.unsqueeze(1), 0)  # a masked token's infinite logits would leave 0 * NaN
+    z.scatter_add_(1, at, -share.unsqueeze(1))
+    # A masked token's infinite logits would leave 0 * NaN.
+    if on_gpu(z) or z.is_meta:
+        z.masked_fill_(~valid.unsqueeze(1), 0)
+    else:
+        z.index_fill_(0, (~valid).nonzero().squeeze(1), 0)
 
 
 def _add_products(
@@ -155,7 +173,7 @@ def _add_products(
     if products.dh is not None:
         dh = products.dh.flatten(0, 1) if example is None else products.dh[example]
         torch.mm(g, weight, out=dh[rows])
-    if products.g is not None:
+    if products.g is not None and g.dtype != z.dtype:
         (products.g.flatten(0, 1) if example is None else products.g[example])[rows] = g
     if example is None:
         return
@@ -179,5 +197,6 @@ def gradient_rows_at_tokens(grad: Tensor, ids: Tensor, padding_idx: int | None =
         ids: of the input.
         padding_idx: the embedding's, whose gradient there is zero: so are these rows.
     """
-    rows = torch.stack([one.index_select(0, tokens) for one, tokens in zip(grad, ids, strict=True)])
+    at = (ids + torch.arange(len(ids), device=ids.device).unsqueeze(1) * grad.shape[1]).flatten()
+    rows = grad.flatten(0, 1).index_select(0, at).view(*ids.shape, grad.shape[2])
     return rows if padding_idx is None else rows.masked_fill_((ids == padding_idx).unsqueeze(-1), 0)

@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from dpft.errors import KernelError
+from dpft.kernels.devices import fastest_impl
 
 Impl = Literal["auto", "torch", "triton"]
 
@@ -33,7 +34,9 @@ def resolve_impl(x: Tensor, impl: Impl) -> tuple[Literal["torch", "triton"], str
         KernelError: ``"triton"``, which is not installed or cannot run on ``x``'s device.
     """
     if impl == "auto":
-        return "torch", "torch on every device: it is not measured yet where the Triton kernels are faster"
+        if fastest_impl(x.device) == "triton" and importlib.util.find_spec("triton") is not None:
+            return "triton", "the fastest that was verified on such a device"
+        return "torch", "torch: the Triton kernels have not been verified on such a device (dpft/kernels/devices.json)"
     if impl == "torch":
         return "torch", "named"
     if impl != "triton":

@@ -11,9 +11,8 @@ materialise   ``2 T p d``            ``[B, d, p]``                   the gradien
 gram_full     ``2 T^2 (p + d)``      ``[T, T]`` twice                never; the published baseline
 ============  =====================  ==============================  ============================
 
-The Gram identity is Goodfellow's (2015, arXiv 1510.01799) for ``T = 1`` and Li et al.'s (2022, arXiv 2110.05679) for
-sequences. Squares are accumulated in float32 within a tile and float64 across tiles, whatever the inputs' dtype; Gram
-products are computed in float64.
+Squares are accumulated in float32 within a tile and float64 across tiles, whatever the inputs' dtype. The Gram method,
+its rounding errors and what is done about them: :mod:`dpft.kernels.gram`.
 
 With ``impl="triton"`` the same functions run :mod:`dpft.kernels.triton`, where the tiles stay in registers.
 """
@@ -26,6 +25,8 @@ import torch
 from torch import Tensor
 
 from dpft.errors import KernelError
+from dpft.kernels.devices import double_cost
+from dpft.kernels.gram import GramSums, InputCache, gram_double, gram_single, gram_tile, in_double
 from dpft.kernels.impl import Impl, on_gpu, resolve_impl
 
 Method = Literal["gram", "gram_full", "feature", "materialise"]
@@ -34,11 +35,16 @@ Method = Literal["gram", "gram_full", "feature", "materialise"]
 # many elements take the same time, within the spread of the measurement, as long as no edge is below 512; an edge of
 # 128 costs 10 to 40 %.
 TILE_ELEMENTS = 1 << 19
-GRAM_TILE = 256
 _EDGE = 512
+# A norm may be computed from tiles rounded to 16 bits, a relative error of at most u = 2^-8 per entry (bf16), and the
+# weighted sum in float32: the norm is understated by at most a factor of 1 - u.
+LOW_PRECISION_SLACK = 1 / (1 - 2.0**-8) - 1
 # Not measured: 256 blocks of 128 x 128 are two waves on the multiprocessors of one large GPU.
 _CUDA_EDGE = 2048
 _RUN = 1024
+# Time of a FLOP of the Gram method (small products, and what is done with them) relative to one of a large product;
+# *measured* on a CPU: 1.1 to 1.4.
+_GRAM_COST = 1.25
 
 
 def _check(x: Tensor, g: Tensor) -> None:
@@ -53,11 +59,6 @@ def _check(x: Tensor, g: Tensor) -> None:
         )
 
 
-def gram_tile(seq_len: int) -> int:
-    """Edge of the square tiles into which the gram method splits ``seq_len`` tokens."""
-    return max(16, min(GRAM_TILE, -(-seq_len // 4)))
-
-
 def method_flops(method: Method, seq_len: int, p: int, d: int) -> int:
     """FLOPs (multiply and add counted as two) of one example's squared norm by ``method``."""
     if method == "gram":
@@ -69,81 +70,28 @@ def method_flops(method: Method, seq_len: int, p: int, d: int) -> int:
     return 2 * seq_len * p * d
 
 
-def gram_cost(itemsize: int, gpu: bool) -> float:
-    """Cost of a FLOP of the Gram method (float64) relative to one of a product in a dtype of ``itemsize`` bytes.
-
-    For 16-bit products on a GPU the ratio of an H100's data sheet (989 to 67 TFLOP/s); otherwise that of float64's and
-    float32's widths.
-    """
-    return 15.0 if gpu and itemsize == 2 else 2.0
-
-
-def choose_method(seq_len: int, p: int, d: int, cost: float = 2.0) -> Method:
-    """The cheaper of gram tiles and feature tiles for ``x [B, T, p]``, ``g [B, T, d]``.
-
-    Compares FLOPs, those of the Gram method multiplied by ``cost`` (:func:`gram_cost`).
-    """
+def choose_method(seq_len: int, p: int, d: int) -> Method:
+    """The cheaper of gram tiles and feature tiles for ``x [B, T, p]``, ``g [B, T, d]``."""
     gram, feature = method_flops("gram", seq_len, p, d), method_flops("feature", seq_len, p, d)
-    return "gram" if cost * gram < feature else "feature"
+    return "gram" if _GRAM_COST * gram < feature else "feature"
 
 
-def _edge_and_elements(x: Tensor) -> tuple[int, int]:
+def edge_and_elements(x: Tensor) -> tuple[int, int]:
     """Shortest edge of a product tile, and number of elements of a tile."""
     return (_CUDA_EDGE, 2 * _CUDA_EDGE**2) if on_gpu(x) else (_EDGE, TILE_ELEMENTS)
 
 
-def _inner_products(a: Tensor, b: Tensor, elements: int) -> Tensor:
-    """``a b^T [B, s, t]`` in float64 of ``a [B, s, n]``, ``b [B, t, n]``, converted a few features at a time."""
-    out = a.new_zeros((*a.shape[:2], b.shape[1]), dtype=torch.float64)
-    step = max(1, elements // (a.shape[0] * a.shape[1]))
-    for i in range(0, a.shape[2], step):
-        left = a[:, :, i : i + step].double()
-        right = left if a is b else b[:, :, i : i + step].double()
-        torch.baddbmm(out, left, right.mT, out=out)
-    return out
-
-
-def _gram(x: Tensor, g: Tensor, tile: int) -> Tensor:
-    """Sum of ``(x_s . x_t)(g_s . g_t)`` over pairs of tokens, tile by tile, in float64.
-
-    The sum is subject to cancellation: for similar tokens with opposite gradients, its terms are T times its value or
-    more, and their rounding errors are similar too, so they add up. *Measured* in float32: up to 0.65 eps (sum_t |x_t|
-    |g_t|)^2 too small, which is the whole norm of a gradient that cancels to 1e-3, and with an understated norm a
-    contribution exceeds C. In float64 the error is about 1e-9 of that.
-    """
-    batch = len(x)
-    elements = _edge_and_elements(x)[1] // 2  # of float64
-    total = torch.zeros(batch, dtype=torch.float64, device=x.device)
-    step = max(1, elements // (tile * tile))
-    for k in range(0, batch, step):
-        xs, gs = x[k : k + step].split(tile, 1), g[k : k + step].split(tile, 1)
-        for i in range(len(xs)):
-            for j in range(i, len(xs)):
-                pair = _inner_products(xs[i], xs[j], elements).mul_(_inner_products(gs[i], gs[j], elements))
-                total[k : k + step].add_(pair.sum((1, 2)), alpha=1 if i == j else 2)
-    return total.clamp_(min=0.0)
-
-
-# In units of eps / 2 * sum_t |x_t||g_t|. Products over 3 tokens that cancel to zero were off by 0.3 (*measured*).
-_ROUNDING = 32
-
-
-def rounding_of_product(x: Tensor, g: Tensor) -> Tensor:
-    """``[B]`` float64: bound on the rounding error of ``g_i^T x_i``, computed in at least float32.
-
-    If its terms cancel, the computed norm may be 0 while the released gradient is that error times a factor of 1 or
-    more.
-    """
+def token_sizes(x: Tensor, g: Tensor) -> Tensor:
+    """``[B]`` float64, ``sum_t |x_t||g_t|`` of ``x [B, T, p]``, ``g [B, T, d]``."""
     sizes = [torch.linalg.vector_norm(t, dim=2, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (x, g)]
-    half = torch.finfo(sizes[0].dtype).eps / 2
-    return _ROUNDING * half * (sizes[0].double() * sizes[1]).sum(1)
+    return (sizes[0].double() * sizes[1]).sum(1)
 
 
 def _feature(x: Tensor, g: Tensor) -> Tensor:
     """Sum of the squares of ``g_i^T x_i`` over tiles as square as possible, each of which is freed at once."""
     batch, _, p = x.shape
     d = g.shape[2]
-    edge, elements = _edge_and_elements(x)
+    edge, elements = edge_and_elements(x)
     total = torch.zeros(batch, dtype=torch.float64, device=x.device)
     step_p = min(p, edge)
     step = min(batch, max(1, elements // (step_p * min(d, edge))))
@@ -191,20 +139,20 @@ def linear_sq_norm(x: Tensor, g: Tensor, method: Method | Literal["auto"] = "aut
     """
     _check(x, g)
     taken, _ = resolve_impl(x, impl)
-    if method in ("auto", "gram", "gram_full") and _rounds_inputs(x):
+    if method in ("auto", "gram", "gram_full") and rounds_inputs(x):
         if method != "auto":
             raise ValueError(
                 f"method={method!r} multiplies x and g unrounded, and the gradient will be computed in TF32, which "
                 "rounds them first. Call torch.set_float32_matmul_precision('highest'), or use another method."
             )
         method = "feature"  # multiplies the same rounded numbers as the gradient
-    if taken == "triton" and method == "feature" and _rounds_inputs(x):
+    if taken == "triton" and method == "feature" and rounds_inputs(x):
         raise KernelError(
             "impl='triton' multiplies float32 unrounded, and the gradient will be computed in TF32, which rounds it "
             "first. Call torch.set_float32_matmul_precision('highest'), or use impl='torch'."
         )
     if method == "auto":
-        method = choose_method(x.shape[1], x.shape[2], g.shape[2], gram_cost(x.element_size(), on_gpu(x)))
+        method = choose_method(x.shape[1], x.shape[2], g.shape[2])
     if method not in ("gram", "gram_full", "feature", "materialise"):
         raise ValueError(f"method is {method!r}; expected 'auto', 'gram', 'gram_full', 'feature' or 'materialise'")
     if taken == "triton":
@@ -218,10 +166,54 @@ def linear_sq_norm(x: Tensor, g: Tensor, method: Method | Literal["auto"] = "aut
     if x.numel() == 0 or g.numel() == 0:
         return torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
     if method == "gram":
-        return _gram(x, g, gram_tile(x.shape[1]))
+        return gram_sums(x, g).sq
     if method == "gram_full":
-        return _gram(x, g, x.shape[1])
+        return gram_double(x, g, edge_and_elements(x)[1] // 2, x.shape[1])
     return _feature(x, g) if method == "feature" else sq_norm(linear_grad(x, g))
+
+
+def gram_sums(x: Tensor, g: Tensor, inputs: InputCache | None = None) -> GramSums:
+    """Gram norms of ``x [B, T, p]``, ``g [B, T, d]``, and a bound on their error; ``inputs``: for x's products."""
+    elements = edge_and_elements(x)[1]
+
+    def double(x: Tensor, g: Tensor) -> Tensor:
+        return gram_double(x, g, elements // 2, gram_tile(x.shape[1]))  # float64 elements are two
+
+    if in_double(x, g):
+        sq = double(x, g)
+        return GramSums(sq, torch.zeros_like(sq), token_sizes(x, g))
+    slow = on_gpu(x) and double_cost(x.device) > 8
+    return gram_single(x, g, elements, _feature if slow else double, inputs)
+
+
+def upper_sq_norm(
+    x: Tensor, g: Tensor, method: Method | None = None, impl: Impl = "auto", inputs: InputCache | None = None
+) -> Tensor:
+    """``[B]`` float64: not below the squared norm of what :func:`~dpft.kernels.weighted.weighted_linear_grad` sums.
+
+    That product is rounded separately from the one whose norm is taken here. Let S be ``sum_t |x_t||g_t|``. Scaling an
+    operand by the clip factor moves a contribution by at most 2^-24 S (16 bits: 2^-16 S), besides the product's own
+    error; where its terms cancel, the computed norm may be 0, while the released gradient is that error times a factor
+    of 1 or more. So with a norm n of relative error at most u (16 bits: 2^-8) this is
+
+        ((n + a S) / (1 - u))^2 + (b S)^2            a = 2^-23, b = 2^-19 (16 bits: 0, 2^-12)
+
+    Args:
+        x: ``[B, T, p]``; g: ``[B, T, d]``.
+        method: as for :func:`linear_sq_norm`; None is ``"auto"``.
+        impl: as there.
+        inputs: remembers what the products of x are.
+    """
+    auto = method is None and resolve_impl(x, impl)[0] == "torch" and not rounds_inputs(x) and x.numel() and g.numel()
+    if auto and choose_method(x.shape[1], x.shape[2], g.shape[2]) == "gram":
+        sums = gram_sums(x, g, inputs)
+        sq, sizes = sums.sq + sums.error, sums.sizes
+    else:
+        sq, sizes = linear_sq_norm(x, g, method or "auto", impl), token_sizes(x, g)
+    if x.dtype.itemsize < 4:
+        return sq * (1 + LOW_PRECISION_SLACK) ** 2 + (2.0**-12 * sizes).square()
+    eps = torch.finfo(x.dtype).eps
+    return (sq.sqrt() + eps * sizes).square() + (16 * eps * sizes).square()
 
 
 def linear_grad_sq_norm(
@@ -257,54 +249,6 @@ def linear_grad(x: Tensor, g: Tensor) -> Tensor:
     return g.mT @ x
 
 
-def _rounds_inputs(x: Tensor) -> bool:
+def rounds_inputs(x: Tensor) -> bool:
     """Whether products of float32 tensors on x's device round their inputs (TF32)."""
     return x.is_cuda and x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-
-
-def _wide_product(g: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``g^T x`` of ``g [T, d]``, ``x [T, p]`` in float32 or float64, without rounding to 16 bits in between.
-
-    Two passes release c_i times this product, but take the norm from another one: the norm has to be enlarged for
-    every rounding that happens here.
-    """
-    if x.dtype == dtype:
-        return g.mT @ x
-    if (on_gpu(x) or x.is_meta) and dtype == torch.float32:
-        return torch.mm(g.mT, x, out_dtype=dtype)
-    total = torch.zeros((g.shape[1], x.shape[1]), dtype=dtype, device=x.device)
-    for t in range(0, len(x), _RUN):  # copies only a few tokens at a time
-        torch.addmm(total, g[t : t + _RUN].to(dtype).mT, x[t : t + _RUN].to(dtype), out=total)
-    return total
-
-
-def weighted_linear_grad(x: Tensor, g: Tensor, factors: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """``sum_i factors_i * g_i^T x_i``; an example whose factor is zero contributes exactly zero, even if NaN.
-
-    Args:
-        x: ``[B, T, p]``; g: ``[B, T, d]``.
-        factors: ``[B]`` float32 or float64, finite.
-        out_dtype: dtype of the result; the factors are applied and summed in at least float32.
-
-    Returns:
-        ``[d, p]`` in ``out_dtype``.
-    """
-    batch, seq_len, p = x.shape
-    d = g.shape[2]
-    if x.numel() == 0 or g.numel() == 0:
-        return x.new_zeros((d, p), dtype=out_dtype)
-    sum_dtype = torch.float64 if out_dtype == torch.float64 else torch.float32
-    dropped = factors == 0
-    if batch * seq_len * (p + d) <= 2 * d * p and batch > 1:
-        # Many short examples: one product over all tokens, of copies that are smaller than the result.
-        drop = dropped.view(-1, 1, 1)
-        scaled = (x.to(sum_dtype) * factors.view(-1, 1, 1).to(sum_dtype)).masked_fill_(drop, 0)
-        kept = g.to(sum_dtype).masked_fill(drop, 0)
-        return (kept.reshape(-1, d).mT @ scaled.reshape(-1, p)).to(out_dtype)
-    total: Tensor | None = None
-    for i in range(batch):
-        grad = _wide_product(g[i], x[i], sum_dtype)
-        grad = grad.mul_(factors[i].to(sum_dtype)).masked_fill_(dropped[i], 0)
-        total = grad if total is None else total.add_(grad)
-    assert total is not None
-    return total.to(out_dtype)

@@ -1,7 +1,7 @@
 """Isolation by value: one row, run alone and without its padding, must give what it gave in its batch.
 
 It sees every way in which a forward lets one example depend on another: also inside frozen layers, and through values
-that are detached, which the check by gradients (:class:`dpft.clipping.passes.ProbePass`) cannot see; and a dependence
+that are detached, which the check by gradients (:class:`dpft.clipping.probe.ProbePass`) cannot see; and a dependence
 on how far the row is padded, which is a dependence on the longest text beside it.
 """
 

@@ -15,11 +15,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dpft import kernels
 from dpft.errors import ClippingError
-from dpft.kernels.embedding import add_embedding_grad, head_rows_at_tokens, weighted_embedding_grad
+from dpft.kernels.embedding import add_embedding_grad, embedding_sq_norm, head_rows_at_tokens, weighted_embedding_grad
+from dpft.kernels.gram import InputCache
 from dpft.kernels.impl import Impl
-from dpft.kernels.linear import Method, linear_grad, sq_norm, weighted_linear_grad
+from dpft.kernels.linear import (
+    LOW_PRECISION_SLACK,
+    Method,
+    linear_grad,
+    linear_grad_sq_norm,
+    sq_norm,
+    upper_sq_norm,
+)
+from dpft.kernels.weighted import RowWeights, weighted_linear_grad
 
 
 class MatrixUse(Protocol):
@@ -30,8 +38,11 @@ class MatrixUse(Protocol):
         """Full canonical name of the weight."""
         ...
 
-    def sq_norm(self, x: Tensor, g: Tensor, method: Method | None) -> Tensor:
-        """``[B]`` float64 squared norms of the per-example gradients; ``method`` None picks the cheapest."""
+    def upper_sq_norm(self, x: Tensor, g: Tensor, method: Method | None, inputs: InputCache | None = None) -> Tensor:
+        """``[B]`` float64, not below the squared norms of the gradients that :meth:`weighted_grad` sums.
+
+        ``method`` None picks the cheapest; ``inputs`` remembers what was computed of x.
+        """
         ...
 
     def grad_sq_norm(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,8 +53,14 @@ class MatrixUse(Protocol):
         """Per-example gradients ``[B, *weight.shape]``, added to ``out`` in place if given."""
         ...
 
-    def weighted_grad(self, x: Tensor, g: Tensor, factors: Tensor, out: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """``sum_i factors_i * grad_i`` in ``weight.shape``, added to ``out`` in place if given."""
+    def weighted_grad(
+        self, x: Tensor, g: Tensor, weights: RowWeights, out: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """``sum_i c_i * grad_i`` in ``weight.shape``, added to ``out`` in place if given."""
+        ...
+
+    def watched(self, g: Tensor) -> Tensor:
+        """``[B, ...]`` what the isolation check compares of ``g``: it is linear in the seeds of the losses."""
         ...
 
     def grad_numel(self) -> int:
@@ -65,7 +82,7 @@ class Pass(Protocol):
     batch_size: int
     weighted: bool
     probing: bool
-    """Whether it only checks which rows receive a gradient."""
+    """Whether it only looks at the gradients, for the isolation check."""
 
     def matrix(self, use: MatrixUse, x: Tensor, g: Tensor, weight: Tensor) -> Tensor | None:
         """Process one use of a weight matrix; returns its weighted gradient in the weighted pass, else None."""
@@ -157,21 +174,26 @@ class LinearUse:
     transposed: bool = False
     impl: Impl = "auto"
 
-    def sq_norm(self, x: Tensor, g: Tensor, method: Method | None) -> Tensor:
-        return kernels.linear_sq_norm(x, g, method or "auto", self.impl)
+    def upper_sq_norm(self, x: Tensor, g: Tensor, method: Method | None, inputs: InputCache | None = None) -> Tensor:
+        return upper_sq_norm(x, g, method, self.impl, inputs)
 
     def grad_sq_norm(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        return kernels.linear_grad_sq_norm(*((g, x) if self.transposed else (x, g)), impl=self.impl)
+        return linear_grad_sq_norm(*((g, x) if self.transposed else (x, g)), impl=self.impl)
 
     def add_grad(self, x: Tensor, g: Tensor, out: Tensor | None) -> Tensor:
         grad = linear_grad(g, x) if self.transposed else linear_grad(x, g)
         return grad if out is None else out.add_(grad)
 
-    def weighted_grad(self, x: Tensor, g: Tensor, factors: Tensor, out: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def weighted_grad(
+        self, x: Tensor, g: Tensor, weights: RowWeights, out: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         if self.transposed:
             x, g = g, x
-        grad = weighted_linear_grad(x, g, factors, dtype)
+        grad = weighted_linear_grad(x, g, weights.factors, dtype, weights.finite, weights.inputs)
         return grad if out is None else out.add_(grad)
+
+    def watched(self, g: Tensor) -> Tensor:
+        return g
 
     def grad_numel(self) -> int:
         return self.out_features * self.in_features
@@ -189,8 +211,9 @@ class EmbeddingUse:
     dim: int
     padding_idx: int | None = None
 
-    def sq_norm(self, x: Tensor, g: Tensor, method: Method | None) -> Tensor:
-        return kernels.embedding_sq_norm(x, g, self.padding_idx)
+    def upper_sq_norm(self, x: Tensor, g: Tensor, method: Method | None, inputs: InputCache | None = None) -> Tensor:
+        sq = embedding_sq_norm(x, g, self.padding_idx)
+        return sq * (1 + LOW_PRECISION_SLACK) ** 2 if g.dtype.itemsize < 4 else sq
 
     def grad_sq_norm(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         grad = self.add_grad(x, g, None)
@@ -203,11 +226,16 @@ class EmbeddingUse:
             out = torch.zeros((len(x), self.num_embeddings, self.dim), dtype=dtype, device=g.device)
         return add_embedding_grad(out, x, g, self.padding_idx)
 
-    def weighted_grad(self, x: Tensor, g: Tensor, factors: Tensor, out: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def weighted_grad(
+        self, x: Tensor, g: Tensor, weights: RowWeights, out: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         if out is None:
             sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
             out = torch.zeros((self.num_embeddings, self.dim), dtype=sum_dtype, device=g.device)
-        return weighted_embedding_grad(x, g, factors, out, self.padding_idx).to(dtype)
+        return weighted_embedding_grad(x, g, weights.factors, out, self.padding_idx, weights.finite).to(dtype)
+
+    def watched(self, g: Tensor) -> Tensor:
+        return g
 
     def grad_numel(self) -> int:
         return self.num_embeddings * self.dim

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dpft.kernels.gram import InputCache
 from dpft.kernels.head import chunked_head_loss, gradient_rows_at_tokens, keeps_weight_gradient
-from dpft.kernels.linear import Method, sq_norm
-from dpft.kernels.weighted import weighted_sum_
+from dpft.kernels.linear import LOW_PRECISION_SLACK, Method, sq_norm
+from dpft.kernels.weighted import RowWeights, weighted_sum_
 from dpft.rules.base import LinearUse, SiteFunction, running_pass
 
 
@@ -30,19 +31,25 @@ class ProductUse:
     out_features: int
     in_features: int
 
-    def sq_norm(self, x: Tensor, g: Tensor, method: Method | None) -> Tensor:
-        return sq_norm(x) * g.flatten().double().square()
+    def upper_sq_norm(self, x: Tensor, g: Tensor, method: Method | None, inputs: InputCache | None = None) -> Tensor:
+        sq = sq_norm(x) * g.flatten().double().square()
+        return sq * (1 + LOW_PRECISION_SLACK) ** 2 if g.dtype.itemsize < 4 else sq
 
     def grad_sq_norm(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        return self.add_grad(x, g, None), self.sq_norm(x, g, None)
+        return self.add_grad(x, g, None), sq_norm(x) * g.flatten().double().square()
 
     def add_grad(self, x: Tensor, g: Tensor, out: Tensor | None) -> Tensor:
         return x * g.to(x.dtype) if out is None else out.addcmul_(x, g.to(x.dtype))
 
-    def weighted_grad(self, x: Tensor, g: Tensor, factors: Tensor, out: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def weighted_grad(
+        self, x: Tensor, g: Tensor, weights: RowWeights, out: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         # In place if possible: nothing reads the per-example gradients after this.
-        grad = weighted_sum_(x, factors, dtype, g.flatten())
+        grad = weighted_sum_(x, weights.factors, dtype, g.flatten(), weights.finite)
         return grad if out is None else out.add_(grad)
+
+    def watched(self, g: Tensor) -> Tensor:
+        return g
 
     def grad_numel(self) -> int:
         return self.out_features * self.in_features
@@ -60,6 +67,17 @@ class HeadUse(LinearUse):
         if not keeps_weight_gradient(seq_len, self.in_features, itemsize):
             return None
         return batch_size * self.grad_numel() * max(itemsize, 4)
+
+
+@dataclass(frozen=True)
+class HeadPair(LinearUse):
+    """``h`` and the gradient of the logits; the multipliers ``seeds [B, 1, 1]`` of the losses are in h already."""
+
+    seeds: Tensor | None = None
+
+    def watched(self, g: Tensor) -> Tensor:
+        assert self.seeds is not None
+        return self.seeds
 
 
 class HeadLossSite(SiteFunction):
@@ -103,7 +121,7 @@ class HeadLossSite(SiteFunction):
             vocab, dim = site.shape
             if grads is None and not running.probing:
                 # The multiplier goes on h, the smaller; a probe computes no product, and must see it on the gradient.
-                pair = LinearUse(site.keys["weight"], vocab, dim, impl=site.host.impl)
+                pair = HeadPair(site.keys["weight"], vocab, dim, impl=site.host.impl, seeds=each)
                 dw = running.matrix(pair, h * each.to(h.dtype), g, w)
             else:
                 dw = running.matrix(ProductUse(site.keys["weight"], vocab, dim), grads, each, w)

@@ -15,6 +15,7 @@ import dpft
 from dpft.clipping.factors import ClipRule
 from dpft.clipping.passes import KeepPass, NormPass, Trace, WeightedPass
 from dpft.kernels.linear import linear_sq_norm
+from dpft.kernels.weighted import RowWeights
 from dpft.rules.base import EmbeddingUse, LinearUse
 
 
@@ -224,7 +225,8 @@ def test_a_tied_weight_whose_gradients_cancel_in_bf16() -> None:
     keep.matrix(head, h, g_head, weight)
     keep.matrix(embedding, ids, g_embedding, weight)
     keep.finish()
-    released = keep.release("w", weight, ClipRule(1.0).factors(keep.sq) * first, torch.float32)
+    keep.scale(ClipRule(1.0).factors(keep.sq) * first)
+    released = keep.release("w", weight, torch.float32)
     assert released is not None and float(released.norm()) <= 1.0
 
     trace = Trace()
@@ -234,7 +236,7 @@ def test_a_tied_weight_whose_gradients_cancel_in_bf16() -> None:
         norms.matrix(head, h, g_head, weight)
         norms.matrix(embedding, ids, g_embedding, weight)
         assert not norms.finish()
-        weighted = WeightedPass(ClipRule(1.0).factors(norms.sq) * first)
+        weighted = WeightedPass(RowWeights(ClipRule(1.0).factors(norms.sq) * first))
         parts = (weighted.matrix(head, h, g_head, weight), weighted.matrix(embedding, ids, g_embedding, weight))
         assert parts[0] is not None and parts[1] is not None
         assert float((parts[0] + parts[1]).norm()) <= 1.0
@@ -272,6 +274,6 @@ def test_a_norm_of_rounded_tiles_is_not_understated() -> None:
     norms = NormPass(1, torch.device("cpu"), "feature", Trace(), set())
     norms.matrix(LinearUse("w", 1, 1), x, g, torch.zeros(1, 1))
     norms.finish()
-    weighted = WeightedPass(ClipRule(1.0).factors(norms.sq))
+    weighted = WeightedPass(RowWeights(ClipRule(1.0).factors(norms.sq)))
     released = weighted.matrix(LinearUse("w", 1, 1), x, g, torch.zeros(1, 1))
     assert released is not None and float(released.norm()) <= 1.0

@@ -25,8 +25,10 @@ def test_gram_never_above_its_crossover(tokens: int, p: int, d: int) -> None:
 @hypothesis.given(tokens=st.integers(1, 4096), p=size, d=size)
 @hypothesis.settings(max_examples=300)
 def test_choice_is_the_cheapest(tokens: int, p: int, d: int) -> None:
-    # Gram products are made in float64 and count twice.
-    cost = {m: (2 if m == "gram" else 1) * method_flops(m, tokens, p, d) for m in ("gram", "feature", "materialise")}
+    # The small products of the Gram method take 1.25 times the time of large ones.
+    cost = {
+        m: (1.25 if m == "gram" else 1) * method_flops(m, tokens, p, d) for m in ("gram", "feature", "materialise")
+    }
     assert cost[strategy_choice.choose_method(tokens, p, d)] <= min(cost.values())
 
 

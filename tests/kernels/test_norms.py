@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 import dpft
 from dpft.kernels import embedding_sq_norm, linear_sq_norm, reference
 from dpft.kernels.embedding import head_rows_at_tokens, weighted_embedding_grad
-from dpft.kernels.linear import sq_norm, weighted_linear_grad
+from dpft.kernels.linear import sq_norm
+from dpft.kernels.weighted import weighted_linear_grad
 
 METHODS = ("auto", "gram", "gram_full", "feature", "materialise")
 

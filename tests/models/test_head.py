@@ -320,7 +320,7 @@ def test_these_tests_can_fail(mutate: str, monkeypatch: pytest.MonkeyPatch) -> N
     from dpft.rules.head import ProductUse
 
     wrong: dict[str, tuple[str, Callable[..., Any]]] = {
-        "norm": ("sq_norm", lambda self, x, g, method: torch.zeros(len(x), dtype=torch.float64)),
+        "norm": ("upper_sq_norm", lambda self, x, g, *_: torch.zeros(len(x), dtype=torch.float64)),
         "cross": ("rows_at", lambda self, ids, x, g, padding: torch.zeros(*ids.shape, x.shape[2])),
     }
     monkeypatch.setattr(ProductUse, *wrong[mutate])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -70,8 +70,14 @@ def _mean_after_clipping() -> Iterator[None]:
 def _layer_unclipped() -> Iterator[None]:
     release = passes.KeepPass.release
 
-    def partly(self: Any, key: str, weight: Tensor, clip_factors: Tensor, dtype: torch.dtype) -> Tensor | None:
-        return release(self, key, weight, (clip_factors > 0).double() if key == UNCLIPPED else clip_factors, dtype)
+    def partly(self: Any, key: str, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+        clipped = self._weights
+        if key == UNCLIPPED:
+            self._weights = replace(clipped, factors=(clipped.factors > 0).double())
+            self._inputs.clear()
+        released = release(self, key, weight, dtype)
+        self._weights = clipped
+        return released
 
     with mock.patch.object(passes.KeepPass, "release", partly):
         yield

@@ -12,6 +12,7 @@ PREPARE = ("tests/test_prepare.py", "tests/test_prepare_refusals.py", "tests/tes
 ESCAPES = ("tests/clipping/test_escapes.py",)
 
 _LINEAR, _EMBEDDING = "dpft/kernels/linear.py", "dpft/kernels/embedding.py"
+_GRAM, _PROBE = "dpft/kernels/gram.py", "dpft/clipping/probe.py"
 _WEIGHTED, _FACTORS = "dpft/kernels/weighted.py", "dpft/clipping/factors.py"
 _PASSES, _BOUNDARY, _GUARD = "dpft/clipping/passes.py", "dpft/clipping/boundary.py", "dpft/clipping/guard.py"
 
@@ -70,8 +71,8 @@ GRADIENT_MUTATIONS = (
         "cross_term_dropped",
         "one-pass forgets the cross term of a tied weight",
         _PASSES,
-        "kept.sq = kept.sq + _upper_sq_norm(use, x, g, None) + cross",
-        "kept.sq = kept.sq + _upper_sq_norm(use, x, g, None)",
+        "kept.sq = kept.sq + use.upper_sq_norm(x, g, None) + cross",
+        "kept.sq = kept.sq + use.upper_sq_norm(x, g, None)",
         GRADIENTS,
     ),
     Mutation(
@@ -132,12 +133,68 @@ GRADIENT_MUTATIONS = (
     ),
     # kernels
     Mutation(
-        "gram_pairs_once", "pairs of tiles are counted once", _LINEAR, "alpha=1 if i == j else 2", "alpha=1", KERNELS
+        "gram_pairs_once", "pairs of tiles are counted once", _GRAM, "alpha=1 if i == j else 2", "alpha=1", KERNELS
+    ),
+    Mutation(
+        "gram_single_pairs_once",
+        "float32 blocks beside the diagonal are counted once",
+        _GRAM,
+        "b[:, :, edge:].sum((1, 2)), alpha=2)",
+        "b[:, :, edge:].sum((1, 2)))",
+        KERNELS,
+    ),
+    Mutation(
+        "gram_without_bound",
+        "a float32 Gram norm is released without its rounding error",
+        _GRAM,
+        "return GramSums(sq.clamp_(min=0.0), error, sizes)",
+        "return GramSums(sq.clamp_(min=0.0), 0 * error, sizes)",
+        KERNELS,
+    ),
+    Mutation(
+        "gram_never_again",
+        "what float32 cannot tell is not computed again",
+        _GRAM,
+        "(~(part <= _TOLERATED)).nonzero()",
+        "(part < 0).nonzero()",
+        KERNELS,
+    ),
+    Mutation(
+        "stale_input",
+        "products of an input that was changed since are taken for its own",
+        _GRAM,
+        "x.dtype, x._version)",
+        "x.dtype)",
+        KERNELS,
+    ),
+    Mutation(
+        "scaled_input_of_the_norm",
+        "rounding of the scaled operand is left out of the norm",
+        _LINEAR,
+        "(sq.sqrt() + eps * sizes).square() + (16 * eps * sizes).square()",
+        "sq",
+        (*KERNELS, *SENSITIVITY),
+    ),
+    Mutation(
+        "probe_with_equal_seeds",
+        "the isolation check seeds all losses alike",
+        _PROBE,
+        "    return torch.from_numpy(seeds).to(losses.device, losses.dtype)",
+        "    return torch.ones_like(losses)",
+        ("tests/clipping/test_refusals.py",),
+    ),
+    Mutation(
+        "probe_not_compared",
+        "what the isolation check saw is not compared",
+        _PROBE,
+        "        mixed[key] = (apart & ",
+        "        mixed[key] = (apart & (seeds < 0) & ",
+        ("tests/clipping/test_refusals.py",),
     ),
     Mutation(
         "gram_diagonal_twice",
         "tiles on the diagonal are counted twice",
-        _LINEAR,
+        _GRAM,
         "alpha=1 if i == j else 2",
         "alpha=2",
         KERNELS,
@@ -161,17 +218,17 @@ GRADIENT_MUTATIONS = (
     Mutation(
         "wide_product_16_bits",
         "two-pass makes the product in 16 bits",
-        _LINEAR,
-        "    if x.dtype == dtype:\n        return g.mT @ x",
-        "    if x.dtype == dtype or True:\n        return (g.mT @ x).to(dtype)",
+        _WEIGHTED,
+        "        return a.to(wide).mT @ b.to(wide)",
+        "        return (a.bfloat16().mT @ b.bfloat16()).to(wide)",
         (*KERNELS, *GRADIENTS),
     ),
     Mutation(
         "weighted_zero_not_masked",
         "0 * inf of a dropped example is NaN",
-        _LINEAR,
-        "        grad = grad.mul_(factors[i].to(sum_dtype)).masked_fill_(dropped[i], 0)",
-        "        grad = grad.mul_(factors[i].to(sum_dtype))",
+        _WEIGHTED,
+        "    return scaled if dropped is None else scaled.masked_fill_(dropped, 0)",
+        "    return scaled",
         (*KERNELS, *ROBUST),
     ),
     Mutation(
@@ -194,16 +251,16 @@ GRADIENT_MUTATIONS = (
         "head_rows_transposed",
         "the cross term reads the wrong positions",
         _EMBEDDING,
-        "index_select(1, ids[i, t : t + step])",
-        "index_select(1, ids[i, t : t + step].flip(0))",
+        "at = ids[some, None, t : t + step]",
+        "at = ids[some, None, t : t + step].flip(2)",
         (*KERNELS, *GRADIENTS),
     ),
     Mutation(
         "vector_zero_not_masked",
         "0 * inf in a vector is NaN",
         _WEIGHTED,
-        ".masked_fill_((factors == 0).view(shape), 0).sum(0)",
-        ".sum(0)",
+        "None if finite else (factors == 0).unsqueeze(1))",
+        "None)",
         (*KERNELS, *ROBUST),
     ),
 )
