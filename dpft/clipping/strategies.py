@@ -22,7 +22,7 @@ from dpft.clipping.probe import ProbePass, Watched, draw_seeds, mixed_examples
 from dpft.clipping.state import ClipState, ClipStats
 from dpft.errors import ClippingError
 from dpft.kernels.linear import Method, sq_norm
-from dpft.kernels.weighted import RowWeights, all_finite
+from dpft.kernels.weighted import RowWeights, none_dropped
 from dpft.rules.base import Pass, full_shape
 
 _METHODS: dict[str, Method | None] = {"flash": None, "ghost": "gram_full", "fast": "materialise"}
@@ -232,7 +232,8 @@ def run_two_pass(job: Job, scale: Tensor) -> None:
         raise ClippingError(f"the uses of {sorted(unresolved)} changed between two traversals of one graph")
     job.refuse_mixed(norms.watched)
     factors = job.factors(norms.sq) * scale.to(norms.sq)
-    weights = RowWeights(factors, all_finite(norms.sq))
+    # What the second traversal computes again may be infinite where the first was finite.
+    weights = RowWeights(factors, none_dropped(factors))
     weighted = WeightedPass(weights, None if state.engine is None else state.engine.add, state.parameters)
     job.traverse(weighted, losses, seeds, retain_graph=False)
     _check_same_gradients(state, norms.seen, weighted.seen, factors)

@@ -4,8 +4,8 @@
 operands one of which is scaled by its example's factor. What the scaling rounds is part of the norm:
 :func:`dpft.kernels.linear.upper_sq_norm`.
 
-``finite`` says that no tensor of an example whose factor is zero has an infinity or a NaN: then multiplying by zero
-drops it, otherwise both operands are masked.
+``finite`` says that no tensor of an example whose factor is zero has an infinity or a NaN, or that no factor is zero:
+then nothing is masked. Otherwise both operands are.
 """
 
 from __future__ import annotations
@@ -43,6 +43,11 @@ class RowWeights:
 def all_finite(sq_norms: Tensor) -> bool:
     """Whether it is known that no example has an infinite or NaN norm: on a CPU. A GPU would have to be waited for."""
     return not on_gpu(sq_norms) and (sq_norms.is_meta or bool(torch.isfinite(sq_norms).all()))
+
+
+def none_dropped(factors: Tensor) -> bool:
+    """Whether it is known that no factor is zero: on a CPU."""
+    return not on_gpu(factors) and (factors.is_meta or bool((factors != 0).all()))
 
 
 def weighted_linear_grad(

@@ -186,3 +186,24 @@ def test_bad_options(options: dict[str, object]) -> None:
     """Named, with what was got."""
     with pytest.raises(ValueError, match=str(next(iter(options.values())))):
         dpft.wrap(zoo.MLP_ENTRY.build(), **{"clip_function": "automatic", **options})
+
+
+@pytest.mark.parametrize("batch", [2, 40])
+def test_a_dropped_row_may_be_infinite_in_the_second_pass_alone(batch: int) -> None:
+    """Its norm was finite, so nothing but its factor says that it must not reach the sum."""
+    torch.manual_seed(0)
+    model = dpft.wrap(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), strategy="two_pass")
+    state = model._dpft_state
+
+    def hook(grad: Tensor) -> Tensor:
+        return torch.cat([grad[:1] * torch.inf, grad[1:]]) if state.active.weighted else grad
+
+    def ask(module: nn.Module, inputs: object, out: Tensor) -> None:
+        if out.requires_grad:  # not where a row is run alone
+            out.register_hook(hook)
+
+    model[0].register_forward_hook(ask)
+    weights = torch.ones(batch)
+    weights[0] = 0
+    dpft.clipped_loss(model, model(torch.randn(batch, 3, 6)).square().sum((1, 2)), weights).backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
