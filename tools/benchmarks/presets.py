@@ -77,11 +77,11 @@ def _short(tokens: int, rows: int, lora: int = 0) -> Shape:
 _ENCODER = Shape("bert", 384, 6, 30_522, tokens=64, rows=32)
 _SHORT = (
     Run(_short(128, 16), ("plain", "one_pass", *OPACUS), rounds=7, first=True),
-    Run(_short(64, 32), ("plain", "one_pass", "opacus_ghost"), rounds=7, first=True),
     Run(_ENCODER, ("plain", "one_pass", "opacus_ghost"), rounds=7, first=True),
-    Run(_short(512, 8), ("plain", "one_pass", "opacus_ghost"), rounds=3),
+    Run(_short(64, 32), ("plain", "one_pass", "opacus_ghost"), rounds=7),
     Run(_short(64, 16, lora=8), ("plain", "one_pass"), rounds=9, first=True),
     Run(_short(128, 16, lora=8), ("plain", "one_pass"), rounds=7),
+    Run(_short(512, 8), ("plain", "one_pass", "opacus_ghost"), rounds=3),
     Run(_short(512, 8, lora=8), ("plain", "one_pass"), rounds=3),
 )
 _CPU = Preset(
