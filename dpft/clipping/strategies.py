@@ -18,7 +18,7 @@ from dpft.clipping.aliasing import is_sole_owner
 from dpft.clipping.coverage import check_coverage, foreign_leaves, has_reentrant, refuse_strays
 from dpft.clipping.factors import row_weights
 from dpft.clipping.passes import BookKeeping, KeepPass, NormPass, Trace, WeightedPass, grad_dtype, sum_dtype
-from dpft.clipping.probe import ProbePass, Watched, draw_seeds, mixed_examples
+from dpft.clipping.probe import ProbePass, Watched, draw_seeds, mixed_examples, random_states
 from dpft.clipping.state import ClipState, ClipStats
 from dpft.errors import ClippingError
 from dpft.kernels.linear import Method, sq_norm
@@ -131,7 +131,14 @@ class Job:
         assert isinstance(self.losses, Tensor)
         narrow = torch.float16 in {self.losses.dtype, *(p.dtype for p in state.parameters.values())}
         probe = ProbePass(draw_seeds(self.losses, narrow))
+        before = random_states(self.losses.device)
         self.traverse(probe, self.losses, probe.seeds, retain_graph=True)
+        after = random_states(self.losses.device)
+        drew = not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        if drew if state.engine is None else state.engine.any(drew):
+            # A checkpoint that does not restore the random state: only what must be zero is the same every time.
+            probe = ProbePass(draw_seeds(self.losses, narrow=True), zeros_only=True)
+            self.traverse(probe, self.losses, probe.seeds, retain_graph=True)
         return probe
 
     def refuse_mixed(self, watched: Watched | None) -> None:
@@ -156,8 +163,8 @@ class Job:
                 f"{sorted(mixed) or 'a layer, on another rank'}: a layer mixes "
                 "examples (batch statistics, routing, a sequence-first layout, packed examples), so no bound on one "
                 "example's contribution would hold. Make the batch the first dimension of every layer's input and "
-                "remove the mixing, or wrap with strategy='per_example', which runs one example at a time. (The same "
-                "is seen of a backward that is not linear, and of a recomputed forward with other random numbers.)"
+                "remove the mixing, or wrap with strategy='per_example', which runs one example at a time. (A "
+                "backward that is not linear in its gradient looks the same.)"
             )
         if reached:
             state.probed_at = state.backwards

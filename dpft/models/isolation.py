@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpft.clipping.probe import random_states
 from dpft.clipping.state import ClipState
 from dpft.errors import ClippingError
 from dpft.models.rows import real_columns, row_of, trimmed
@@ -85,7 +86,7 @@ class RowCheck:
         return cls(state, model, run, args, kwargs, batch)
 
     def __enter__(self) -> RowCheck:
-        self._before = self._random_states() if self._run is not None else []
+        self._before = random_states(self._device) if self._run is not None else []
         self._buffers = _released_buffers(self._model) if self._run is not None else {}
         return self
 
@@ -113,7 +114,7 @@ class RowCheck:
         if columns is not None:
             row = {name: trimmed(value, length, columns) for name, value in row.items()}
         random_forward = self._before != [] and not all(
-            torch.equal(a, b) for a, b in zip(self._before, self._random_states(), strict=True)
+            torch.equal(a, b) for a, b in zip(self._before, random_states(self._device), strict=True)
         )
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices=devices), self._state.unrecorded():
@@ -141,10 +142,6 @@ class RowCheck:
                 "would be released without noise. Freeze them (module.eval(), momentum 0), make them non-persistent, "
                 "or replace the module. The model has seen private data: load it anew."
             )
-
-    def _random_states(self) -> list[Tensor]:
-        states = [torch.get_rng_state()]
-        return [*states, torch.cuda.get_rng_state(self._device)] if self._device.type == "cuda" else states
 
     def _padding(self, row: dict[str, Any]) -> tuple[tuple[int, int] | None, int]:
         """Columns of the row that are not padding; None where it is not known which argument they belong to."""

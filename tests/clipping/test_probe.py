@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import dpft
 from dpft.clipping.probe import ProbePass, Watched, draw_seeds, mixed_examples
@@ -68,6 +69,28 @@ def test_what_is_apart_is_not_refused() -> None:
     for _ in range(4):
         dpft.clipped_loss(model, (model(x) * sizes.view(-1, 1, 1)).sum((1, 2))).backward()
         model.zero_grad()
+
+
+class Recomputed(nn.Module):
+    """A checkpoint whose dropout is another one in each traversal; rows may be mixed."""
+
+    def __init__(self, mixing: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.drop, self.mixing = nn.Linear(5, 6), nn.Linear(6, 3), nn.Dropout(0.5), mixing
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        h = h - h.mean(0) if self.mixing else h
+        y: Tensor = checkpoint(lambda t: self.last(self.drop(t)), h, use_reentrant=False, preserve_rng_state=False)
+        return y
+
+
+def test_random_numbers_of_a_recomputation_are_no_mixing() -> None:
+    """And do not hide any."""
+    trained(wrapped(Recomputed(mixing=False), "one_pass"), 4)
+    with pytest.raises(ClippingError, match="other examples' rows"):
+        trained(wrapped(Recomputed(mixing=True), "one_pass"), 4)
 
 
 def test_seeds() -> None:
