@@ -81,6 +81,11 @@ def random_states(device: torch.device) -> list[Tensor]:
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
+def drew_since(before: list[Tensor], device: torch.device) -> bool:
+    """Whether random numbers were drawn since :func:`random_states` returned ``before``."""
+    return not all(torch.equal(a, b) for a, b in zip(before, random_states(device), strict=True))
+
+
 def mixed_examples(probe: ProbePass, watched: Watched) -> tuple[dict[str, Tensor], Tensor]:
     """Compares the two traversals.
 

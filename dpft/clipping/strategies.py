@@ -18,7 +18,7 @@ from dpft.clipping.aliasing import is_sole_owner
 from dpft.clipping.coverage import check_coverage, foreign_leaves, has_reentrant, refuse_strays
 from dpft.clipping.factors import row_weights
 from dpft.clipping.passes import BookKeeping, KeepPass, NormPass, Trace, WeightedPass, grad_dtype, sum_dtype
-from dpft.clipping.probe import ProbePass, Watched, draw_seeds, mixed_examples, random_states
+from dpft.clipping.probe import ProbePass, Watched, draw_seeds, drew_since, mixed_examples, random_states
 from dpft.clipping.state import ClipState, ClipStats
 from dpft.errors import ClippingError
 from dpft.kernels.linear import Method, sq_norm
@@ -133,8 +133,7 @@ class Job:
         probe = ProbePass(draw_seeds(self.losses, narrow))
         before = random_states(self.losses.device)
         self.traverse(probe, self.losses, probe.seeds, retain_graph=True)
-        after = random_states(self.losses.device)
-        drew = not all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        drew = drew_since(before, self.losses.device)
         if drew if state.engine is None else state.engine.any(drew):
             # A checkpoint that does not restore the random state: only what must be zero is the same every time.
             probe = ProbePass(draw_seeds(self.losses, narrow=True), zeros_only=True)

@@ -96,6 +96,15 @@ def _inner(a: Tensor, b: Tensor, elements: int) -> Tensor:
     return _inner_converted(a, b, elements, torch.float32)
 
 
+def token_sizes(x: Tensor, g: Tensor) -> Tensor:
+    """``[B]`` float64, ``sum_t |x_t||g_t|`` of ``x [B, T, p]``, ``g [B, T, d]``.
+
+    Infinite where a square overflows in float32: operands of such a size are not scaled, since the norm is infinite.
+    """
+    sizes = [torch.linalg.vector_norm(t, dim=2, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (x, g)]
+    return (sizes[0].double() * sizes[1]).sum(1)
+
+
 def _spans(batch: int, seq_len: int, tile: int, elements: int) -> list[tuple[slice, slice]]:
     """Rows and columns of the blocks of the upper triangle of ``[T, T]``, the last row first.
 
@@ -185,7 +194,7 @@ def gram_single(
     elif not x.is_meta:
         for i in (~(part <= _TOLERATED)).nonzero().flatten().tolist():  # also where it is NaN
             sq[i], error[i] = again(x[i : i + 1], g[i : i + 1])[0], 0.0
-            sizes[i] = (x[i].double().norm(dim=1) * g[i].double().norm(dim=1)).sum()
+            sizes[i] = token_sizes(x[i : i + 1], g[i : i + 1])[0]
     return GramSums(sq.clamp_(min=0.0), error, sizes)
 
 

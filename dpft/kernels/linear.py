@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dpft.errors import KernelError
 from dpft.kernels.devices import double_cost
-from dpft.kernels.gram import GramSums, InputCache, gram_double, gram_single, gram_tile, in_double
+from dpft.kernels.gram import GramSums, InputCache, gram_double, gram_single, gram_tile, in_double, token_sizes
 from dpft.kernels.impl import Impl, on_gpu, resolve_impl
 
 Method = Literal["gram", "gram_full", "feature", "materialise"]
@@ -79,12 +79,6 @@ def choose_method(seq_len: int, p: int, d: int) -> Method:
 def edge_and_elements(x: Tensor) -> tuple[int, int]:
     """Shortest edge of a product tile, and number of elements of a tile."""
     return (_CUDA_EDGE, 2 * _CUDA_EDGE**2) if on_gpu(x) else (_EDGE, TILE_ELEMENTS)
-
-
-def token_sizes(x: Tensor, g: Tensor) -> Tensor:
-    """``[B]`` float64, ``sum_t |x_t||g_t|`` of ``x [B, T, p]``, ``g [B, T, d]``."""
-    sizes = [torch.linalg.vector_norm(t, dim=2, dtype=torch.promote_types(t.dtype, torch.float32)) for t in (x, g)]
-    return (sizes[0].double() * sizes[1]).sum(1)
 
 
 def _feature(x: Tensor, g: Tensor) -> Tensor:

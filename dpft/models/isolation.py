@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpft.clipping.probe import random_states
+from dpft.clipping.probe import drew_since, random_states
 from dpft.clipping.state import ClipState
 from dpft.errors import ClippingError
 from dpft.models.rows import real_columns, row_of, trimmed
@@ -113,9 +113,7 @@ class RowCheck:
         columns, length = self._padding(row)
         if columns is not None:
             row = {name: trimmed(value, length, columns) for name, value in row.items()}
-        random_forward = self._before != [] and not all(
-            torch.equal(a, b) for a, b in zip(self._before, random_states(self._device), strict=True)
-        )
+        random_forward = drew_since(self._before, self._device)
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices=devices), self._state.unrecorded():
             if random_forward:

@@ -158,3 +158,21 @@ def test_auto_takes_what_was_verified_on_the_device(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("dpft.kernels.impl.fastest_impl", lambda device: "triton")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert resolve_impl(x, "auto") == ("triton", "the fastest that was verified on such a device")
+
+
+@pytest.mark.parametrize("strategy", ["one_pass", "two_pass"])
+def test_scaling_an_operand_does_not_overflow(strategy: str) -> None:
+    """Automatic clipping multiplies small gradients by far more than 1, also one of huge inputs and tiny gradients."""
+    x, g = torch.randn(3, 16, 48), torch.randn(3, 16, 56)
+    x[0], g[0] = 1e36 * x[0], 1e-43 * g[0]
+    layer = nn.Linear(48, 56, bias=False)
+    dpft.wrap(
+        layer,
+        strategy=strategy,  # type: ignore[arg-type]  # mypy takes it for a str
+        max_grad_norm=100.0,
+        clip_function="automatic",
+        clip_gamma=1e-6,
+        isolation="off",
+    )
+    dpft.clipped_loss(layer, (layer(x) * g).sum((1, 2))).backward()
+    assert layer.weight.grad is not None and bool(layer.weight.grad.isfinite().all())
