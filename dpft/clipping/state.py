@@ -110,6 +110,7 @@ class ClipState:
         deferred_checks: flags computed on the device in this logical batch, read once before its release.
         isolation: how often a row is run alone: see :func:`dpft.wrap`.
         isolated_at: the number of the last backward whose forward was checked so.
+        isolations: how many forwards were.
         probed_at: the number of the last one before which the isolation check came to a result.
         delivering: address and version of the clipped gradients that autograd is about to accumulate, by parameter.
         guarded: ``id`` of each parameter that has a hook.
@@ -136,6 +137,7 @@ class ClipState:
     shared: set[str] = field(default_factory=set)
     isolation: Isolation = "default"
     isolated_at: int = 0
+    isolations: int = 0
     probed_at: int = 0
     delivering: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     hooks: list[Any] = field(default_factory=list)

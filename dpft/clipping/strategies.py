@@ -119,13 +119,12 @@ class Job:
     def _probe(self) -> ProbePass | None:
         """The first half of the isolation check: the traversal with other seeds, where one is due.
 
-        One is due at the first batch of more than one example and, for mixing that depends on the data, at backward 2,
-        4, and whenever their number is four times that at the last. Such a step keeps the graph, as a two-pass step
-        does.
+        One is due at the first batch of more than one example and, for mixing that depends on the data, at backward 2
+        and whenever their number is four times that at the last. Such a step keeps the graph, as a two-pass step does.
         """
         state = self.state
         largest = self.batch_size if state.engine is None else state.engine.max_batch_size
-        rarer = 2 if state.probed_at < 4 else 4
+        rarer = 2 if state.probed_at == 1 else 4
         if largest < 2 or (state.probed_at > 0 and state.backwards < rarer * state.probed_at):
             return None
         assert isinstance(self.losses, Tensor)

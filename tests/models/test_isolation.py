@@ -187,6 +187,18 @@ def test_it_is_due_at_powers_of_two_and_costs_one_row() -> None:
     assert rows == [size for step in range(1, 10) for size in ([4, 1] if step in checked else [4])]
 
 
+def test_with_dropout_it_is_rarer() -> None:
+    """There it runs the whole batch again, too; the first check of a model is never left out."""
+    model = with_dropout()
+    rows: list[int] = []
+    model.get_submodule("transformer.h.0").register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    dpft.wrap(model)
+    for step in range(20):
+        model(**zoo.token_batch(4 if step else 1, 9)).loss.backward()
+    checked = [2, 4, 16]  # of 2, 4, 8, 16: backward 1 has one row alone
+    assert rows == [1] + [size for step in range(2, 21) for size in ([4, 4, 1] if step in checked else [4])]
+
+
 @pytest.mark.parametrize("options", [{"strategy": "per_example"}, {"isolation": "off"}, {"clipping": "none"}])
 def test_where_it_is_not_needed(options: dict[str, Any]) -> None:
     model = zoo.LLAMA.build()
