@@ -145,7 +145,8 @@ def first_steps(shape: Shape, device: str, method: str = "one_pass", count: int 
     """A private model's first steps, with their isolation checks, in turns with plain ones of a model that is warm.
 
     Returns:
-        ``first``: the first step over the median of the plain ones; ``all``: the mean of the first ``count``.
+        ``first``: the first step over the median of the plain ones; ``all``: the first ``count`` together over as many
+        plain ones, which the machine's noise lengthens alike.
     """
     ids = input_ids(shape, device)
     models = {name: build_model(shape, device, find_method(name)) for name in ("plain", method)}
@@ -162,7 +163,7 @@ def first_steps(shape: Shape, device: str, method: str = "one_pass", count: int 
                 torch.cuda.synchronize()
             seconds[name].append(clock() - start)
     one = statistics.median(seconds["plain"])
-    return {"first": seconds[method][0] / one, "all": statistics.mean(seconds[method]) / one, "count": count}
+    return {"first": seconds[method][0] / one, "all": sum(seconds[method]) / sum(seconds["plain"]), "count": count}
 
 
 def predict(shape: Shape, device: str) -> dict[str, Any]:
