@@ -45,7 +45,7 @@ $(VENV)/.stamp-demo: $(INPUTS) | $(BIN)/python
 	@touch $@
 
 $(VENV)/.stamp-test: $(INPUTS) | $(BIN)/python
-	$(PIP_INSTALL) --editable '.[deepspeed,peft,dev]'
+	$(PIP_INSTALL) --editable '.[deepspeed,peft,trl,dev]'
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP_INSTALL) --no-deps '$(TRITON)'
 	@touch $@ $(VENV)/.stamp-demo
 

@@ -1,5 +1,7 @@
 """dpft: fine-tuning of Hugging Face language models under differential privacy, at long context."""
 
+from typing import TYPE_CHECKING, Any
+
 from dpft import audit
 from dpft.clipping.passes import BookKeeping
 from dpft.clipping.state import ClipStats
@@ -27,6 +29,9 @@ from dpft.privacy import PrivacyConfig, PrivacySchedule, privacy_report, privacy
 from dpft.run import PrivacyRun
 from dpft.wrap import book_keeping, clipped_loss, explain, stats, unwrap, wrap
 
+if TYPE_CHECKING:
+    from dpft.trainer.classes import DPTrainer, DPTrainingArguments, private_trainer
+
 __all__ = [
     "AccountingError",
     "BookKeeping",
@@ -35,6 +40,8 @@ __all__ = [
     "ClippingError",
     "DPFTError",
     "DPOptimizer",
+    "DPTrainer",
+    "DPTrainingArguments",
     "EngineError",
     "GaussianNoise",
     "Hardware",
@@ -57,7 +64,17 @@ __all__ = [
     "prepare",
     "privacy_report",
     "privacy_statement_markdown",
+    "private_trainer",
     "stats",
     "unwrap",
     "wrap",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Hugging Face's Trainer takes seconds to import: only who uses it waits for it."""
+    if name in ("DPTrainer", "DPTrainingArguments", "private_trainer"):
+        from dpft.trainer import classes
+
+        return getattr(classes, name)
+    raise AttributeError(f"module 'dpft' has no attribute {name!r}")

@@ -19,8 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAX_LINES = 400
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The one way that imports go. A part of dpft (a module or a folder at its top) may import itself and the parts named
-# here. A new part needs a line; write it where it belongs on the way, which is from top to bottom.
+# The one way that imports go, from top to bottom: a part of dpft may import itself and the parts named in its line.
 _LOW = {"errors"}
 _ARITHMETIC = _LOW | {"kernels", "rules"}
 _GRADIENT = _ARITHMETIC | {"clipping", "models", "wrap"}
@@ -42,6 +41,7 @@ LAYERS: dict[str, set[str]] = {
     "engines": _GRADIENT | _MECHANISM,
     "run": _GRADIENT | _MECHANISM | {"engines"},
     "prepare": _GRADIENT | _MECHANISM | {"engines", "run", "planning"},
+    "trainer": _LOW | {"privacy", "loader", "wrap", "prepare"},
     "audit": _LOW | {"privacy", "prepare"},  # it shares no code with the gradients and the mechanism that it judges
 }
 LAYERS["__init__"] = set(LAYERS)

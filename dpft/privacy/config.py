@@ -156,6 +156,18 @@ class PrivacyConfig:
         return hashlib.sha256(text.encode()).hexdigest()
 
     # ------------------------------------------------------------------------------------------ resolve
+    def rate(self, dataset_size: int) -> float:
+        """Share of the ``dataset_size`` examples in a logical batch, in expectation: the declared one, or b / N."""
+        return self.sample_rate if self.sample_rate is not None else self.expected_batch_size / dataset_size
+
+    def steps(self, dataset_size: int) -> int:
+        """Logical batches of a training on ``dataset_size`` examples: ``num_steps``, or those of ``num_epochs``."""
+        if self.num_steps is not None:
+            return self.num_steps
+        assert self.num_epochs is not None
+        # The tolerance keeps 3 / 0.1 at 30 steps, where floating point may give 30.000000000000004.
+        return max(1, math.ceil(self.num_epochs / self.rate(dataset_size) - 1e-9))
+
     def resolve(self, dataset_size: int) -> PrivacySchedule:
         """Compute what follows from this configuration on a dataset: noise multiplier, steps, epsilon.
 
@@ -186,12 +198,7 @@ class PrivacyConfig:
                 f"expected_batch_size={self.expected_batch_size:g} is larger than the {n} examples of the dataset; "
                 "lower it, or declare sample_rate."
             )
-        rate = self.sample_rate if self.sample_rate is not None else self.expected_batch_size / n
-        steps = self.num_steps
-        if steps is None:
-            assert self.num_epochs is not None
-            # The tolerance keeps 3 / 0.1 at 30 steps, where floating point may give 30.000000000000004.
-            steps = max(1, math.ceil(self.num_epochs / rate - 1e-9))
+        rate, steps = self.rate(n), self.steps(n)
         public_n = self._takes_n_for_public()
         rated = self.sampler in ("poisson", "truncated_poisson")
         shape = Mechanism(

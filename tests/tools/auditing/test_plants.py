@@ -12,8 +12,9 @@ from tools import audit
 from tools.auditing import subject
 from tools.auditing.plants import NONE, PLANTS, Plant, find_plant
 
-# The cross term changes the norm by a tenth; the others are seen in a few releases.
-STEPS = {"tied_cross_term": 240, "layer_unclipped": 120}
+# The cross term and the padding rows change the clip norm by a tenth; the others are seen in a few releases. With
+# these the decisive p-value was below 1e-12 in each of several audits; a plant counts as noticed below 9e-6.
+STEPS = {"tied_cross_term": 240, "layer_unclipped": 120, "padding_counted": 160}
 
 
 @pytest.mark.slow
