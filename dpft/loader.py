@@ -38,25 +38,38 @@ class _Fetch(Dataset[Any]):
                 "collate_fn that turns a list of items into one."
             )
         batch = dict(collated)
-        rows = len(examples)
+        ids = self._example_of_each_row(batch, len(examples))
         for name, value in batch.items():
             shape = list(value.shape) if isinstance(value, Tensor) else None
             if isinstance(value, list | tuple):
                 shape = [len(value)]
-            if shape and shape[0] != rows:
+            if shape and shape[0] != len(ids):
                 raise PrivacyConfigError(
-                    f"collate_fn returned {name!r} of shape {shape} for {rows} examples; expected "
-                    "one row per example. Packing several examples into a row changes the privacy unit and is "
-                    "not supported."
+                    f"collate_fn returned {name!r} of shape {shape} for {len(examples)} examples of {len(ids)} rows; "
+                    "expected one row per example, or example_ids [rows] beside them. Packing several examples into a "
+                    "row changes the privacy unit and is not supported."
                 )
-        weight = torch.ones(rows)
+        weight = torch.ones(len(examples))
         if padding:
-            weight[rows - padding :] = 0.0
+            weight[len(examples) - padding :] = 0.0
             if isinstance(batch.get("labels"), Tensor):
                 batch["labels"] = batch["labels"].clone()
-                batch["labels"][rows - padding :] = -100
+                batch["labels"][ids >= len(examples) - padding] = -100
         batch["example_weight"] = weight
         return batch, physical.is_last, physical.step
+
+    @staticmethod
+    def _example_of_each_row(batch: Mapping[str, Any], examples: int) -> Tensor:
+        """``[rows]``: the collated ``example_ids``, those of ``rows_per_example``, or one row for each example."""
+        ids, each = batch.get("example_ids"), batch.get("rows_per_example")
+        if ids is None:
+            ids = torch.arange(examples).repeat_interleave(1 if each is None else int(each))
+        if not isinstance(ids, Tensor) or ids.dim() != 1 or set(ids.tolist()) != set(range(examples)):
+            raise PrivacyConfigError(
+                f"collate_fn returned example_ids {ids!r}; expected [rows] whole numbers, each of 0 to {examples - 1} "
+                "at least once: the item that each row belongs to"
+            )
+        return ids
 
     def _examples(self, indices: Sequence[int]) -> list[Any]:
         if not indices:
@@ -121,6 +134,9 @@ class PrivateDataLoader:
                 weights = batch["example_weight"]
                 self._on_batch(step, is_last, len(weights), int((weights == 0).sum()))
             yield {
-                name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+                # example_ids stay: their values decide shapes, and reading them from a device would wait for it
+                name: value.to(self.device, non_blocking=True)
+                if isinstance(value, Tensor) and name != "example_ids"
+                else value
                 for name, value in batch.items()
             }

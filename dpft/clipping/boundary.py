@@ -106,7 +106,13 @@ def clip_boundary(
     weights = weights.detach().to(detached.device)
     value = mean_loss(detached, weights)
     leaves = state.engine.leaves() if state.engine is not None and strategy == "per_example" else {}
-    job = Job(state, losses, weights, strategy, state.take_trace(), leaves)
+    groups, state.groups = (None if strategy == "per_example" else state.groups), None
+    if groups is not None and groups.examples != len(detached):
+        raise ClippingError(
+            f"there are {len(detached)} losses of {groups.examples} examples, whose rows example_ids names; expected "
+            "one loss for each example, of all its rows"
+        )
+    job = Job(state, losses, weights, strategy, state.take_trace(), groups, leaves)
     native = state.engine is None and strategy in ("one_pass", "per_example")
     delivered = list(state.parameters.values()) if native else []
     loss: Tensor = ClipBoundary.apply(state.tap, [job], value, *delivered)

@@ -19,6 +19,7 @@ from dpft.kernels.gram import InputCache
 from dpft.kernels.linear import Method, sq_norm
 from dpft.kernels.weighted import RowWeights, all_finite, scale_, weighted_sum_, weighted_vector
 from dpft.rules.base import EmbeddingUse, LinearUse, MatrixUse, full_shape
+from dpft.rules.groups import Groups
 from dpft.rules.head import ProductUse
 
 
@@ -113,6 +114,7 @@ class NormPass:
     """
 
     weighted = probing = False
+    groups: Groups | None = None
 
     def __init__(
         self, batch_size: int, device: torch.device, method: Method | None, trace: Trace, shared: set[str]
@@ -152,6 +154,8 @@ class NormPass:
             return
         self.sq += use.upper_sq_norm(x, g, self.method)
         ids = self.trace.ids.get(use.key)
+        if self.groups is not None:
+            return  # the ids are of rows, not of examples
         if ids is None or self.trace.uses[use.key] != 2:
             return
         # In a language model the head's backward comes first; the embedding will need these rows of it, [B, T, D].
@@ -214,6 +218,7 @@ class KeepPass:
     """
 
     weighted = probing = False
+    groups: Groups | None = None
 
     def __init__(self, batch_size: int, device: torch.device, keep: Literal["smaller", "gradients"]) -> None:
         self.batch_size, self.keep = batch_size, keep
@@ -338,6 +343,7 @@ class WeightedPass:
     """Two-pass strategy, second traversal: every site returns its weighted gradient."""
 
     weighted, probing = True, False
+    groups: Groups | None = None
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dpft.rules.base import MatrixUse
+from dpft.rules.groups import Groups
 
 # Range of the seeds' exponents, and of what a gradient may be beside them in float32 and bf16 (2^126).
 _EXPONENTS = 60
@@ -50,6 +51,7 @@ class ProbePass:
     """
 
     weighted, probing = False, True
+    groups: Groups | None = None
 
     def __init__(self, seeds: Tensor, zeros_only: bool = False) -> None:
         self.batch_size, self.seeds, self.zeros_only = len(seeds), seeds, zeros_only

@@ -17,6 +17,7 @@ from dpft.clipping.strategy_choice import Choice, Strategy, choose_strategy
 from dpft.errors import WrapError
 from dpft.kernels.impl import Impl
 from dpft.rules.base import MatrixUse, Pass
+from dpft.rules.groups import Groups
 
 Isolation = Literal["every_step", "default", "off"]
 Clipping = Literal["flash", "ghost", "fast", "per_sample", "none"]
@@ -107,6 +108,7 @@ class ClipState:
         unfinished: the last one did.
         weights: ``[B]`` example weights that the last forward without labels was given.
         weights_used: a clipped loss has taken them: the next forward's may be others.
+        groups: the rows of each example in the last forward, if it has several; taken by the next clip boundary.
         deferred_checks: flags computed on the device in this logical batch, read once before its release.
         isolation: how often a row is run alone: see :func:`dpft.wrap`.
         isolated_at: the number of the last backward whose forward was checked so.
@@ -151,6 +153,7 @@ class ClipState:
     deferred_checks: DeferredChecks = field(default_factory=DeferredChecks)
     weights: Tensor | None = None
     weights_used: bool = False
+    groups: Groups | None = None
     engine: Engine | None = None
     decided: Choice | None = None
     head: Head | None = None
@@ -183,9 +186,12 @@ class ClipState:
         last = [] if self.last is None else [self.last.norms, self.last.clip_factors, self.last.example_weights]
         return BookKeeping([*held.norms, *last], held.kept)
 
-    def begin(self, shape: torch.Size) -> None:
-        """Start a forward of the whole model, on an input of this shape."""
+    def begin(self, shape: torch.Size, groups: Groups | None = None) -> None:
+        """Start a forward of the whole model, on an input of this shape, whose examples may have several rows."""
         self.batch_size, self.seq_len, self.input_dim = shape[0], shape[1] if len(shape) > 1 else 1, len(shape)
+        self.groups = groups
+        if groups is not None:
+            self.batch_size, self.seq_len = groups.rows, self.seq_len * groups.most
 
     def end(self) -> None:
         """End the forward; a layer that is called on its own later is not part of it."""

@@ -24,6 +24,7 @@ from dpft.errors import ClippingError
 from dpft.kernels.linear import Method, sq_norm
 from dpft.kernels.weighted import RowWeights, none_dropped
 from dpft.rules.base import Pass, full_shape
+from dpft.rules.groups import Groups
 
 _METHODS: dict[str, Method | None] = {"flash": None, "ghost": "gram_full", "fast": "materialise"}
 
@@ -38,6 +39,7 @@ class Job:
         weights: ``[B]``, 0 for padding rows.
         strategy: which strategy to run; see :mod:`dpft.clipping.strategy_choice`.
         trace: the matrices that the forward used.
+        groups: the rows of each example, where one has several.
         leaves: by name, the tensors that the forward used instead of parameters that an engine has sharded.
     """
 
@@ -46,6 +48,7 @@ class Job:
     weights: Tensor
     strategy: str
     trace: Trace
+    groups: Groups | None = None
     leaves: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -101,6 +104,7 @@ class Job:
     def traverse(self, running: Pass, losses: Tensor, seeds: Tensor, retain_graph: bool) -> None:
         """One backward pass over the graph, in which the sites report to ``running``."""
         state = self.state
+        running.groups = self.groups
         inputs: list[Tensor] | None = [state.tap]
         if running.weighted and state.engine is None:
             inputs = list(state.parameters.values())

@@ -17,6 +17,7 @@ from dpft.errors import ClippingError
 from dpft.models.head import joined
 from dpft.models.isolation import RowCheck
 from dpft.models.rows import row_of
+from dpft.rules.groups import Groups, even_groups, groups_of
 
 COMPILED = "OptimizedModule"  # by name, so that torch._dynamo need not be imported for it
 
@@ -31,17 +32,17 @@ def clipped_forward(
         model: the wrapped model.
         plain: its forward as it was before wrapping.
         args: of the call.
-        kwargs: of the call; ``example_weight [B]`` is removed.
+        kwargs: of the call; ``example_weight [B]``, ``example_ids [R]`` and ``rows_per_example`` are removed.
 
     Raises:
         WrapError: the trainable parameters changed since ``wrap``.
         ClippingError: a submodule is compiled; or labels were passed and the model computed a loss of its own.
     """
-    weights = kwargs.pop("example_weight", None)
+    weights, groups = kwargs.pop("example_weight", None), _take_groups(args, kwargs)
     if not torch.is_grad_enabled():
         with _expecting(state, kwargs):
             out = plain(*args, **kwargs)
-        return _with_loss(out, lambda losses: mean_loss(losses, weights), kwargs)
+        return _with_loss(out, lambda losses: mean_loss(_of_examples(losses, groups), weights), kwargs)
     state.check_parameters(model)
     refuse_compiled(state, model)
     if state.clipping != "none" and state.engine is None:
@@ -49,7 +50,7 @@ def clipped_forward(
     shape = _batch_shape(args, kwargs)
     if shape is None:
         return plain(*args, **kwargs)
-    state.begin(shape)
+    state.begin(shape, groups)
     try:
         if kwargs.get("labels") is None:
             _hold_weights(state, weights)
@@ -60,16 +61,21 @@ def clipped_forward(
             check.compare(out)
             return out
         device = next(iter(state.parameters.values())).device
-        choice = state.choose(device, shape[0], state.seq_len).strategy
+        examples = shape[0] if groups is None else groups.examples
+        choice = state.choose(device, examples, state.seq_len).strategy
         if choice == "per_example":
-            return _forward_each(state, plain, args, kwargs, weights, shape[0])
+            return _forward_each(state, plain, args, kwargs, weights, shape[0], groups)
         if choice == "two_pass":
             refuse_unsaved_rng(state, model)
         run = functools.partial(_run_expecting, state, plain)
         with RowCheck.of_next(state, model, run, args, kwargs, shape[0]) as check:
             out = run(*args, **kwargs)
         check.compare(out)
-        return _with_loss(out, lambda losses: clip_boundary(state, losses, weights, choice), kwargs)
+
+        def reduced(losses: Tensor) -> Tensor:
+            return clip_boundary(state, _of_examples(losses, groups), weights, choice)
+
+        return _with_loss(out, reduced, kwargs)
     finally:
         state.end()
 
@@ -82,7 +88,7 @@ def _run_expecting(state: ClipState, plain: Callable[..., Any], *args: Any, **kw
 
 def _expecting(state: ClipState, kwargs: dict[str, Any]) -> AbstractContextManager[None]:
     """A context in which the head computes its losses with the call's labels, if it can."""
-    if state.head is None or kwargs.get("shift_labels") is not None:
+    if state.head is None or kwargs.get("shift_labels") is not None or state.groups is not None:
         return nullcontext()
     return state.head.expecting(kwargs.get("labels"))
 
@@ -177,6 +183,30 @@ def _with_loss(out: Any, reduce: Callable[[Tensor], Tensor], kwargs: dict[str, A
     return out
 
 
+def _take_groups(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Groups | None:
+    """The rows of each example, where the call says that one has several.
+
+    Raises:
+        ClippingError: ids or a number that do not fit the rows.
+    """
+    ids, each = kwargs.pop("example_ids", None), kwargs.pop("rows_per_example", None)
+    shape = _batch_shape(args, kwargs)
+    if shape is None or (ids is None and each is None):
+        return None
+    if ids is not None:
+        return groups_of(ids, shape[0])
+    if not isinstance(each, int) or each < 1 or shape[0] % each:
+        raise ClippingError(
+            f"rows_per_example is {each!r} in a batch of {shape[0]} rows; expected a whole number that divides them"
+        )
+    return even_groups(shape[0] // each, each)
+
+
+def _of_examples(losses: Tensor, groups: Groups | None) -> Tensor:
+    """``[B]`` losses of examples, from those of rows."""
+    return losses if groups is None else groups.total(losses)
+
+
 def _batch_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Size | None:
     """Shape of the first tensor input, whose dimension 0 is the batch; None if there is none."""
     preferred = [kwargs.get(name) for name in ("input_ids", "inputs_embeds", "labels")]
@@ -193,8 +223,12 @@ def _forward_each(
     kwargs: dict[str, Any],
     weights: Tensor | None,
     batch: int,
+    groups: Groups | None,
 ) -> Any:
-    """One forward per example, so that no architecture can mix them; the logits are concatenated, detached."""
+    """One forward per row, so that no architecture can mix them; the logits are concatenated, detached.
+
+    The loss of an example of several rows is the sum of theirs.
+    """
 
     kwargs = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
     losses: list[Tensor] = []
@@ -208,6 +242,8 @@ def _forward_each(
         losses.append(loss.reshape(()))
         found = out[1] if isinstance(out, tuple) else getattr(out, "logits", None)
         logits += [found.detach()] if isinstance(found, Tensor) else []  # lazy ones stay lazy
+    if groups is not None:
+        losses = [torch.stack([losses[r] for r in groups.of_example(i)]).sum() for i in range(groups.examples)]
     loss = clip_boundary(state, losses, weights, "per_example")
     together = joined(logits) if 0 < len(logits) == batch else None
     if isinstance(out, tuple):

@@ -28,6 +28,7 @@ from dpft.kernels.linear import (
     upper_sq_norm,
 )
 from dpft.kernels.weighted import RowWeights, weighted_linear_grad
+from dpft.rules.groups import Groups
 
 
 class MatrixUse(Protocol):
@@ -80,6 +81,8 @@ class Pass(Protocol):
     """The running backward pass; see :mod:`dpft.clipping.passes`."""
 
     batch_size: int
+    groups: Groups | None
+    """The rows of each example, where one has several; None: row i is example i."""
     weighted: bool
     probing: bool
     """Whether it only looks at the gradients, for the isolation check."""
@@ -130,27 +133,36 @@ def full_shape(parameter: Tensor) -> torch.Size:
 
 
 def forward_batch_size(host: Host, leading: int) -> int:
-    """Number of examples in a forward: of the pass that recomputes it, else of the model's call, else ``leading``."""
+    """Number of rows in a forward: of the pass that recomputes it, else of the model's call, else ``leading``."""
     if host.active is not None:
-        return host.active.batch_size
+        return rows_of_pass(host.active)
     return leading if host.batch_size is None else host.batch_size
 
 
+def rows_of_pass(running: Pass) -> int:
+    """Rows of the batch: the examples, unless one has several."""
+    return running.batch_size if running.groups is None else running.groups.rows
+
+
 def per_example(t: Tensor, host: Host, site: str, feature_dims: int = 1) -> Tensor:
-    """``t`` as ``[B, T, *features]``.
+    """``t`` as ``[B, T, *features]``; T counts the tokens of all rows of an example.
 
     Accepts ``[B, ..., *features]`` and, for model code that is known to flatten the first two dimensions (OPT's
     decoder layer), ``[B * T, *features]`` with the rows of an example contiguous. Elsewhere a first dimension that is
     a multiple of the batch size is refused, since it may be a selection of tokens in any order.
     """
-    batch_size = running_pass(host, site).batch_size
+    running = running_pass(host, site)
+    batch_size = rows_of_pass(running)
     lead, features = t.shape[: t.dim() - feature_dims], t.shape[t.dim() - feature_dims :]
+    rows: Tensor | None = None
     if lead and lead[0] == batch_size:
-        return t.reshape(batch_size, lead[1:].numel(), *features)
-    if site in host.flattening and is_flattened(lead, batch_size):
-        return t.reshape(batch_size, lead[0] // batch_size, *features)
+        rows = t.reshape(batch_size, lead[1:].numel(), *features)
+    elif site in host.flattening and is_flattened(lead, batch_size):
+        rows = t.reshape(batch_size, lead[0] // batch_size, *features)
+    if rows is not None:
+        return rows if running.groups is None else running.groups.join(rows)
     raise ClippingError(
-        f"{site!r} saw a tensor of shape {list(t.shape)} in a batch of {batch_size} examples: its first dimension is "
+        f"{site!r} saw a tensor of shape {list(t.shape)} in a batch of {batch_size} rows: its first dimension is "
         "not the batch, so it is not known which example a row belongs to. Keep the batch in front ([B, T, ...], not "
         "[B * T, ...] or [T, B, ...]), wrap with strategy='per_example', or freeze it."
     )

@@ -108,7 +108,8 @@ class ExpandSite(SiteFunction):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         (w,) = ctx.saved_tensors
         running = running_pass(ctx.host, ctx.key)
-        grad = per_example(g, ctx.host, ctx.key, w.dim()).squeeze(1)
+        grad = per_example(g, ctx.host, ctx.key, w.dim())
+        grad = grad.squeeze(1) if grad.shape[1] == 1 else grad.sum(1)  # several rows of an example
         return running.vector(ctx.key, grad, w), None, None, None, None, None
 
 

@@ -1,0 +1,97 @@
+"""Several rows of a batch that belong to one example: a pair of answers, the texts of a user, pieces of a document.
+
+A site reports tensors of rows. Behind it the rows of an example are laid one after the other, as if they were more of
+its tokens: the gradient of a weight is a sum over both, so norms and sums need not know.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dpft.errors import ClippingError
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Which rows belong to which example.
+
+    Attributes:
+        rows: R, the rows of the batch.
+        examples: U, the examples.
+        index: ``[U, k]`` int64, the rows of each example; anything where it has fewer than k.
+        present: ``[U, k]`` bool, where ``index`` is a row; None if everywhere.
+        in_order: the rows of an example are next to each other, k of each, in the examples' order.
+    """
+
+    rows: int
+    examples: int
+    index: Tensor
+    present: Tensor | None
+    in_order: bool
+
+    @property
+    def most(self) -> int:
+        """k: the most rows of an example."""
+        return int(self.index.shape[1])
+
+    def join(self, t: Tensor) -> Tensor:
+        """``[R, T, ...]`` as ``[U, k * T, ...]``: zeros in the place of rows that an example does not have."""
+        if self.in_order:
+            return t.reshape(self.examples, self.most * t.shape[1], *t.shape[2:])
+        found = t[self.index.to(t.device)]
+        if self.present is not None:
+            absent = ~self.present.to(t.device)
+            found = found.masked_fill(absent.view(*absent.shape, *[1] * (found.dim() - 2)), 0)
+        return found.reshape(self.examples, self.most * t.shape[1], *t.shape[2:])
+
+    def total(self, losses: Tensor) -> Tensor:
+        """``[R]`` losses of rows -> ``[U]``, of examples: their sums."""
+        return self.join(losses.unsqueeze(1)).sum(1)
+
+    def of_example(self, i: int) -> list[int]:
+        """The rows of example ``i``."""
+        kept = self.index[i] if self.present is None else self.index[i][self.present[i]]
+        return [int(row) for row in kept]
+
+
+def even_groups(examples: int, each: int) -> Groups:
+    """``each`` rows of every example, next to each other."""
+    index = torch.arange(examples * each).view(examples, each)
+    return Groups(examples * each, examples, index, None, in_order=True)
+
+
+def groups_of(example_ids: Tensor, rows: int) -> Groups:
+    """From the number of the example of each row.
+
+    Args:
+        example_ids: ``[R]`` whole numbers 0 to U - 1, each at least once, in any order; read once, so best on the CPU.
+        rows: R of the batch.
+
+    Raises:
+        ClippingError: another shape, dtype or range.
+    """
+    ids = example_ids.detach().cpu()
+    whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    if ids.shape != (rows,) or not whole or rows == 0:
+        raise ClippingError(
+            f"example_ids is {ids.dtype} of shape {list(ids.shape)}; expected whole numbers of shape [{rows}], the "
+            "number of the example of each row"
+        )
+    counts = torch.bincount(ids.clamp(min=0))
+    if int(ids.min()) < 0 or bool((counts == 0).any()):
+        raise ClippingError(
+            f"example_ids has the values {sorted(set(ids.tolist()))[:8]}; expected each of 0 to U - 1, where U is the "
+            "number of examples: every example has at least one row"
+        )
+    order = torch.argsort(ids, stable=True)
+    most = int(counts.max())
+    starts = counts.cumsum(0) - counts
+    place = starts.unsqueeze(1) + torch.arange(most)
+    present = torch.arange(most) < counts.unsqueeze(1)
+    index = order[torch.where(present, place, 0)]
+    even = bool(present.all())
+    in_order = even and bool((index.flatten() == torch.arange(rows)).all())
+    return Groups(rows, len(counts), index, None if even else present, in_order)
