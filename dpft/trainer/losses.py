@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dpft.errors import PrivacyConfigError
+from dpft.trainer import preference
 from dpft.wrap import clipped_loss
 
 # Methods in which a subclass may do something that a private step does not repeat; these may define them.
@@ -17,18 +18,19 @@ HOOK = "per_example_losses"
 
 
 class Losses:
-    """The loss of a physical batch that a private step differentiates.
+    """How a private step gets the loss of a physical batch.
 
     Args:
-        kind: which of the ways below.
+        private: trainer, model, inputs -> the loss whose backward gives the clipped sum.
+        collate: the Trainer's collator -> that of training batches.
     """
 
-    def __init__(self, private: Callable[[Any, nn.Module, dict[str, Any]], Tensor]) -> None:
-        self.private = private
-
-    def collate(self, collate: Any) -> Any:
-        """The collator of training batches."""
-        return collate
+    def __init__(
+        self,
+        private: Callable[[Any, nn.Module, dict[str, Any]], Tensor],
+        collate: Callable[[Any], Any] = lambda collate: collate,
+    ) -> None:
+        self.private, self.collate = private, collate
 
 
 def find(trainer: Any) -> Losses:
@@ -51,6 +53,9 @@ def find(trainer: Any) -> Losses:
     if owner.__name__ == "SFTTrainer" and _known(owner):
         _check_sft(trainer)
         return Losses(_own)
+    if owner.__name__ in ("DPOTrainer", "RewardTrainer") and _known(owner):
+        preference.check(trainer)
+        return Losses(preference.private_pairs(owner), preference.PairCollate)
     if owner.__module__ != "transformers.trainer":
         raise PrivacyConfigError(
             f"{owner.__name__}.compute_loss computes a loss of the whole batch. Define per_example_losses(self, "
