@@ -21,6 +21,8 @@ class PrivacyCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Epochs are counted in releases, so that a resume goes on where it was; the budget may end sooner."""
         loader = self._trainer.private_loader
+        # Trainer called model.zero_grad(), of which the optimiser does not know that the release is gone.
+        self._trainer.optimizer.zero_grad()
         state.epoch = state.global_step / len(kwargs["train_dataloader"])
         for callback in self._trainer.callback_handler.callbacks:
             bar = getattr(callback, "training_bar", None)

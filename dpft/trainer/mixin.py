@@ -275,12 +275,24 @@ class PrivateMixin:
         return state
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer's, with ``privacy_report.json`` beside the weights."""
+        """As Trainer's, with ``privacy_report.json`` beside the weights.
+
+        Under FSDP with sharded states, where Trainer writes none, the whole weights are written too, unless it is a
+        checkpoint, which has the shards.
+        """
+        host: Any = self
         super().save_model(output_dir, _internal_call=_internal_call)  # type: ignore[misc]  # of the Trainer
+        if host.is_fsdp_enabled and not _internal_call:
+            plugin = self.accelerator.state.fsdp_plugin
+            if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+                weights = self.accelerator.get_state_dict(host.model_wrapped)
+                if self.args.should_save:
+                    host._save(output_dir, state_dict=weights)
         if self.private_loader is not None:
             report = self.privacy_report()
             if self.args.should_save:
                 folder = Path(output_dir or self.args.output_dir)
+                folder.mkdir(parents=True, exist_ok=True)
                 (folder / REPORT).write_text(json.dumps(report, indent=2), encoding="utf-8")
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
