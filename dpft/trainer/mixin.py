@@ -82,8 +82,8 @@ class PrivateMixin:
                 "args=dpft.DPTrainingArguments(...)."
             )
         self.privacy, self.privacy_options = privacy, dict(privacy_options or {})
-        apply_rules(self.args, privacy)
         self._losses = losses.find(self)
+        apply_rules(self.args, privacy)
         if self.train_dataset is not None:
             self._check_dataset()
             set_steps(self.args, privacy.steps(len(self.train_dataset)))

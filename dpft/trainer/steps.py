@@ -43,5 +43,6 @@ class Steps:
             self._physical = iter(loader)
         for _ in range(self._per_epoch):
             if loader.privacy.steps >= loader.privacy.last_step:
+                loader.privacy.check_start()  # a new training on a full ledger must not end as if it had trained
                 return
             yield LogicalBatch(self._physical, loader)

@@ -83,7 +83,7 @@ def test_losses_of_the_caller(strategy: str) -> None:
     def of_pair(logits: Tensor) -> Tensor:
         return nn.functional.softplus(logits[0].float().logsumexp(-1).mean() - logits[1].float().square().mean())
 
-    model = dpft.wrap(zoo.LLAMA.build().double(), max_grad_norm=C, strategy=strategy)  # type: ignore[arg-type]  # as above
+    model = dpft.wrap(zoo.LLAMA.build().double(), max_grad_norm=C, strategy=strategy)  # type: ignore[arg-type]  # mypy takes it for a str
     logits = model(**batch, example_ids=ids).logits
     dpft.clipped_loss(model, torch.stack([of_pair(logits[[i, i + 3]]) for i in range(3)])).backward()
     plain = zoo.LLAMA.build().double()
