@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests import zoo
 from tests.engines.launching import launch, succeed
-from tests.trainer.trainer_worker import SAVED, STEPS
+from tests.trainer.trainer_worker import EXAMPLES, PRIVACY, SAVED, STEPS, examples, two_rows
 
 WORKER = Path(__file__).with_name("trainer_worker.py")
 
@@ -48,3 +49,25 @@ def test_engine(engine: str, tmp_path: Path) -> None:
     # the checkpoint has 2 steps and the ledger 3: the one that is lost stays spent, and the budget ends the training
     assert resumed["ledger"] == STEPS and resumed["global step"] == STEPS - 1
     assert resumed["rates"][-1] == pytest.approx(facts["rates"][SAVED])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_examples_of_two_rows(engine: str, tmp_path: Path) -> None:
+    """Against the float64 oracle: the gradient of both rows' losses, clipped together."""
+    model = zoo.LLAMA.build().double()
+    parameters = dict(model.named_parameters())
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for item in examples():
+        rows = {name: value for name, value in two_rows([item]).items() if name != "example_ids"}
+        losses = [model(**{name: value[i : i + 1] for name, value in rows.items()}).loss for i in range(2)]
+        grads = torch.autograd.grad(losses[0] + losses[1], list(parameters.values()))
+        norm = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
+        assert norm > PRIVACY.max_grad_norm
+        for name, g in zip(parameters, grads, strict=True):
+            total[name] += g * (PRIVACY.max_grad_norm / norm) / EXAMPLES
+    succeed(launch(engine, WORKER, str(tmp_path), "pairs", scratch=tmp_path))
+    for strategy in ("one_pass", "two_pass", "per_example"):
+        found = torch.load(tmp_path / f"{strategy}.pt", weights_only=True)
+        for name, p in parameters.items():
+            torch.testing.assert_close(p.detach() - found[name].double(), total[name], rtol=1e-4, atol=2e-6)

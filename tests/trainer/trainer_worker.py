@@ -1,9 +1,10 @@
 """A private training by Trainer, or the same one by a loop with ``dpft.prepare``, as a launcher starts it.
 
-    trainer_worker.py FOLDER loop|trainer|killed|resumed
+    trainer_worker.py FOLDER loop|trainer|killed|resumed|pairs
 
 Both without noise, and with the same seed of the sampler, so that their weights must be equal. ``killed`` ends itself
-by SIGKILL on rank 0 in the step after the checkpoint, ``resumed`` goes on from there.
+by SIGKILL on rank 0 in the step after the checkpoint, ``resumed`` goes on from there. ``pairs`` is one step of all
+examples, each with two rows, by each strategy.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +128,49 @@ def by_loop(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
     return accelerator, model, {"ledger": loader.privacy.steps}
 
 
+def two_rows(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Each item's row, and after all of them each item's row with other tokens."""
+    batch = collate(items)
+    other = {**batch, "input_ids": (batch["input_ids"] + 1) % zoo.VOCAB}
+    both = {name: torch.cat([value, other[name]]) for name, value in batch.items()}
+    return {**both, "example_ids": torch.arange(len(items)).repeat(2)}
+
+
+def by_pairs(folder: Path) -> None:
+    """The weights after one step, by strategy."""
+    accelerator = make_accelerator()
+    for strategy in ("one_pass", "two_pass", "per_example"):
+        model: Any = zoo.LLAMA.build()
+        model, optimizer, loader = dpft.prepare(
+            accelerator,
+            model,
+            torch.optim.SGD(model.parameters(), lr=1.0),
+            examples(),
+            replace(PRIVACY, num_steps=1, expected_batch_size=EXAMPLES),
+            collate_fn=two_rows,
+            max_physical_batch_size=3,
+            test_seed=SEED,
+            strategy=strategy,  # type: ignore[arg-type]  # mypy takes it for a str
+            ledger_path=folder / f"{strategy}.jsonl",
+        )
+        for batch in loader:
+            accelerator.backward(model(**batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        weights = accelerator.get_state_dict(model)
+        if accelerator.is_main_process:
+            torch.save(dict(weights), folder / f"{strategy}.pt")
+        loader.privacy.close()
+        accelerator.free_memory()
+
+
 def main() -> None:
     """Train, and write the weights and the facts of rank 0."""
     folder, way = Path(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
+    if way == "pairs":
+        by_pairs(folder)
+        return
     if way == "loop":
         accelerator, model, facts = by_loop(folder)
     else:
