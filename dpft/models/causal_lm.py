@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
@@ -71,6 +72,15 @@ def find_causal_lm(model: nn.Module) -> nn.Module | None:
         ):
             return module
     return None
+
+
+def uses_loss_function(model: nn.Module, causal_lm: nn.Module | None) -> bool:
+    """Whether the loss of ``model`` is that of ``causal_lm``'s loss function: the outermost head, which calls it."""
+    outermost = next((module for module in model.modules() if hasattr(type(module), "loss_function")), None)
+    if causal_lm is None or causal_lm is not outermost:
+        return False
+    code = getattr(inspect.unwrap(type(causal_lm).forward), "__code__", None)
+    return code is not None and "loss_function" in code.co_names
 
 
 def flattening_parameters(model: nn.Module) -> set[str]:
