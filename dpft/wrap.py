@@ -21,6 +21,7 @@ from dpft.kernels.impl import Impl
 from dpft.models.causal_lm import (
     find_causal_lm,
     flattening_parameters,
+    is_of_child,
     per_example_causal_lm_losses,
     uses_loss_function,
 )
@@ -306,7 +307,7 @@ def _cover(model: nn.Module, parameters: dict[str, nn.Parameter]) -> list[tuple[
         handled = rule.parameters(module) if rule is not None else set()
         experts = any(part in ("experts", "expert") for part in path.split("."))
         for name in own:
-            if name not in handled or experts:
+            if (name not in handled and not is_of_child(module, name)) or experts:
                 why = " (an expert sees a data-dependent selection of tokens)" if experts else ""
                 missing.append(f"{path}.{name}".lstrip(".") + f": {type(module).__name__}{why}")
         if rule is not None:

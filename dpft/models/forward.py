@@ -90,7 +90,7 @@ def _run(state: ClipState, plain: Callable[..., Any], *args: Any, **kwargs: Any)
     shape = _batch_shape(args, kwargs)
     if not targets or shape is None:
         return plain(*args, **kwargs)
-    with _expecting(state, kwargs), _catching(state, targets, shape[0]):
+    with _expecting(state, kwargs), _catching(state, kwargs, shape[0]):
         out = plain(*args, **kwargs)
     loss = loss_of(out)
     if isinstance(loss, ExampleLosses):
@@ -106,9 +106,11 @@ def _expecting(state: ClipState, kwargs: dict[str, Any]) -> AbstractContextManag
     return state.head.expecting(kwargs.get("labels"))
 
 
-def _catching(state: ClipState, targets: dict[str, Any], batch: int) -> AbstractContextManager[Any]:
+def _catching(state: ClipState, kwargs: dict[str, Any], batch: int) -> AbstractContextManager[Any]:
     """A context in which losses of the targets are computed per example, if the model's loss function does not."""
-    return PerExampleLosses(targets, batch, state.deferred_checks) if state.catches_losses else nullcontext()
+    if not state.catches_losses:
+        return nullcontext()
+    return PerExampleLosses(targets_of(kwargs), batch, state.deferred_checks, kwargs.get("attention_mask"))
 
 
 def _hold_weights(state: ClipState, weights: Tensor | None) -> None:
@@ -229,7 +231,7 @@ def _forward_each(
     for i in range(batch):
         row = {k: row_of(v, i, batch, k) for k, v in kwargs.items()}
         targets = targets_of(row)
-        with _expecting(state, row), _catching(state, targets, 1):
+        with _expecting(state, row), _catching(state, row, 1):
             out = plain(*(row_of(a, i, batch) for a in args), **row)
         if i == 0 and _has_no_loss(out, targets):
             _hold_weights(state, weights)

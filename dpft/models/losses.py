@@ -129,11 +129,13 @@ class PerExampleLosses(TorchFunctionMode):
         targets: of the forward, by argument.
         batch: B.
         checks: of the wrapped model.
+        mask: ``attention_mask``. Where an answer is the position of a token, none of a row's padding is a candidate;
+            else its loss would depend on the longest row beside it.
     """
 
-    def __init__(self, targets: Mapping[str, Any], batch: int, checks: DeferredChecks) -> None:
+    def __init__(self, targets: Mapping[str, Any], batch: int, checks: DeferredChecks, mask: Any = None) -> None:
         super().__init__()
-        self._batch, self._names = batch, sorted(targets)
+        self._batch, self._names, self._mask = batch, sorted(targets), mask
         self._rows = TargetRows(targets, batch, checks)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -141,8 +143,7 @@ class PerExampleLosses(TorchFunctionMode):
         if func in _SIGNATURES:
             return self._loss(func, args, kwargs)
         out = func(*args, **kwargs)
-        if self._batch > 1:
-            self._rows.follow(func, args, kwargs, out)
+        self._rows.follow(func, args, kwargs, out)
         return out
 
     def _loss(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -151,10 +152,13 @@ class PerExampleLosses(TorchFunctionMode):
         call = bound.arguments
         if call["reduction"] == "none" and call.get("reduce") is None and call.get("size_average") is None:
             return func(*args, **kwargs)
+        if self._batch > 1:
+            self._check(func, call)
+        if func is F.cross_entropy and self._rows.is_position(call["target"]):
+            call.update(_among_tokens(call["input"], call["target"], call["ignore_index"], self._mask))
         if self._batch == 1:
             means = func in _CLASSES and call["reduction"] == "mean" and not _soft(call)
             return _example_losses(func, call, 1).reshape(()) if means else func(*args, **kwargs)
-        self._check(func, call)
         return ExampleLosses(_example_losses(func, call, self._batch))
 
     def _check(self, func: Any, call: dict[str, Any]) -> None:
@@ -189,6 +193,19 @@ class PerExampleLosses(TorchFunctionMode):
 def _of_classes(weight: Tensor, target: Tensor) -> bool:
     """Whether a weight of elements is one of classes, the same for every row."""
     return weight.numel() == 1 or weight.dim() < target.dim()
+
+
+def _among_tokens(x: Tensor, target: Tensor, ignored: int, mask: Any) -> dict[str, Tensor]:
+    """Scores ``[B, T]`` of the columns and the one that is right ``[B]``, without those that are padding."""
+    if not isinstance(mask, Tensor) or mask.shape != x.shape or target.shape != x.shape[:1]:
+        return {}
+    real = mask.to(x.device) > 0
+    inside = real.gather(1, target.clamp(0, x.shape[1] - 1).unsqueeze(1)).squeeze(1)
+    scores = x.float() if x.element_size() < 4 else x
+    return {
+        "input": scores.masked_fill(~real, torch.finfo(scores.dtype).min),
+        "target": torch.where(inside, target, ignored),
+    }
 
 
 def _soft(call: Mapping[str, Any]) -> bool:

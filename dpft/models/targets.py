@@ -76,13 +76,17 @@ class TargetRows:
 
     def __init__(self, targets: Mapping[str, Any], batch: int, checks: DeferredChecks) -> None:
         self._batch, self._checks = batch, checks
-        self._known: dict[int, Tensor] = {}  # the tensors are kept, so that no other gets the same id
-        for value in targets.values():
+        self._known: dict[int, tuple[Tensor, str]] = {}  # the tensors are kept, so that no other gets the same id
+        for name, value in targets.items():
             if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch:
-                self._known[id(value)] = value
+                self._known[id(value)] = value, name
 
     def __contains__(self, value: Any) -> bool:
         return id(value) in self._known
+
+    def is_position(self, target: Any) -> bool:
+        """Whether a target numbers a column, from the left."""
+        return target in self and _POSITION.search(self._known[id(target)][1]) is not None
 
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         """Note what ``func`` made of a target, if it did."""
@@ -102,7 +106,7 @@ class TargetRows:
         else:
             kept = False
         if kept:
-            self._known[id(out)] = out
+            self._known[id(out)] = out, self._known[id(source)][1]
         elif out is source:  # changed in place, by something that may move rows
             del self._known[id(out)]
 
