@@ -145,6 +145,17 @@ def following(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**batch, "labels": labels.masked_fill(labels == 3, -100)}
 
 
+def replaced(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Whether each token was replaced by another."""
+    return {**batch, "labels": batch["input_ids"] % 2}
+
+
+def choices(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Two texts for each example, ``[B, 2, T]``, of which one is right."""
+    both = {name: torch.stack([value, value.roll(1, 0)], 1) for name, value in batch.items()}
+    return {**both, "labels": torch.arange(_size(batch)) % 2}
+
+
 def _size(batch: dict[str, Tensor]) -> int:
     return len(next(iter(batch.values())))
 
@@ -175,6 +186,10 @@ def own_losses(model: nn.Module, batch: Batch) -> Tensor:
 
 def _encoder(cls: Any, **more: Any) -> Callable[[], Any]:
     return lambda: cls(**{**ENCODER, "num_labels": 3, **more})
+
+
+def _deberta(**more: Any) -> Callable[[], Any]:
+    return _encoder(hf.DebertaV2Config, **more)
 
 
 def _decoder(cls: Any, **more: Any) -> Callable[[], Any]:
@@ -280,6 +295,7 @@ def _all(prefix: str, config: Callable[[], Any], *tasks: str) -> list[zoo.Entry]
 
 
 _BERT, _T5_BIAS = _encoder(hf.BertConfig), "relative_attention_bias"
+_electra = _encoder(hf.ElectraConfig, embedding_size=16)
 _SEQUENCES, _TAGS = "ForSequenceClassification", "ForTokenClassification"
 
 EXACT = [
@@ -288,9 +304,9 @@ EXACT = [
     head("Bert, regression", hf.BertForSequenceClassification, _BERT, numbers, num_labels=1),
     head("Bert, sentence pairs", hf.BertForPreTraining, _BERT, pairs),
     *_all("Roberta", _encoder(hf.RobertaConfig)),
-    *_all("DebertaV2", _encoder(hf.DebertaV2Config)),
+    *_all("DebertaV2", _deberta()),
     *_all("DistilBert", _distilbert),
-    *_all("Electra", _encoder(hf.ElectraConfig, embedding_size=16)),
+    *_all("Electra", _electra),
     *_all("ModernBert", _modernbert()),
     *_all("GPT2", _gpt2, _SEQUENCES, _TAGS),
     head("GPT2, regression", hf.GPT2ForSequenceClassification, _gpt2, numbers, num_labels=1),
@@ -314,4 +330,30 @@ EXACT = [
     head("ViT", hf.ViTForImageClassification, _vit, classes, pixels, "embeddings"),
     head("Dinov2", hf.Dinov2ForImageClassification, _dinov2, classes, pixels, "embeddings|layer_scale"),
     head("Llava", hf.LlavaForConditionalGeneration, _llava, following, image_and_text, "vision_tower.*embedding"),
+]
+
+_NO_RULE, _ROWS = "no per-example gradient rule", "first dimension is not the batch"
+_XLNET_PARAMETERS = r"rel_attn\.[qkvor]$|_bias$|_emb(ed)?$"
+_RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
+
+REFUSED = [
+    (head("XLNet, classes", hf.XLNetForSequenceClassification, _xlnet, classes), _NO_RULE),
+    (head("XLNet, tags", hf.XLNetForTokenClassification, _xlnet, tags), _NO_RULE),
+    (head("XLNet, time first", hf.XLNetForTokenClassification, _xlnet, tags, frozen=_XLNET_PARAMETERS), _ROWS),
+    (head("DebertaV2, distances", hf.DebertaV2ForTokenClassification, _deberta(**_RELATIVE), tags), "rel_embeddings"),
+    (head("T5, biases of distances", hf.T5ForConditionalGeneration, _t5, texts), _T5_BIAS),
+    (head("Whisper, convolutions", hf.WhisperForConditionalGeneration, _whisper, texts, sounds), _NO_RULE),
+    (head("ViT, patches", hf.ViTForImageClassification, _vit, classes, pixels), _NO_RULE),
+    (head("Dinov2, patches", hf.Dinov2ForImageClassification, _dinov2, classes, pixels), _NO_RULE),
+    (head("Llava, patches", hf.LlavaForConditionalGeneration, _llava, following, image_and_text), _NO_RULE),
+    (head("Electra, masked selection", hf.ElectraForPreTraining, _electra, replaced), "a selection of tokens"),
+    (
+        head("ModernBert, masked selection", hf.ModernBertForMaskedLM, _modernbert(), masked, sparse_prediction=True),
+        "a selection of tokens",
+    ),
+    (
+        head("DebertaV2, own formula", hf.DebertaV2ForSequenceClassification, _deberta(), several),
+        "computed its own loss",
+    ),
+    (head("Bert, multiple choice", hf.BertForMultipleChoice, _BERT, choices), "several rows per example"),
 ]
