@@ -143,7 +143,8 @@ class PerExampleLosses(TorchFunctionMode):
         if func in _SIGNATURES:
             return self._loss(func, args, kwargs)
         out = func(*args, **kwargs)
-        self._rows.follow(func, args, kwargs, out)
+        if args and self._rows.concerns(args):
+            self._rows.follow(func, args, kwargs, out)
         return out
 
     def _loss(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

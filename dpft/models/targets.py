@@ -84,14 +84,16 @@ class TargetRows:
     def __contains__(self, value: Any) -> bool:
         return id(value) in self._known
 
+    def concerns(self, args: tuple[Any, ...]) -> bool:
+        """Whether a target is among the first arguments of an operation; this is asked for every one of a forward."""
+        return id(args[0]) in self._known or (len(args) > 1 and id(args[1]) in self._known)
+
     def is_position(self, target: Any) -> bool:
         """Whether a target numbers a column, from the left."""
         return target in self and _POSITION.search(self._known[id(target)][1]) is not None
 
     def follow(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
-        """Note what ``func`` made of a target, if it did."""
-        if not args:
-            return
+        """Note what ``func`` made of a target that is among ``args``."""
         source = args[1] if func is torch.where and len(args) == 3 and args[1] in self else args[0]
         if source not in self or not isinstance(out, Tensor):
             return
@@ -123,7 +125,9 @@ class TargetRows:
             return False
         moved = (index != torch.arange(self._batch, device=index.device)).any()
         self._checks.refuse_if(
-            moved, "the model's forward reorders its labels, so it is not known whose loss is whose"
+            moved,
+            "the model's forward reorders its labels, so it is not known whose loss is whose. Wrap with "
+            "strategy='per_example', or use physical batches of one example.",
         )
         return True
 
