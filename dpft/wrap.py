@@ -18,7 +18,13 @@ from dpft.clipping.state import Clipping, ClipState, ClipStats, Isolation
 from dpft.clipping.strategy_choice import Strategy, describe_uses
 from dpft.errors import ClippingError, UnsupportedModuleError, WrapError
 from dpft.kernels.impl import Impl
-from dpft.models.causal_lm import find_causal_lm, flattening_parameters, per_example_causal_lm_losses
+from dpft.models.causal_lm import (
+    find_causal_lm,
+    flattening_parameters,
+    is_of_child,
+    per_example_causal_lm_losses,
+    uses_loss_function,
+)
 from dpft.models.forward import COMPILED, clipped_forward, refuse_unsaved_rng
 from dpft.models.head import Head, leaves_logits_alone
 from dpft.rules.base import EmbeddingUse, LinearUse, MatrixUse, Rule, full_shape
@@ -45,7 +51,7 @@ def wrap(
 ) -> nn.Module:
     """Make ``model`` produce clipped sums of per-example gradients, in place.
 
-    Afterwards ``model(**batch, labels=labels).loss`` of a causal LM is the mean of the per-example losses, and its
+    Afterwards ``model(**batch).loss`` of a model of transformers is the mean of the per-example losses, and its
     ``backward()`` accumulates ``sum_i c_i grad_i`` in ``.grad``. For other models compute per-example losses ``[B]``
     and call :func:`clipped_loss`. A batch may contain ``example_weight [B]``, 0 for a padding row.
 
@@ -110,6 +116,7 @@ def wrap(
     if clipping != "none":
         guard_parameters(state)
     causal_lm = find_causal_lm(model)
+    state.catches_losses = not uses_loss_function(model, causal_lm)
     chunked = _chunked_head(causal_lm, model) if clipping == "flash" and loss_chunk is not None else None
     for module, site_rule, keys in sites:
         module.__dict__[_SITE] = (site_rule, state, keys)
@@ -300,7 +307,7 @@ def _cover(model: nn.Module, parameters: dict[str, nn.Parameter]) -> list[tuple[
         handled = rule.parameters(module) if rule is not None else set()
         experts = any(part in ("experts", "expert") for part in path.split("."))
         for name in own:
-            if name not in handled or experts:
+            if (name not in handled and not is_of_child(module, name)) or experts:
                 why = " (an expert sees a data-dependent selection of tokens)" if experts else ""
                 missing.append(f"{path}.{name}".lstrip(".") + f": {type(module).__name__}{why}")
         if rule is not None:

@@ -120,6 +120,8 @@ class ClipState:
         engine: receives the clipped sums if several processes train; None leaves them in ``.grad``.
         decided: the strategy of every batch, if all ranks had to agree on one beforehand.
         head: computes a causal LM's losses in chunks; None if the model's own head and loss are used.
+        catches_losses: whether the losses that the model's forward computes of a batch must be caught and computed per
+            example; not where its loss function was replaced.
         holds: returns the tensors kept by the running clipped backward; None while none is running.
     """
 
@@ -157,6 +159,7 @@ class ClipState:
     engine: Engine | None = None
     decided: Choice | None = None
     head: Head | None = None
+    catches_losses: bool = True
     holds: Callable[[], BookKeeping] | None = None
 
     def hold(self, weight: Tensor) -> AbstractContextManager[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
@@ -13,7 +14,7 @@ from dpft.models.head import IGNORE_INDEX, losses_of
 from dpft.rules.base import Rule
 from dpft.rules.linear import LinearRule
 from dpft.rules.norm import ElementwiseRule
-from dpft.rules.registry import register_matcher
+from dpft.rules.registry import find_rule, register_matcher
 
 _CAUSAL_LM = re.compile(r"(ForCausalLM|LMHeadModel)$")
 # Modules whose forward flattens [B, T, D] to [B * T, D], in order, before it calls the layers inside.
@@ -71,6 +72,32 @@ def find_causal_lm(model: nn.Module) -> nn.Module | None:
         ):
             return module
     return None
+
+
+def uses_loss_function(model: nn.Module, causal_lm: nn.Module | None) -> bool:
+    """Whether the loss of ``model`` is that of ``causal_lm``'s loss function: the outermost head, which calls it."""
+    outermost = next((module for module in model.modules() if hasattr(type(module), "loss_function")), None)
+    if causal_lm is None or causal_lm is not outermost:
+        return False
+    code = getattr(inspect.unwrap(type(causal_lm).forward), "__code__", None)
+    return code is not None and "loss_function" in code.co_names
+
+
+def is_of_child(module: nn.Module, name: str) -> bool:
+    """Whether a module of transformers holds a parameter that is one of its child's, and a rule covers it there.
+
+    The head of a masked LM (``BertLMPredictionHead``) has its decoder's bias once more. If it used it by itself, the
+    walk of the graph before each backward would find it.
+    """
+    if not type(module).__module__.startswith("transformers."):
+        return False
+    parameter = module._parameters.get(name)
+    for child in module.children():
+        rule = find_rule(child)
+        covered = rule.parameters(child) if rule is not None else ()
+        if any(child._parameters.get(other) is parameter for other in covered):
+            return True
+    return False
 
 
 def flattening_parameters(model: nn.Module) -> set[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,7 +16,9 @@ from dpft.clipping.state import ClipState
 from dpft.errors import ClippingError
 from dpft.models.head import joined
 from dpft.models.isolation import RowCheck
+from dpft.models.losses import WAY_OUT, ExampleLosses, PerExampleLosses, loss_of, with_loss
 from dpft.models.rows import row_of
+from dpft.models.targets import several_rows, targets_of
 from dpft.rules.groups import Groups, even_groups, groups_of
 
 COMPILED = "OptimizedModule"  # by name, so that torch._dynamo need not be imported for it
@@ -25,7 +27,7 @@ COMPILED = "OptimizedModule"  # by name, so that torch._dynamo need not be impor
 def clipped_forward(
     state: ClipState, model: nn.Module, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Run ``plain`` and, if labels are passed, put the clip boundary on its per-example losses.
+    """Run ``plain`` and, if targets are passed, put the clip boundary on its per-example losses.
 
     Args:
         state: of ``model``.
@@ -36,13 +38,15 @@ def clipped_forward(
 
     Raises:
         WrapError: the trainable parameters changed since ``wrap``.
-        ClippingError: a submodule is compiled; or labels were passed and the model computed a loss of its own.
+        ClippingError: a submodule is compiled; or targets were passed, and the model computed a loss that cannot be
+            computed per example.
     """
     weights, groups = kwargs.pop("example_weight", None), _take_groups(args, kwargs)
     if not torch.is_grad_enabled():
         with _expecting(state, kwargs):
             out = plain(*args, **kwargs)
-        return _with_loss(out, lambda losses: mean_loss(_of_examples(losses, groups), weights), kwargs)
+        losses = _of_rows(out, kwargs)
+        return out if losses is None else with_loss(out, mean_loss(_of_examples(losses, groups), weights))
     state.check_parameters(model)
     refuse_compiled(state, model)
     if state.clipping != "none" and state.engine is None:
@@ -50,40 +54,54 @@ def clipped_forward(
     shape = _batch_shape(args, kwargs)
     if shape is None:
         return plain(*args, **kwargs)
-    state.begin(shape, groups)
+    each = None if state.strategy == "per_example" else several_rows(model, args, kwargs)
+    if each is None:
+        state.begin(shape, groups)
+    elif groups is not None:
+        raise ClippingError("example_ids with a model that itself takes several rows per example; leave them out")
+    else:
+        state.begin(torch.Size((shape[0] * each, *shape[2:])), even_groups(shape[0], each))
     try:
-        if kwargs.get("labels") is None:
+        targets = targets_of(kwargs)
+        choice = None
+        if targets:
+            # A mean over the batch's tokens would make each example's gradient depend on the others.
+            kwargs.pop("num_items_in_batch", None)
+            device = next(iter(state.parameters.values())).device
+            examples = shape[0] if groups is None else groups.examples
+            choice = state.choose(device, examples, state.seq_len).strategy
+            if choice == "per_example":
+                return _forward_each(state, plain, args, kwargs, weights, shape[0], groups)
+            if choice == "two_pass":
+                refuse_unsaved_rng(state, model)
+        run = functools.partial(_run, state, plain)
+        with RowCheck.of_next(state, model, run, args, kwargs, shape[0]) as check:
+            out = run(*args, **kwargs)
+        if choice is None or _has_no_loss(out, targets):
             _hold_weights(state, weights)
-            run = functools.partial(_run_expecting, state, plain)
-            with RowCheck.of_next(state, model, run, args, kwargs, shape[0]) as check:
-                out = plain(*args, **kwargs)
             _refuse_own_loss(out, kwargs)
             check.compare(out)
             return out
-        device = next(iter(state.parameters.values())).device
-        examples = shape[0] if groups is None else groups.examples
-        choice = state.choose(device, examples, state.seq_len).strategy
-        if choice == "per_example":
-            return _forward_each(state, plain, args, kwargs, weights, shape[0], groups)
-        if choice == "two_pass":
-            refuse_unsaved_rng(state, model)
-        run = functools.partial(_run_expecting, state, plain)
-        with RowCheck.of_next(state, model, run, args, kwargs, shape[0]) as check:
-            out = run(*args, **kwargs)
         check.compare(out)
-
-        def reduced(losses: Tensor) -> Tensor:
-            return clip_boundary(state, _of_examples(losses, groups), weights, choice)
-
-        return _with_loss(out, reduced, kwargs)
+        losses = _of_examples(_example_losses(out, shape[0], targets), groups)
+        return with_loss(out, clip_boundary(state, losses, weights, choice))
     finally:
         state.end()
 
 
-def _run_expecting(state: ClipState, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The forward, whose head computes its losses with the call's labels where it can."""
-    with _expecting(state, kwargs):
+def _run(state: ClipState, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The forward; with targets, its loss is the examples' losses ``[B]`` where they can be computed."""
+    targets = targets_of(kwargs)
+    shape = _batch_shape(args, kwargs)
+    if not targets or shape is None:
         return plain(*args, **kwargs)
+    with _expecting(state, kwargs), _catching(state, kwargs, shape[0]):
+        out = plain(*args, **kwargs)
+    loss = loss_of(out)
+    if isinstance(loss, ExampleLosses):
+        return with_loss(out, loss.losses)
+    alone = shape[0] == 1 and isinstance(loss, Tensor) and loss.dim() == 0
+    return with_loss(out, loss.reshape(1)) if alone else out
 
 
 def _expecting(state: ClipState, kwargs: dict[str, Any]) -> AbstractContextManager[None]:
@@ -91,6 +109,13 @@ def _expecting(state: ClipState, kwargs: dict[str, Any]) -> AbstractContextManag
     if state.head is None or kwargs.get("shift_labels") is not None or state.groups is not None:
         return nullcontext()
     return state.head.expecting(kwargs.get("labels"))
+
+
+def _catching(state: ClipState, kwargs: dict[str, Any], batch: int) -> AbstractContextManager[Any]:
+    """A context in which losses of the targets are computed per example, if the model's loss function does not."""
+    if not state.catches_losses:
+        return nullcontext()
+    return PerExampleLosses(targets_of(kwargs), batch, state.deferred_checks, kwargs.get("attention_mask"))
 
 
 def _hold_weights(state: ClipState, weights: Tensor | None) -> None:
@@ -109,7 +134,7 @@ def _hold_weights(state: ClipState, weights: Tensor | None) -> None:
 
 
 def _refuse_own_loss(out: Any, kwargs: dict[str, Any]) -> None:
-    """A loss that the model computed from other targets than ``labels`` is a mean over the batch.
+    """A loss of a forward without targets is one over the batch.
 
     Raises:
         ClippingError: names the arguments.
@@ -118,9 +143,9 @@ def _refuse_own_loss(out: Any, kwargs: dict[str, Any]) -> None:
     if isinstance(loss, Tensor) and loss.requires_grad:
         given = sorted(name for name, value in kwargs.items() if value is not None)
         raise ClippingError(
-            f"the model computed a loss by itself from {', '.join(given)}: a mean over the batch, which cannot be "
-            "clipped by example. Leave the targets (start_positions, end_positions, ...) out, compute losses [B] from "
-            "the outputs with reduction='none', and call dpft.clipped_loss(model, losses)."
+            f"the model computed a loss by itself from {', '.join(given) or 'positional arguments'}: one over the "
+            "batch, which cannot be clipped by example. Pass labels by keyword. If there are none, compute losses [B] "
+            "from the outputs, and call dpft.clipped_loss(model, losses)."
         )
 
 
@@ -159,28 +184,38 @@ def refuse_unsaved_rng(state: ClipState, model: nn.Module) -> None:
             )
 
 
-def _with_loss(out: Any, reduce: Callable[[Tensor], Tensor], kwargs: dict[str, Any]) -> Any:
-    """``out`` with its per-example losses reduced to the scalar that the user sees."""
-    if kwargs.get("labels") is None:
-        return out
-    losses = out[0] if isinstance(out, tuple) else getattr(out, "loss", None)
-    batch = kwargs["labels"].shape[0]
-    ours = isinstance(losses, Tensor) and losses.dim() == 1 and len(losses) == batch
-    if not ours and not torch.is_grad_enabled():
-        return out
-    if not ours:
+def _are_losses(losses: Any, batch: int) -> bool:
+    return isinstance(losses, Tensor) and losses.dim() == 1 and len(losses) == batch
+
+
+def _has_no_loss(out: Any, targets: dict[str, Any]) -> bool:
+    """Whether arguments that are called like targets, but not ``labels``, were none: there is no loss."""
+    return "labels" not in targets and (isinstance(out, Tensor) or loss_of(out) is None)
+
+
+def _of_rows(out: Any, kwargs: dict[str, Any]) -> Tensor | None:
+    """The losses ``[R]`` in the output of a forward without gradients, where the model's loss function gives them."""
+    labels, losses = kwargs.get("labels"), loss_of(out)
+    return losses if isinstance(labels, Tensor) and _are_losses(losses, labels.shape[:1].numel()) else None
+
+
+def _example_losses(out: Any, batch: int, targets: dict[str, Any]) -> Tensor:
+    """The losses ``[B]`` in ``out``.
+
+    Raises:
+        ClippingError: it is something else.
+    """
+    losses = loss_of(out)
+    if not _are_losses(losses, batch):
         got = list(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ClippingError(
-            f"the model computed its own loss from labels (got {got}; expected per-example losses [{batch}] from "
-            "model.loss_function): a mean over the batch, or a loss with a term that mixes examples, cannot be "
-            "clipped. Omit labels, compute losses [B] from the outputs, and call dpft.clipped_loss(model, losses)."
+            f"the model computed its own loss from {', '.join(sorted(targets))} (got {got}; expected per-example "
+            f"losses [{batch}], or a mean or sum of torch.nn.functional's cross_entropy, nll_loss, mse_loss, l1_loss, "
+            "binary_cross_entropy(_with_logits)): a loss over the batch, or with a term that mixes examples, cannot "
+            f"be clipped. {WAY_OUT}"
         )
     assert isinstance(losses, Tensor)
-    loss = reduce(losses)
-    if isinstance(out, tuple):
-        return (loss, *out[1:])
-    out["loss"] = loss
-    return out
+    return losses
 
 
 def _take_groups(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Groups | None:
@@ -229,24 +264,40 @@ def _forward_each(
 
     The loss of an example of several rows is the sum of theirs.
     """
-
-    kwargs = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
     losses: list[Tensor] = []
-    logits: list[Tensor] = []
+    logits: dict[Any, list[Tensor]] = {}
     out: Any = None
     for i in range(batch):
         row = {k: row_of(v, i, batch, k) for k, v in kwargs.items()}
-        with _expecting(state, row):
+        targets = targets_of(row)
+        with _expecting(state, row), _catching(state, row, 1):
             out = plain(*(row_of(a, i, batch) for a in args), **row)
-        loss = out[0] if isinstance(out, tuple) else out.loss
+        if i == 0 and _has_no_loss(out, targets):
+            _hold_weights(state, weights)
+            return plain(*args, **kwargs)
+        loss = loss_of(out)
+        if not isinstance(loss, Tensor):
+            raise ClippingError(
+                f"the model returned no loss for {', '.join(sorted(targets))} (got {type(loss).__name__}). Compute "
+                "the losses from its outputs, and call dpft.clipped_loss(model, losses)."
+            )
         losses.append(loss.reshape(()))
-        found = out[1] if isinstance(out, tuple) else getattr(out, "logits", None)
-        logits += [found.detach()] if isinstance(found, Tensor) else []  # lazy ones stay lazy
+        for name, found in _logits_of(out):
+            logits.setdefault(name, []).append(found.detach())  # lazy ones stay lazy
     if groups is not None:
         losses = [torch.stack([losses[r] for r in groups.of_example(i)]).sum() for i in range(groups.examples)]
     loss = clip_boundary(state, losses, weights, "per_example")
-    together = joined(logits) if 0 < len(logits) == batch else None
+    together = {name: joined(rows) for name, rows in logits.items() if len(rows) == batch}
     if isinstance(out, tuple):
-        return (loss, together)
+        return (loss, *(together.values() or [None]))
     assert out is not None
-    return type(out)(loss=loss, logits=together)
+    return type(out)(loss=loss, **together)
+
+
+def _logits_of(out: Any) -> Iterator[tuple[Any, Tensor]]:
+    """Name and value of the logits in one example's output."""
+    if isinstance(out, tuple):
+        yield from ((number, value) for number, value in enumerate(out[1:2]) if isinstance(value, Tensor))
+        return
+    items = out.items() if isinstance(out, Mapping) else getattr(out, "__dict__", {}).items()
+    yield from ((name, value) for name, value in items if name.endswith("logits") and isinstance(value, Tensor))

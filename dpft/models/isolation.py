@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from dpft.clipping.probe import drew_since, random_states
 from dpft.clipping.state import ClipState
 from dpft.errors import ClippingError
+from dpft.models.losses import loss_of
 from dpft.models.rows import real_columns, row_of, trimmed
+from dpft.models.targets import are_positions, targets_of
 
 # Largest difference that is rounding: of a loss, relative to 1 + its value; of an output, to its largest entry.
 # docs/design.md has what was measured.
@@ -119,7 +121,10 @@ class RowCheck:
             return  # it is not known which part is whose: what this check cannot see, docs/design.md says
         columns, length = self._padding(row)
         if columns is not None:
-            row = {name: trimmed(value, length, columns) for name, value in row.items()}
+            row = {
+                name: value if name.startswith("pixel_") else trimmed(value, length, columns)
+                for name, value in row.items()
+            }
         devices = [self._device] if self._device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices=devices), self._state.unrecorded():
             if random_forward:
@@ -152,16 +157,23 @@ class RowCheck:
         mask = row.get("attention_mask")
         if getattr(getattr(self._model, "config", None), "is_encoder_decoder", False):
             return None, 0
-        return real_columns(mask), mask.shape[1] if isinstance(mask, Tensor) and mask.dim() == 2 else 0
+        columns, targets = real_columns(mask), targets_of(row)
+        length = mask.shape[1] if isinstance(mask, Tensor) and mask.dim() == 2 else 0
+        if columns is not None and are_positions(targets):
+            columns = None if columns[1] == length else (0, columns[1])  # they count from the left
+        for value in targets.values():
+            if isinstance(value, Tensor) and value.is_floating_point() and value.shape[1:2] == (length,):
+                return None, 0  # one number for each class, or for each token
+        return columns, length
 
     def _differs(
         self, out: Any, alone: Any, index: int, columns: tuple[int, int] | None, length: int
     ) -> Tensor | None:
         """``[]`` bool on the device; None where there is nothing to compare."""
         dtype = self._precision()
-        if self._kwargs.get("labels") is not None:
-            here, there = _losses(out), _losses(alone)
-            if here is None or there is None or here.dim() != 1 or there.numel() != 1:
+        here, there = loss_of(out), loss_of(alone)
+        if targets_of(self._kwargs) and not (here is None and "labels" not in self._kwargs):
+            if not (isinstance(here, Tensor) and isinstance(there, Tensor)) or here.dim() != 1 or there.numel() != 1:
                 return None  # refused elsewhere: not per-example losses
             return _apart(here[index].detach().reshape(1), there.reshape(1), LOSS_TOLERANCE[dtype], floor=1.0)
         wrong = None
@@ -206,11 +218,6 @@ def _released_buffers(model: nn.Module) -> dict[str, tuple[int, int, int]]:
                 pointer = 0 if buffer.device.type == "meta" else buffer.data_ptr()
                 found[f"{path}.{name}".lstrip(".")] = (id(buffer), buffer._version, pointer)
     return found
-
-
-def _losses(out: Any) -> Tensor | None:
-    losses = out[0] if isinstance(out, tuple) else getattr(out, "loss", None)
-    return losses if isinstance(losses, Tensor) else None
 
 
 def _tensors(out: Any) -> list[Tensor]:

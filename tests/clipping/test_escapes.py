@@ -152,12 +152,12 @@ def test_a_norm_whose_products_overflow_contributes_nothing() -> None:
         assert factors[:2].gt(0).all() and factors[2:].eq(0).all()
 
 
-def test_a_question_answering_head_is_refused_by_name() -> None:
+def test_targets_by_position_are_refused_by_name() -> None:
     sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = dpft.wrap(BertForQuestionAnswering(BertConfig(**sizes, intermediate_size=16)))
     ids, where = torch.randint(0, 50, (3, 6)), torch.tensor([0, 1, 2])
-    with pytest.raises(dpft.ClippingError, match=r"from end_positions, input_ids, start_positions: a mean over the"):
-        model(input_ids=ids, start_positions=where, end_positions=where)
+    with pytest.raises(dpft.ClippingError, match=r"from positional arguments: one over the batch"):
+        model(ids, None, None, None, None, where, where)
     out = model(input_ids=ids)  # and without them it trains
     logits = out.start_logits
     dpft.clipped_loss(model, nn.functional.cross_entropy(logits, where, reduction="none")).backward()

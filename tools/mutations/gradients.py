@@ -10,10 +10,12 @@ ROBUST = ("tests/clipping/test_robustness.py", *GRADIENTS)
 KERNELS = ("tests/kernels",)
 PREPARE = ("tests/test_prepare.py", "tests/test_prepare_refusals.py", "tests/test_prepare_spending.py")
 ESCAPES = ("tests/clipping/test_escapes.py",)
+LOSSES, HEADS = ("tests/models/test_losses.py",), ("tests/models/test_heads.py",)
 
 _LINEAR, _EMBEDDING = "dpft/kernels/linear.py", "dpft/kernels/embedding.py"
 _GRAM, _PROBE = "dpft/kernels/gram.py", "dpft/clipping/probe.py"
 _WEIGHTED, _FACTORS = "dpft/kernels/weighted.py", "dpft/clipping/factors.py"
+_LOSSES, _TARGETS = "dpft/models/losses.py", "dpft/models/targets.py"
 _PASSES, _BOUNDARY, _GUARD = "dpft/clipping/passes.py", "dpft/clipping/boundary.py", "dpft/clipping/guard.py"
 
 GRADIENT_MUTATIONS = (
@@ -262,5 +264,54 @@ GRADIENT_MUTATIONS = (
         "None if finite else (factors == 0).unsqueeze(1))",
         "None)",
         (*KERNELS, *ROBUST),
+    ),
+    # the losses of heads
+    Mutation(
+        "divided_by_batch_tokens",
+        "a loss is divided by the number of targets in the batch",
+        _LOSSES,
+        "    total = sizes.reshape(batch, -1).sum(1)\n",
+        "    total = sizes.sum() / batch\n",
+        (*LOSSES, *HEADS),
+    ),
+    Mutation(
+        "items_in_batch_used",
+        "the number of targets in the batch reaches the loss",
+        "dpft/models/forward.py",
+        '            kwargs.pop("num_items_in_batch", None)\n',
+        "",
+        HEADS,
+    ),
+    Mutation(
+        "any_target_taken",
+        "a loss of selected tokens is cut into equal parts",
+        _LOSSES,
+        "        elif not of_examples:\n",
+        "        elif False:\n",
+        LOSSES,
+    ),
+    Mutation(
+        "permutation_followed",
+        "labels in another order are taken for the batch's",
+        _TARGETS,
+        "(index != torch.arange(self._batch, device=index.device))",
+        "(index != index)",
+        LOSSES,
+    ),
+    Mutation(
+        "answers_in_padding",
+        "the padding of a text is among the candidates for an answer",
+        _LOSSES,
+        "        if func is F.cross_entropy and self._rows.is_position(",
+        "        if False and self._rows.is_position(",
+        HEADS,
+    ),
+    Mutation(
+        "terms_added_to_losses",
+        "a model adds a term of the batch to each example's loss",
+        _LOSSES,
+        "isinstance(other, int | float)",
+        "True",
+        LOSSES,
     ),
 )
