@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from tools.base_model import encoder
 from tools.base_model.training import train
 from tools.common.command_line import Parser
 
@@ -14,9 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def main(description: str | None, argv: list[str] | None = None) -> None:
     """Read the command line and train."""
     parser = Parser("train_base_model", description)
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "recipes" / "assets" / "base_model", help="folder to write"
-    )
+    parser.add_argument("--encoder", action="store_true", help="a BERT, by masked tokens, instead of the Llama")
+    parser.add_argument("--output", type=Path, help="folder to write (default: the one in recipes/assets)")
     parser.add_argument("--vocab-size", type=int, default=1024, help="tokens of the BPE (default %(default)s)")
     parser.add_argument("--hidden", type=int, default=96, help="width (default %(default)s)")
     parser.add_argument("--intermediate", type=int, default=256, help="width inside the MLP (default %(default)s)")
@@ -36,4 +36,9 @@ def main(description: str | None, argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     words = sys.argv[1:] if argv is None else argv
     args.command_line = [w for w in words if "output" not in w] if "--output" not in words else []
-    train(args)
+    if args.output is None:
+        args.output = ROOT / "recipes" / "assets" / ("encoder" if args.encoder else "base_model")
+    if args.encoder:
+        encoder.train(args)
+    else:
+        train(args)

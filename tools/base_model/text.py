@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pydoc_data.topics import topics
+from types import MappingProxyType
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -13,6 +15,7 @@ REPEATS_DOCSTRINGS = frozenset({"debugger"})
 
 
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"}
+MASK = {"mask_token": "<mask>"}  # an encoder's, besides
 
 
 def split_topics(held_out_share: float = 0.1) -> tuple[list[str], list[str]]:
@@ -34,16 +37,20 @@ def split_topics(held_out_share: float = 0.1) -> tuple[list[str], list[str]]:
     return train, held_out
 
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: list[str], vocab_size: int, more: Mapping[str, str] = MappingProxyType({})
+) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE, which has a token for every byte and so no unknown text.
 
     Args:
         texts: public texts.
-        vocab_size: number of tokens, the three special ones included.
+        vocab_size: number of tokens, the special ones included.
+        more: special tokens besides :data:`SPECIAL`.
 
     Returns:
         A tokenizer that puts ``<bos>`` in front, as Llama's does; whoever needs ``<eos>`` appends it.
     """
+    special = {**SPECIAL, **more}
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -51,7 +58,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
         texts,
         trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=list(SPECIAL.values()),
+            special_tokens=list(special.values()),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         ),
@@ -59,7 +66,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     bpe.post_processor = processors.TemplateProcessing(
         single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", bpe.token_to_id("<bos>"))]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=1024, padding_side="right", **SPECIAL)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=1024, padding_side="right", **special)
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
