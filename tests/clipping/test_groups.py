@@ -43,12 +43,12 @@ def reference(entry: zoo.Entry, batch: dict[str, Tensor], ids: list[int], weight
     return total
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("strategy", ["one_pass", "two_pass", "per_example"])
 @pytest.mark.parametrize("order", IDS)
 @pytest.mark.parametrize("entry", [zoo.LLAMA, zoo.GPT2], ids=lambda entry: entry.name)
-def test_clipped_sum(entry: zoo.Entry, order: str, strategy: str, checkpointing: bool) -> None:
-    """GPT-2's embeddings are tied to its head, and its positions are shared by all rows."""
+def test_clipped_sum(entry: zoo.Entry, order: str, strategy: str) -> None:
+    """GPT-2's embeddings are tied to its head, and its positions are shared by all rows; uneven rows checkpointed."""
+    checkpointing = order == "uneven"
     ids = IDS[order]
     batch = zoo.token_batch(6, 9)
     weights = torch.ones(max(ids) + 1)
