@@ -1,0 +1,164 @@
+"""Ways to train by Trainer: bf16, checkpointing, adapters, seq2seq with generation, optimisers, columns, callbacks."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+
+import dpft
+from tests import zoo
+from tests.trainer import setups
+from tests.trainer.test_trainer import COUNT, data, trainer_of
+from tests.training import collate
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"bf16": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"optim": "adamw_torch", "weight_decay": 0.1, "warmup_steps": 1, "lr_scheduler_type": "cosine"},
+        {"optim": "adafactor"},
+        {"optim": "rmsprop"},
+        {"torch_empty_cache_steps": 1, "logging_first_step": True, "eval_on_start": True},
+    ],
+    ids=lambda args: " ".join(args),
+)
+def test_it_trains(args: dict[str, Any], tmp_path: Path) -> None:
+    privacy = setups.whole_data(COUNT, noise_multiplier=1.0, num_steps=2)
+    trainer = trainer_of(tmp_path, privacy=privacy, args={"learning_rate": 1e-2, **args})
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train()
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+    moved = [not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True)]
+    assert all(moved), "each parameter gets noise"
+    assert trainer.private_loader.privacy.steps == 2
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("optim", ["adamw_bnb_8bit", "lion_8bit"])
+def test_optimisers_of_8_bits(optim: str, tmp_path: Path) -> None:
+    trainer = trainer_of(tmp_path, args={"optim": optim, "learning_rate": 1e-3})
+    trainer.train()
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+def test_adapters(tmp_path: Path) -> None:
+    """The checkpoint and what is saved are PEFT's; only adapters move."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(zoo.LLAMA.build(), config)
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    args = {"save_strategy": "steps", "save_steps": 1}
+    trainer = trainer_of(tmp_path, model=model, args=args, privacy=setups.whole_data(COUNT, num_steps=2))
+    trainer.train()
+    now = dict(model.named_parameters())
+    assert all(torch.equal(now[name], value) for name, value in frozen.items())
+    saved = PeftModel.from_pretrained(zoo.LLAMA.build(), tmp_path / "out" / "checkpoint-2")
+    for name, value in saved.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_seq2seq_with_generation(tmp_path: Path) -> None:
+    """Exact by example, and predictions are generated."""
+    torch.manual_seed(0)
+    config = hf.BartConfig(
+        vocab_size=zoo.VOCAB,
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        max_position_embeddings=32,
+        dropout=0.0,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        forced_eos_token_id=None,
+    )
+    model = hf.BartForConditionalGeneration(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(5.0)
+    plain = hf.BartForConditionalGeneration(config)
+    plain.load_state_dict(model.state_dict())
+    args = setups.arguments(
+        hf.Seq2SeqTrainingArguments, tmp_path / "out", predict_with_generate=True, generation_max_length=6
+    )
+    rows = [{k: v for k, v in row.items() if k in ("input_ids", "attention_mask", "labels")} for row in data()]
+    trainer: Any = dpft.private_trainer(hf.Seq2SeqTrainer)(
+        model=model, args=args, train_dataset=rows, data_collator=collate, privacy=setups.whole_data(COUNT)
+    )
+    found = setups.moved(model, trainer.train)
+    losses = [lambda row=row: plain(**collate([row])).loss for row in rows]
+    setups.assert_same(found, setups.clipped_mean(plain, losses))
+    assert trainer.predict(rows[:2]).predictions.shape[0] == 2
+
+
+def test_columns_that_the_model_does_not_take_are_left_out(tmp_path: Path) -> None:
+    """As Trainer does: also a ``label``, of which the collator makes ``labels``."""
+    records = [
+        {"input_ids": row["input_ids"].tolist(), "name": f"record {i}", "label": i % 2} for i, row in enumerate(data())
+    ]
+    model = hf.BertForSequenceClassification(
+        hf.BertConfig(
+            vocab_size=zoo.VOCAB,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=32,
+        )
+    )
+    for dataset in (Dataset.from_list(records), records):
+        trainer = dpft.DPTrainer(
+            model=model,
+            args=setups.arguments(hf.TrainingArguments, tmp_path / type(dataset).__name__, learning_rate=1e-3),
+            train_dataset=dataset,
+            processing_class=setups.tokenizer(),
+            privacy=setups.whole_data(COUNT),
+        )
+        trainer.train()
+        assert trainer.private_loader is not None
+        trainer.private_loader.privacy.close()
+        dpft.unwrap(model)
+
+
+class Counting(hf.TrainerCallback):
+    """How often each event was."""
+
+    def __init__(self) -> None:
+        self.steps = self.saves = self.epochs = self.logs = 0
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.steps += 1
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        self.saves += 1
+
+    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.epochs += 1
+
+    def on_log(self, *args: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        self.logs += "loss" in logs
+
+
+def test_callbacks_are_called_by_steps_and_epochs(tmp_path: Path) -> None:
+    """Three epochs of two steps each, whatever the number of physical batches in a step."""
+    counting = Counting()
+    privacy = setups.whole_data(COUNT, expected_batch_size=3, num_steps=None, num_epochs=3.0)
+    args = {"logging_steps": 2, "save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 1}
+    trainer = trainer_of(tmp_path, privacy=privacy, args=args, callbacks=[counting])
+    trainer.train()
+    assert (counting.steps, counting.logs, counting.saves, counting.epochs) == (6, 3, 2, 3)
+    names = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))
+    assert names == ["checkpoint-3", "checkpoint-6"]
