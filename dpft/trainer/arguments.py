@@ -23,7 +23,7 @@ _WORKS = """
     weight_decay adam_beta1 adam_beta2 adam_epsilon optim_target_modules bf16 bf16_full_eval fp16_full_eval tf32
     activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs
     use_cache torch_empty_cache_steps logging_strategy logging_steps logging_first_step log_on_each_node
-    logging_nan_inf_filter log_level log_level_replica disable_tqdm report_to run_name project trackio_space_id
+    logging_nan_inf_filter log_level log_level_replica disable_tqdm run_name project trackio_space_id
     trackio_bucket_id trackio_static_space_id eval_strategy eval_steps eval_delay per_device_eval_batch_size
     prediction_loss_only eval_on_start eval_do_concat_batches eval_use_gather_object eval_accumulation_steps
     include_for_metrics batch_eval_metrics save_only_model save_strategy save_steps save_on_each_node save_total_limit
@@ -40,6 +40,7 @@ WORKS = frozenset(_WORKS.split())
 
 # Optimisers that step in the backward, parameter by parameter, before there is a clipped sum; or that must be told of
 # train and eval mode, which a DPOptimizer does not pass on.
+_LOCAL_TRACKERS = ("none", "tensorboard")
 _STEPS_IN_BACKWARD = ("lomo", "adalomo")
 _REFUSED_OPTIMISERS = {
     **dict.fromkeys(_STEPS_IN_BACKWARD, "it steps within the backward, before gradients are summed and noised"),
@@ -132,6 +133,17 @@ def _hub(args: Any, privacy: PrivacyConfig) -> str | None:
     return None
 
 
+def _trackers(args: Any, privacy: PrivacyConfig) -> str | None:
+    elsewhere = [name for name in args.report_to or [] if name not in _LOCAL_TRACKERS]
+    if elsewhere:
+        logger.warning(
+            "report_to=%s sends training losses and metrics, computed from private records without noise, to another "
+            "machine: no epsilon covers them, and whoever reads them there must be allowed to read the records",
+            elsewhere,
+        )
+    return None
+
+
 RULES: dict[str, Rule] = {
     "max_steps": _steps,
     "num_train_epochs": lambda args, privacy: None,  # set with max_steps: see set_steps
@@ -171,6 +183,7 @@ RULES: dict[str, Rule] = {
     ),
     "debug": _refuse("debug", "", "It prints activations of private records."),
     "hub_strategy": _hub,
+    "report_to": _trackers,
 }
 
 

@@ -33,6 +33,7 @@ BEST_CHOSEN = (
     "the published weights were chosen among checkpoints by an evaluation metric (load_best_model_at_end): if its "
     "data are private, that choice is covered by no epsilon"
 )
+_METRICS = ("trainer_state.json", "*_results.json", "comparison.json", "runs")
 # Keys of the logs that depend on no record.
 _PUBLIC = frozenset({"epoch", "step", "epsilon", "learning_rate"})
 
@@ -294,6 +295,21 @@ class PrivateMixin:
                 folder = Path(output_dir or self.args.output_dir)
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / REPORT).write_text(json.dumps(report, indent=2), encoding="utf-8")
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, which publishes all of ``output_dir``, unless there are metrics in it.
+
+        Raises:
+            PrivacyConfigError: names the files, whose values were computed from records without noise.
+        """
+        folder = Path(self.args.output_dir)
+        found = sorted(path.name for pattern in _METRICS for path in folder.glob(pattern))
+        if self.private_loader is not None and found:
+            raise PrivacyConfigError(
+                f"push_to_hub publishes all of {str(folder)!r}, and {found} hold losses or metrics that were computed "
+                "from records without noise. Move them elsewhere first (save_state, save_metrics write them)."
+            )
+        return super().push_to_hub(*args, **kwargs)  # type: ignore[misc]  # of the Trainer
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As Trainer's, without the results that no epsilon covers, and with the privacy statement."""

@@ -47,7 +47,7 @@ def test_every_field_is_sorted() -> None:
     assert not WORKS & RULES.keys()
     assert RULES.keys() == REFUSED.keys() | {
         *("max_steps", "num_train_epochs", "optim", "ignore_data_skip", "average_tokens_across_devices"),
-        "hub_strategy",
+        *("hub_strategy", "report_to"),
     }
 
 
@@ -89,6 +89,15 @@ def test_what_is_set_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
         apply_rules(args, whole_data(6))
     assert args.ignore_data_skip and not args.average_tokens_across_devices
     assert "ignore_data_skip set to True" in caplog.text and "average_tokens_across_devices set" in caplog.text
+
+
+def test_losses_that_leave_the_machine_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    args = made(tmp_path)
+    for trackers, said in ((["tensorboard"], False), (["tensorboard", "wandb"], True)):
+        args.report_to = trackers
+        caplog.clear()
+        apply_rules(args, whole_data(6))
+        assert ("['wandb'] sends training losses" in caplog.text) == said
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,14 @@ def test_a_step_is_the_clipped_mean(tmp_path: Path) -> None:
     setups.assert_same(found, setups.clipped_mean(plain, [lambda row=row: plain(**row).loss for row in rows()]))
 
 
+def test_the_noisy_sum_is_not_clipped(tmp_path: Path) -> None:
+    """TrainingArguments' max_grad_norm is 1; noise of standard deviation 100 / 6 in every entry stays as it is."""
+    privacy = setups.whole_data(COUNT, noise_multiplier=1.0, max_grad_norm=100.0)
+    trainer = trainer_of(tmp_path, privacy=privacy, args={"learning_rate": setups.RATE})
+    found = torch.cat([t.flatten() for t in setups.moved(trainer.model, trainer.train)])
+    assert float(found.std()) == pytest.approx(100 / COUNT, rel=0.1)
+
+
 def smoothed(logits: Tensor, labels: Tensor) -> Tensor:
     """transformers' label smoothing of one example by 0.1, from its formula."""
     log_p = torch.log_softmax(logits[:, :-1], -1)
@@ -141,6 +149,19 @@ def test_what_is_written(tmp_path: Path) -> None:
     assert "## Privacy statement" in card and f"{trainer.epsilon:.4g}" in card
     assert not any(f"{row['loss']:.4f}" in card for row in steps) and "eval_loss" not in card
     assert len(trainer.predict(data()[:3]).predictions) == 3
+
+
+def test_metrics_are_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed: list[bool] = []
+    monkeypatch.setattr(hf.Trainer, "push_to_hub", lambda self, *args, **kwargs: pushed.append(True))
+    trainer = trainer_of(tmp_path)
+    trainer.train()
+    trainer.push_to_hub()
+    trainer.save_state()
+    trainer.save_metrics("eval", {"eval_loss": 1.0})
+    with pytest.raises(PrivacyConfigError, match=r"all_results\.json.*eval_results\.json.*trainer_state\.json"):
+        trainer.push_to_hub()
+    assert pushed == [True]
 
 
 def test_a_best_model_is_in_the_statement(tmp_path: Path) -> None:

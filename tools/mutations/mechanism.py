@@ -158,7 +158,14 @@ MECHANISM_MUTATIONS = (
         "np.sort(logical)",
         SAMPLER,
     ),
-    Mutation("padding_has_weight", "padding rows count", _LOADER, "weight[len(examples) - padding :] = 0.0", "pass", LOADER),
+    Mutation(
+        "padding_has_weight",
+        "padding rows count",
+        _LOADER,
+        "weight[len(examples) - padding :] = 0.0",
+        "pass",
+        LOADER,
+    ),
     # accounting and ledger
     Mutation(
         "one_step_less",
