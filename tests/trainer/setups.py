@@ -112,17 +112,17 @@ def moved(model: nn.Module, train: Callable[[], Any]) -> list[Tensor]:
     return [(b - p.detach()) / RATE for b, p in zip(before, trained, strict=True)]
 
 
-def clipped_mean(model: nn.Module, losses: list[Callable[[], Tensor]]) -> list[Tensor]:
+def clipped_mean(model: nn.Module, losses: list[Callable[[], Tensor]], clip: float = CLIP) -> list[Tensor]:
     """The mean of clipped gradients: each loss alone, of a plain model."""
     trained = [p for p in model.parameters() if p.requires_grad]
     total = [torch.zeros_like(p) for p in trained]
     for loss in losses:
         grads = torch.autograd.grad(loss(), trained, allow_unused=True)
         norm = torch.stack([g.square().sum() for g in grads if g is not None]).sum().sqrt()
-        assert norm > CLIP, "the example would not be clipped, and its scale not be tested"
+        assert norm > clip, "the example would not be clipped, and its scale not be tested"
         for t, g in zip(total, grads, strict=True):
             if g is not None:
-                t += g * (CLIP / norm) / len(losses)
+                t += g * (clip / norm) / len(losses)
     return total
 
 

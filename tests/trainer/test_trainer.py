@@ -36,20 +36,16 @@ def rows() -> list[dict[str, Tensor]]:
     return [collate([item]) for item in data()]
 
 
-def test_a_step_is_the_clipped_mean(tmp_path: Path) -> None:
-    """The max_grad_norm of TrainingArguments, 1.0, does not clip it again, nor is it averaged over tokens."""
-    trainer = trainer_of(tmp_path)
+@pytest.mark.parametrize("clip", [setups.CLIP, 0.5])
+def test_a_step_is_the_clipped_mean(clip: float, tmp_path: Path) -> None:
+    """The max_grad_norm of TrainingArguments, 1.0, does not clip their sum, nor is it averaged over tokens."""
+    trainer = trainer_of(tmp_path, privacy=setups.whole_data(COUNT, max_grad_norm=clip))
     found = setups.moved(trainer.model, trainer.train)
     plain = zoo.LLAMA.build()
-    setups.assert_same(found, setups.clipped_mean(plain, [lambda row=row: plain(**row).loss for row in rows()]))
-
-
-def test_the_noisy_sum_is_not_clipped(tmp_path: Path) -> None:
-    """TrainingArguments' max_grad_norm is 1; noise of standard deviation 100 / 6 in every entry stays as it is."""
-    privacy = setups.whole_data(COUNT, noise_multiplier=1.0, max_grad_norm=100.0)
-    trainer = trainer_of(tmp_path, privacy=privacy, args={"learning_rate": setups.RATE})
-    found = torch.cat([t.flatten() for t in setups.moved(trainer.model, trainer.train)])
-    assert float(found.std()) == pytest.approx(100 / COUNT, rel=0.1)
+    expected = setups.clipped_mean(plain, [lambda row=row: plain(**row).loss for row in rows()], clip)
+    total = torch.cat([COUNT * t.flatten() for t in expected]).norm()
+    assert (total > trainer.args.max_grad_norm) == (clip == 0.5), "only one of the two sums would be clipped again"
+    setups.assert_same(found, expected)
 
 
 def smoothed(logits: Tensor, labels: Tensor) -> Tensor:
