@@ -103,7 +103,8 @@ class PrivateMixin:
         if self.train_dataset is None:
             raise ValueError("Trainer: training requires a train_dataset.")
         rate = self.privacy.rate(len(self.train_dataset))
-        return Steps(self.train_dataset, max(1, math.ceil(1 / rate - 1e-9)), self._prepared_loader)
+        per_epoch = max(1, math.ceil(1 / rate - 1e-9))
+        return Steps(self.train_dataset, per_epoch, lambda: int(self.state.global_step), self._prepared_loader)
 
     def _prepared_loader(self) -> PrivateDataLoader:
         assert self.private_loader is not None

@@ -27,11 +27,14 @@ class Steps:
     Args:
         dataset: the training examples, whose number Trainer logs.
         per_epoch: logical batches of one epoch, in expectation.
+        done: steps of the training so far; a resume may begin within an epoch, which then ends where it would have.
         loader: of ``dpft.prepare``; set when the model is prepared, as Trainer asks for the length earlier.
     """
 
-    def __init__(self, dataset: Any, per_epoch: int, loader: Callable[[], PrivateDataLoader]) -> None:
-        self.dataset, self._per_epoch, self._loader = dataset, per_epoch, loader
+    def __init__(
+        self, dataset: Any, per_epoch: int, done: Callable[[], int], loader: Callable[[], PrivateDataLoader]
+    ) -> None:
+        self.dataset, self._per_epoch, self._done, self._loader = dataset, per_epoch, done, loader
         self._physical: Iterator[dict[str, Any]] | None = None
 
     def __len__(self) -> int:
@@ -41,7 +44,7 @@ class Steps:
         loader = self._loader()
         if self._physical is None:
             self._physical = iter(loader)
-        for _ in range(self._per_epoch):
+        for _ in range(self._per_epoch - self._done() % self._per_epoch):
             if loader.privacy.steps >= loader.privacy.last_step:
                 loader.privacy.check_start()  # a new training on a full ledger must not end as if it had trained
                 return

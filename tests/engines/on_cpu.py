@@ -33,11 +33,16 @@ def use_cpu() -> None:
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}  # only inference uses what it would build
 
 
+class OnCPU(Accelerator):
+    """With DeepSpeed, the given optimiser is not replaced by one that is compiled first."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if self.state.deepspeed_plugin is not None:
+            self.state.deepspeed_plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
+
+
 def make_accelerator(**options: Any) -> Accelerator:
-    """An Accelerator on the CPU; with DeepSpeed, the given optimiser is not replaced by one that is compiled first."""
+    """An Accelerator on the CPU."""
     use_cpu()
-    accelerator = Accelerator(**options)
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None:
-        plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
-    return accelerator
+    return OnCPU(**options)

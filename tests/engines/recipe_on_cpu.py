@@ -17,18 +17,13 @@ from typing import Any
 
 import accelerate
 from tests.engines.launching import ROOT
-from tests.engines.on_cpu import use_cpu
+from tests.engines.on_cpu import OnCPU, use_cpu
 
 FAULT: list[str] = []
 
 
-class OnCPU(accelerate.Accelerator):
-    """With DeepSpeed, the given optimiser is not replaced by one that is compiled first."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        if self.state.deepspeed_plugin is not None:
-            self.state.deepspeed_plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
+class Faulty(OnCPU):
+    """With the fault that was asked for."""
 
     def save_state(self, output_dir: Any = None, *args: Any, **options: Any) -> Any:
         """As Accelerate's, or the fault."""
@@ -44,7 +39,7 @@ class OnCPU(accelerate.Accelerator):
 
 if __name__ == "__main__":
     use_cpu()
-    setattr(accelerate, "Accelerator", OnCPU)  # noqa: B010  # what the recipe imports; a class is no variable to mypy
+    setattr(accelerate, "Accelerator", Faulty)  # noqa: B010  # what the recipe imports; a class is no variable to mypy
     sys.path.insert(0, str(ROOT / "recipes"))
     if sys.argv[1] == "--fault":
         FAULT += sys.argv[2].split(":")

@@ -162,3 +162,31 @@ def test_callbacks_are_called_by_steps_and_epochs(tmp_path: Path) -> None:
     assert (counting.steps, counting.logs, counting.saves, counting.epochs) == (6, 3, 2, 3)
     names = sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*"))
     assert names == ["checkpoint-3", "checkpoint-6"]
+
+
+class Ends(hf.TrainerCallback):
+    """At which steps epochs ended; stops after three steps if asked to, as if the training had been interrupted."""
+
+    def __init__(self, stop: int | None = None) -> None:
+        self.at: list[int] = []
+        self.stop = stop
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.at.append(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = control.should_training_stop or state.global_step == self.stop
+
+
+def test_a_resumed_epoch_ends_where_it_would_have(tmp_path: Path) -> None:
+    """Epochs of two steps; resumed after the third step."""
+    privacy = setups.whole_data(COUNT, expected_batch_size=3, num_steps=None, num_epochs=3.0)
+    args = {"save_strategy": "steps", "save_steps": 1}
+    first, second = Ends(stop=3), Ends()
+    trainer = trainer_of(tmp_path, privacy=privacy, args=args, callbacks=[first])
+    trainer.train()
+    trainer.private_loader.privacy.close()
+    assert first.at == [2, 3]
+    resumed = trainer_of(tmp_path, privacy=privacy, args=args, callbacks=[second])
+    done = resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    assert second.at == [4, 6] and done.global_step == 6 and resumed.private_loader.privacy.steps == 6

@@ -23,9 +23,9 @@ import transformers.trainer
 from torch import Tensor
 
 import dpft
-from accelerate import Accelerator
 from tests import zoo
-from tests.engines.on_cpu import make_accelerator, use_cpu
+from tests.engines.on_cpu import OnCPU, make_accelerator, use_cpu
+from tests.training import collate
 
 EXAMPLES, STEPS, SAVED, RATE, SEED = 14, 4, 2, 0.05, 5
 PRIVACY = dpft.PrivacyConfig(
@@ -37,20 +37,6 @@ def examples() -> list[dict[str, Tensor]]:
     """The zoo's token batch, one dictionary each."""
     batch = zoo.token_batch(EXAMPLES, 9, seed=3)
     return [{name: value[i] for name, value in batch.items()} for i in range(EXAMPLES)]
-
-
-def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The collator that a user would write."""
-    return {name: torch.stack([item[name] for item in items]) for name in items[0]}
-
-
-class OnCPU(Accelerator):
-    """With DeepSpeed, the given optimiser is not replaced by one that is compiled first."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        if self.state.deepspeed_plugin is not None:
-            self.state.deepspeed_plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
 
 
 class KilledCallback(transformers.TrainerCallback):
@@ -162,6 +148,7 @@ def by_pairs(folder: Path) -> None:
             torch.save(dict(weights), folder / f"{strategy}.pt")
         loader.privacy.close()
         accelerator.free_memory()
+    accelerator.end_training()
 
 
 def main() -> None:
@@ -179,6 +166,7 @@ def main() -> None:
     if accelerator.is_main_process:
         torch.save(dict(weights), folder / f"{way}.pt")
         (folder / f"{way}.json").write_text(json.dumps(facts))
+    accelerator.end_training()  # a process that leaves its group's threads behind may be aborted at its end
 
 
 if __name__ == "__main__":
