@@ -22,6 +22,7 @@ def test_exact(entry: zoo.Entry, strategy: str) -> None:
     check(case_of(entry), strategy=strategy)
 
 
+@pytest.mark.slow  # as the others in all else: the checkpoints of one head are like the next one's
 @norm_strategies
 @pytest.mark.parametrize("entry", heads.EXACT, ids=str)
 def test_exact_checkpointed(entry: zoo.Entry, strategy: str) -> None:

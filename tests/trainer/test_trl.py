@@ -123,6 +123,7 @@ def commands(module: Any) -> list[list[str]]:
     return [command.replace("\\\n", " ").replace("'", "").split() for command in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1], ids=["full", "lora"])
 @pytest.mark.parametrize("script", ["sft", "dpo"])
 def test_the_commands_of_trl(script: str, number: int, tmp_path: Path) -> None:
