@@ -105,7 +105,7 @@ def prepare(
     def check() -> Kind:
         kind = check_accelerator(accelerator)
         check_model(accelerator, kind, model, optimizer)
-        _check_dataset(dataset)
+        check_dataset(dataset)
         if max_physical_batch_size != "auto":
             _check_whole("max_physical_batch_size", max_physical_batch_size, 1)
         elif clipping != "flash" or strategy != "auto":
@@ -337,7 +337,12 @@ def _test_secret(seed: int, run: PrivacyRun) -> bytes:
     return seed.to_bytes(16, "big", signed=True) + run.steps.to_bytes(8, "big")
 
 
-def _check_dataset(dataset: Any) -> None:
+def check_dataset(dataset: Any) -> None:
+    """Refuse what batches cannot be drawn from at random.
+
+    Raises:
+        PrivacyConfigError: a DataLoader, a stream, a dictionary of splits, or nothing; says what to pass.
+    """
     if isinstance(dataset, torch.utils.data.DataLoader):
         raise PrivacyConfigError(
             "dataset is a DataLoader; expected the dataset itself. Its batches would not be Poisson samples, and the "

@@ -38,9 +38,9 @@ _WORKS = """
 """
 WORKS = frozenset(_WORKS.split())
 
+_LOCAL_TRACKERS = ("none", "tensorboard")
 # Optimisers that step in the backward, parameter by parameter, before there is a clipped sum; or that must be told of
 # train and eval mode, which a DPOptimizer does not pass on.
-_LOCAL_TRACKERS = ("none", "tensorboard")
 _STEPS_IN_BACKWARD = ("lomo", "adalomo")
 _REFUSED_OPTIMISERS = {
     **dict.fromkeys(_STEPS_IN_BACKWARD, "it steps within the backward, before gradients are summed and noised"),

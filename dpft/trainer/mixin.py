@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dpft.errors import DPFTError, PrivacyConfigError
 from dpft.loader import PrivateDataLoader
-from dpft.prepare import prepare
+from dpft.prepare import check_dataset, prepare
 from dpft.privacy import PrivacyConfig, privacy_statement_markdown
 from dpft.trainer import losses
 from dpft.trainer.arguments import apply_rules, set_steps
@@ -86,16 +86,9 @@ class PrivateMixin:
         self._losses = losses.find(self)
         apply_rules(self.args, privacy)
         if self.train_dataset is not None:
-            self._check_dataset()
+            check_dataset(self.train_dataset)
             set_steps(self.args, privacy.steps(len(self.train_dataset)))
         self.add_callback(PrivacyCallback(self))  # type: ignore[attr-defined]  # of the Trainer
-
-    def _check_dataset(self) -> None:
-        if not hasattr(self.train_dataset, "__len__"):
-            raise PrivacyConfigError(
-                f"train_dataset is a {type(self.train_dataset).__name__} without len(): batches are drawn at random "
-                "from all examples. Load a streaming dataset into a datasets.Dataset."
-            )
 
     # ----------------------------------------------------------------------------------------- what Trainer calls
     def get_train_dataloader(self) -> Steps:

@@ -72,7 +72,7 @@ def private_pairs(owner: type) -> Callable[[Any, nn.Module, dict[str, Any]], Ten
         if fused:
             with torch.no_grad():
                 references = _reference(trainer, inputs, pairs)
-            outputs = _fused_outputs(logits, inputs)
+            outputs = _fused_outputs(logits, inputs, trainer.use_weighting)
         else:
             references, outputs = {}, {"logits": logits}
         by_pair = {name: _pairs(value, pairs) for name, value in outputs.items()}
@@ -117,16 +117,17 @@ def _reference(trainer: Any, inputs: dict[str, Any], pairs: int) -> dict[str, Te
     return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
 
-def _fused_outputs(logits: Tensor, inputs: dict[str, Any]) -> dict[str, Tensor]:
+def _fused_outputs(logits: Tensor, inputs: dict[str, Any], weighted: bool) -> dict[str, Tensor]:
     """What TRL's fused head returns, ``[R, T - 1]`` each; what feeds its metrics alone is 0: they are not logged."""
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)[:, 1:].to(logits.device)
     mask = labels != -100
     log_p = torch.log_softmax(logits[:, -labels.shape[1] - 1 : -1].float(), dim=-1)
     chosen = log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     nothing = torch.zeros_like(chosen)
+    sizes = {"log_sum_sq_probs": (2 * log_p.detach()).logsumexp(-1)} if weighted else {}
     return {
+        **sizes,
         "log_probs": torch.where(mask, chosen, 0.0),
-        "log_sum_sq_probs": (2 * log_p.detach()).logsumexp(-1),
         "label_mask": mask,
         "is_top1": nothing.bool(),
         "entropy": nothing.detach(),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from tools.base_model import encoder
-from tools.base_model.training import train
+from tools.base_model.encoder import ENCODER
+from tools.base_model.training import LLAMA, train
 from tools.common.command_line import Parser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +38,4 @@ def main(description: str | None, argv: list[str] | None = None) -> None:
     args.command_line = [w for w in words if "output" not in w] if "--output" not in words else []
     if args.output is None:
         args.output = ROOT / "recipes" / "assets" / ("encoder" if args.encoder else "base_model")
-    if args.encoder:
-        encoder.train(args)
-    else:
-        train(args)
+    train(args, ENCODER if args.encoder else LLAMA)
