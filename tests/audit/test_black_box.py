@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +31,14 @@ def test_what_leaks_is_found_and_what_does_not_is_not() -> None:
     assert "no finite epsilon" in attacked(4.0, claimed=None).statement
 
 
-def test_bound_is_below_the_truth_of_randomised_response() -> None:
-    """Each canary's score is its coin with probability e^eps / (1 + e^eps): exactly (eps, 0)-DP."""
+def test_bound_is_below_the_truth_of_randomised_response(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each canary's score is its coin with probability e^eps / (1 + e^eps): exactly (eps, 0)-DP.
+
+    Equal scores are ordered by chance, which is fixed here: up to 5 in 100 may be above, and 6 were once.
+    """
     above = 0
     for seed in range(100):
+        monkeypatch.setattr(secrets, "randbits", lambda bits, seed=seed: seed)
         rng = np.random.default_rng(seed)
         coins = rng.random(1000) < 0.5
         scores = np.where(rng.random(1000) < 1 / (1 + np.exp(-1.0)), coins, ~coins).astype(float)
