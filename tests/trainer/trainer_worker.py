@@ -166,7 +166,11 @@ def main() -> None:
     if accelerator.is_main_process:
         torch.save(dict(weights), folder / f"{way}.pt")
         (folder / f"{way}.json").write_text(json.dumps(facts))
-    accelerator.end_training()  # a process that leaves its group's threads behind may be aborted at its end
+    accelerator.end_training()
+    # Gloo's threads outlive the group while Trainer's objects refer to it, and one that needs the interpreter when this
+    # has ended aborts the process (seen once in some hundred launches): all is written, so end without the finalisers.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
