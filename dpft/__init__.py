@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from dpft import audit
 from dpft.clipping.passes import BookKeeping
 from dpft.clipping.state import ClipStats
+from dpft.custom import check_rule, register_rule
 from dpft.errors import (
     AccountingError,
     BudgetExceededError,
@@ -58,6 +59,7 @@ __all__ = [
     "WrapError",
     "audit",
     "book_keeping",
+    "check_rule",
     "clipped_loss",
     "explain",
     "plan",
@@ -65,6 +67,7 @@ __all__ = [
     "privacy_report",
     "privacy_statement_markdown",
     "private_trainer",
+    "register_rule",
     "stats",
     "unwrap",
     "wrap",

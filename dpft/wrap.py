@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,20 +21,21 @@ from dpft.errors import ClippingError, UnsupportedModuleError, WrapError
 from dpft.kernels.impl import Impl
 from dpft.models.causal_lm import (
     find_causal_lm,
-    flattening_parameters,
-    is_of_child,
     per_example_causal_lm_losses,
     uses_loss_function,
 )
 from dpft.models.forward import COMPILED, clipped_forward, refuse_unsaved_rng
 from dpft.models.head import Head, leaves_logits_alone
-from dpft.rules.base import EmbeddingUse, LinearUse, MatrixUse, Rule, full_shape
-from dpft.rules.embedding import EmbeddingRule
+from dpft.rules.base import LinearUse
+from dpft.rules.cover import cover, planning_use, refuse_mixing
 from dpft.rules.head import HeadUse
 from dpft.rules.linear import LinearRule
-from dpft.rules.registry import InterceptRule, find_rule
+from dpft.rules.plain_parameters import TrackedRule
+from dpft.rules.registry import find_rule
+from dpft.rules.tracked import Tracked, leaves_of
 
 _STATE, _SITE, _HEAD, _LOSS = "_dpft_state", "_dpft_site", "_dpft_head", "_dpft_loss_owner"
+_TRACKED = TrackedRule()
 _FIXED: dict[str, Strategy] = {"ghost": "two_pass", "fast": "two_pass", "per_sample": "one_pass"}
 
 
@@ -104,15 +106,27 @@ def wrap(
     if isolation not in ("every_step", "default", "off"):
         raise ValueError(f"isolation is {isolation!r}; expected 'every_step', 'default' or 'off'")
     rule = ClipRule(max_grad_norm, clip_function, clip_gamma)
-    _refuse_mixing(model)
+    refuse_mixing(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
         raise UnsupportedModuleError("no parameter of the model requires a gradient; unfreeze what is to be trained")
     covered = clipping != "none" and strategy != "per_example"
-    sites = _cover(model, parameters) if covered else []
-    uses = [use for module, site_rule, keys in sites if (use := _matrix_use(site_rule, module, keys)) is not None]
-    state = ClipState(clipping, fixed or strategy, rule, memory, uses, parameters, flattening_parameters(model), impl)
+    sites, missing = cover(model, parameters) if covered else ([], [])
+    alone = bool(missing) and clipping == "flash" and strategy == "auto"
+    if missing and not alone:
+        raise UnsupportedModuleError(
+            f"{len(missing)} trainable parameters have no per-example gradient rule:\n  "
+            + "\n  ".join(missing)
+            + "\nWrap with strategy='per_example' (or 'auto'), which supports any architecture, write a rule "
+            "(dpft.register_rule), or freeze them with requires_grad_(False)."
+        )
+    if alone:
+        sites = []
+    uses = [use for module, site_rule, keys in sites if (use := planning_use(site_rule, module, keys)) is not None]
+    state = ClipState(clipping, fixed or strategy, rule, memory, uses, parameters, impl=impl)
     state.isolation = isolation
+    if alone:
+        state.run_one_by_one(_reason(missing))
     if clipping != "none":
         guard_parameters(state)
     causal_lm = find_causal_lm(model)
@@ -282,59 +296,12 @@ def _inner(model: nn.Module) -> nn.Module:
     return model
 
 
-def _refuse_mixing(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        mixes = isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(
-            module, nn.modules.instancenorm._InstanceNorm
-        )
-        if mixes or (isinstance(module, nn.modules.instancenorm._InstanceNorm) and module.track_running_stats):
-            raise UnsupportedModuleError(
-                f"{name!r} ({type(module).__name__}) mixes examples or keeps statistics of the batch, which are "
-                "released without noise. Replace it by GroupNorm or LayerNorm."
-            )
-
-
-def _cover(model: nn.Module, parameters: dict[str, nn.Parameter]) -> list[tuple[nn.Module, Rule, dict[str, str]]]:
-    """The sites that cover every trainable parameter, in every module that has it."""
-    canonical = {id(p): name for name, p in parameters.items()}
-    sites, missing = [], []
-    for path, module in model.named_modules():
-        held = module.named_parameters(recurse=False, remove_duplicate=False)
-        own = {name: canonical[id(p)] for name, p in held if id(p) in canonical}
-        if not own:
-            continue
-        rule = find_rule(module)
-        handled = rule.parameters(module) if rule is not None else set()
-        experts = any(part in ("experts", "expert") for part in path.split("."))
-        for name in own:
-            if (name not in handled and not is_of_child(module, name)) or experts:
-                why = " (an expert sees a data-dependent selection of tokens)" if experts else ""
-                missing.append(f"{path}.{name}".lstrip(".") + f": {type(module).__name__}{why}")
-        if rule is not None:
-            sites.append((module, rule, own))
-    if missing:
-        raise UnsupportedModuleError(
-            f"{len(missing)} trainable parameters have no per-example gradient rule:\n  "
-            + "\n  ".join(missing)
-            + "\nWrap with strategy='per_example', which supports any architecture, or freeze them with "
-            "requires_grad_(False)."
-        )
-    return sites
-
-
-def _matrix_use(rule: Rule, module: nn.Module, keys: dict[str, str]) -> MatrixUse | None:
-    """The use of a site's weight matrix, for the choice of a strategy; None if it has none that is trained."""
-    base = rule.rule if isinstance(rule, InterceptRule) else rule
-    weight = module.weight
-    if "weight" not in keys or not isinstance(weight, Tensor) or len(full_shape(weight)) != 2:
-        return None
-    shape = full_shape(weight)
-    if isinstance(base, EmbeddingRule):
-        return EmbeddingUse(keys["weight"], shape[0], shape[1])
-    if isinstance(base, LinearRule):
-        d, p = shape[::-1] if base.transposed else shape
-        return LinearUse(keys["weight"], d, p, base.transposed)
-    return None
+def _reason(missing: list[str]) -> str:
+    """Why, and at what price, examples are processed one by one."""
+    return (
+        f"{len(missing)} trainable parameters have no rule ({missing[0]}{', ...' if len(missing) > 1 else ''}). With "
+        "one (dpft.register_rule), or with them frozen, the examples of a batch would be processed together"
+    )
 
 
 def _chunked_head(causal_lm: nn.Module | None, model: nn.Module) -> nn.Module | None:
@@ -369,7 +336,22 @@ def _site_forward(module: nn.Module, plain: Callable[..., Any], *args: Any, **kw
     if not torch.is_grad_enabled():
         return plain(*args, **kwargs)
     rule, state, keys = module.__dict__[_SITE]
-    return rule.forward(module, state, keys, plain, *args, **kwargs)
+    if state.strategy == "per_example":  # decided after wrapping
+        return plain(*args, **kwargs)
+    with _as_registered(module, keys):
+        if not rule.covers_children and any(isinstance(given, Tracked) for given in leaves_of((args, kwargs))):
+            rule = _TRACKED  # its output is one of parameters alone
+        return rule.forward(module, state, keys, plain, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _as_registered(module: nn.Module, keys: dict[str, str]) -> Iterator[None]:
+    """A module that reads its own parameters, where the code of the module around it reads them as tracked ones."""
+    outside = {name: module.__dict__.pop(name) for name in keys if isinstance(module.__dict__.get(name), Tracked)}
+    try:
+        yield
+    finally:
+        module.__dict__.update(outside)
 
 
 def _head_forward(module: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -377,7 +359,9 @@ def _head_forward(module: nn.Module, plain: Callable[..., Any], *args: Any, **kw
         plain = functools.partial(_site_forward, module, plain)
     if len(args) != 1 or kwargs:
         return plain(*args, **kwargs)
-    return module.__dict__[_HEAD].forward(module, plain, args[0])
+    head = module.__dict__[_HEAD]
+    with _as_registered(module, head.keys):
+        return head.forward(module, plain, args[0])
 
 
 def _model_forward(model: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

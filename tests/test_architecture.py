@@ -18,7 +18,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 MAX_LINES = 400
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The one way that imports go, from top to bottom: a part of dpft may import itself and the parts named in its line.
 _LOW = {"errors"}
 _ARITHMETIC = _LOW | {"kernels", "rules"}
@@ -33,6 +32,7 @@ LAYERS: dict[str, set[str]] = {
     "clipping": _ARITHMETIC,
     "models": _ARITHMETIC | {"clipping"},
     "wrap": _ARITHMETIC | {"clipping", "models"},
+    "custom": _GRADIENT,
     "planning": _GRADIENT,
     "noise": _LOW,
     "optimizer": _LOW | {"noise", "privacy", "clipping"},

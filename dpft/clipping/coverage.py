@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from dpft.errors import UnsupportedModuleError
+from dpft.rules.tracked import unseen_use
 
 # Which inputs of a site node are its parameters; a parameter as another input is data, and its gradient dX.
-_SITES = {
+_SITES: dict[str, Sequence[int]] = {
     "LinearSiteBackward": (1, 2),
     "HeadLossSiteBackward": (1, 2),
     "EmbeddingSiteBackward": (1,),
     "LayerNormSiteBackward": (1, 2),
-    "ExpandSiteBackward": (0,),
+    "ParameterSiteBackward": range(2, 1000),
+    "GradSampleSiteBackward": range(2, 1000),
 }
 
 
@@ -69,6 +71,8 @@ def check_coverage(losses: Tensor, names: dict[int, str] | None) -> bool:
     reentrant = False
     for node, slot, child in walk(root):
         reentrant = reentrant or is_reentrant(node)
+        if child.name() == "UnseenUseBackward":
+            raise unseen_use(child.names)
         variable = getattr(child, "variable", None)
         if isinstance(variable, nn.Parameter):
             _check_leaf(variable, node.name(), slot, names)

@@ -97,12 +97,14 @@ class ClipState:
     Attributes:
         clipping: the mode.
         strategy: as requested; ``"auto"`` is decided per batch shape.
+        one_by_one: why ``"auto"`` has become ``"per_example"``; None if it has not.
         rule: the clip function with C.
         memory: bytes that one-pass may keep beyond one gradient; None depends on the device's free memory.
         uses: the trainable matrices, one entry per module that uses one.
         parameters: trainable parameters by canonical name, as they were when last registered.
         impl: of the norm kernels of linear layers.
-        flattening: names of parameters in modules that are known to get ``[B * T, ...]`` in order.
+        flattening: names of parameters whose layers were given ``[B * T, ...]``.
+        row_len: T, tokens of a row in the last forward.
         backwards: number of clipped backward passes so far.
         broken: one of them failed midway, so ``.grad`` may hold a partial sum; reset when a new loop begins.
         unfinished: the last one did.
@@ -137,6 +139,7 @@ class ClipState:
     active: Pass | None = None
     batch_size: int | None = None
     seq_len: int = 1
+    row_len: int = 1
     trace: Trace = field(default_factory=Trace)
     shared: set[str] = field(default_factory=set)
     isolation: Isolation = "default"
@@ -156,6 +159,7 @@ class ClipState:
     weights: Tensor | None = None
     weights_used: bool = False
     groups: Groups | None = None
+    one_by_one: str | None = None
     engine: Engine | None = None
     decided: Choice | None = None
     head: Head | None = None
@@ -192,6 +196,7 @@ class ClipState:
     def begin(self, shape: torch.Size, groups: Groups | None = None) -> None:
         """Start a forward of the whole model, on an input of this shape, whose examples may have several rows."""
         self.batch_size, self.seq_len, self.input_dim = shape[0], shape[1] if len(shape) > 1 else 1, len(shape)
+        self.row_len = max(1, self.seq_len)
         self.groups = groups
         if groups is not None:
             self.batch_size, self.seq_len = groups.rows, self.seq_len * groups.most
@@ -199,6 +204,11 @@ class ClipState:
     def end(self) -> None:
         """End the forward; a layer that is called on its own later is not part of it."""
         self.batch_size = None
+
+    def run_one_by_one(self, why: str) -> None:
+        """From now on, process one example at a time: it is exact for any architecture."""
+        self.strategy, self.one_by_one, self.decided = "per_example", why, None
+        self.take_trace()
 
     def take_trace(self) -> Trace:
         """The uses since the last clip boundary; the next forward starts with an empty trace."""
@@ -238,6 +248,10 @@ class ClipState:
         """The strategy for a batch of ``batch_size`` examples of ``seq_len`` tokens."""
         if self.decided is not None:
             return self.decided
+        if self.one_by_one is not None:
+            return Choice(
+                "per_example", f"per_example: one example at a time, as in plain training. {self.one_by_one}"
+            )
         if self.strategy != "auto":
             return Choice(self.strategy, f"{self.strategy}: requested")
         shape = (batch_size, seq_len)

@@ -14,11 +14,9 @@ from dpft.models.head import IGNORE_INDEX, losses_of
 from dpft.rules.base import Rule
 from dpft.rules.linear import LinearRule
 from dpft.rules.norm import ElementwiseRule
-from dpft.rules.registry import find_rule, register_matcher
+from dpft.rules.registry import register_matcher
 
 _CAUSAL_LM = re.compile(r"(ForCausalLM|LMHeadModel)$")
-# Modules whose forward flattens [B, T, D] to [B * T, D], in order, before it calls the layers inside.
-_FLATTENS = frozenset({"OPTDecoderLayer"})
 _NORM = re.compile(r"(RMSNorm\w*|LayerNorm)$")
 
 
@@ -81,32 +79,6 @@ def uses_loss_function(model: nn.Module, causal_lm: nn.Module | None) -> bool:
         return False
     code = getattr(inspect.unwrap(type(causal_lm).forward), "__code__", None)
     return code is not None and "loss_function" in code.co_names
-
-
-def is_of_child(module: nn.Module, name: str) -> bool:
-    """Whether a module of transformers holds a parameter that is one of its child's, and a rule covers it there.
-
-    The head of a masked LM (``BertLMPredictionHead``) has its decoder's bias once more. If it used it by itself, the
-    walk of the graph before each backward would find it.
-    """
-    if not type(module).__module__.startswith("transformers."):
-        return False
-    parameter = module._parameters.get(name)
-    for child in module.children():
-        rule = find_rule(child)
-        covered = rule.parameters(child) if rule is not None else ()
-        if any(child._parameters.get(other) is parameter for other in covered):
-            return True
-    return False
-
-
-def flattening_parameters(model: nn.Module) -> set[str]:
-    """Full names of the parameters below a module that is known to flatten batch and time in order."""
-    names = set()
-    for path, module in model.named_modules():
-        if type(module).__name__ in _FLATTENS and type(module).__module__.startswith("transformers."):
-            names |= {f"{path}.{name}" if path else name for name, _ in module.named_parameters()}
-    return names
 
 
 def _match(module: nn.Module) -> Rule | None:

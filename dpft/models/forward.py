@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from dpft.clipping.boundary import clip_boundary, mean_loss
+from dpft.clipping.coverage import check_coverage
 from dpft.clipping.guard import guard_parameters
 from dpft.clipping.state import ClipState
-from dpft.errors import ClippingError
+from dpft.errors import ClippingError, UnsupportedModuleError
 from dpft.models.head import joined
 from dpft.models.isolation import RowCheck
-from dpft.models.losses import WAY_OUT, ExampleLosses, PerExampleLosses, loss_of, with_loss
+from dpft.models.losses import WAY_OUT, ExampleLosses, LossError, PerExampleLosses, loss_of, with_loss
 from dpft.models.rows import row_of
 from dpft.models.targets import several_rows, targets_of
 from dpft.rules.groups import Groups, even_groups, groups_of
@@ -75,8 +76,17 @@ def clipped_forward(
             if choice == "two_pass":
                 refuse_unsaved_rng(state, model)
         run = functools.partial(_run, state, plain)
-        with RowCheck.of_next(state, model, run, args, kwargs, shape[0]) as check:
-            out = run(*args, **kwargs)
+        try:
+            _refuse_router_loss(model, kwargs)
+            with RowCheck.of_next(state, model, run, args, kwargs, shape[0]) as check:
+                out = run(*args, **kwargs)
+            if choice is not None and not state.backwards:
+                _look_ahead(state, out)
+        except (ClippingError, UnsupportedModuleError) as error:
+            if choice is None or isinstance(error, LossError) or not _may_run_one_by_one(state):
+                raise
+            state.run_one_by_one(f"Not together, since {error}")
+            return _forward_each(state, plain, args, kwargs, weights, shape[0], groups)
         if choice is None or _has_no_loss(out, targets):
             _hold_weights(state, weights)
             _refuse_own_loss(out, kwargs)
@@ -87,6 +97,43 @@ def clipped_forward(
         return with_loss(out, clip_boundary(state, losses, weights, choice))
     finally:
         state.end()
+
+
+def _may_run_one_by_one(state: ClipState) -> bool:
+    """Whether a forward that no rule covers may be repeated one example at a time, as nobody has said otherwise.
+
+    Not under an engine, whose other ranks and gathered parameters are in the middle of this forward.
+    """
+    return state.strategy == "auto" and state.clipping == "flash" and state.engine is None
+
+
+def _look_ahead(state: ClipState, out: Any) -> None:
+    """Before the first backward: the checks of its graph that it begins with.
+
+    Raises:
+        UnsupportedModuleError: a parameter is used in another way than its rule sees.
+    """
+    losses = loss_of(out)
+    if _may_run_one_by_one(state) and isinstance(losses, Tensor) and losses.requires_grad:
+        check_coverage(losses, {id(p): name for name, p in state.parameters.items()})
+
+
+def _refuse_router_loss(model: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Refuse the auxiliary loss that balances the load of experts: it is one over all tokens of the batch.
+
+    Raises:
+        ClippingError: says how to turn it off.
+    """
+    asked = kwargs.get("output_router_logits")
+    config = getattr(model, "config", None)
+    if asked is None:
+        asked = getattr(getattr(config, "get_text_config", lambda: None)() or config, "output_router_logits", False)
+    if asked and targets_of(kwargs):
+        raise ClippingError(
+            "output_router_logits is on, which adds a load-balancing loss over all tokens of the batch, so that one "
+            "example's gradient depends on the others. Set model.config.output_router_logits = False, or wrap with "
+            "strategy='per_example', where each example is balanced by itself."
+        )
 
 
 def _run(state: ClipState, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

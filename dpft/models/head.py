@@ -77,6 +77,7 @@ class LazyLogits(Tensor):
 
     made: _Made | None
     _dtype: torch.dtype
+    _inside: torch.dtype
     _make: Callable[[], Tensor]
     _real: Tensor | None
 
@@ -88,13 +89,14 @@ class LazyLogits(Tensor):
         device: torch.device,
         make: Callable[[], Tensor],
         made: _Made | None = None,
+        inside: torch.dtype | None = None,
     ) -> LazyLogits:
         # In the dtype of the losses, whose gradient passes through; .dtype returns that of the logits.
-        inside = torch.promote_types(dtype, torch.float32)
+        inside = inside or torch.promote_types(dtype, torch.float32)
         logits: LazyLogits = Tensor._make_wrapper_subclass(
             cls, shape, dtype=inside, device=device, requires_grad=False
         )
-        logits._dtype, logits._make, logits.made, logits._real = dtype, make, made, None
+        logits._dtype, logits._inside, logits._make, logits.made, logits._real = dtype, inside, make, made, None
         return logits
 
     def materialise(self) -> Tensor:
@@ -113,6 +115,7 @@ class LazyLogits(Tensor):
             self.device,
             make if dtype is not None else lambda: make().detach(),
             self.made,
+            self._inside,
         )
 
     @classmethod

@@ -110,9 +110,13 @@ for _name in ("bool", "float", "int", "eq", "ne", "lt", "le", "gt", "ge", "pow",
     setattr(ExampleLosses, f"__{_name}__", _refused(_name))
 
 
+class LossError(ClippingError):
+    """The losses of a batch cannot be told apart: nothing is trained on what one example alone gives instead."""
+
+
 def _refuse(operation: str) -> NoReturn:
     """Refuse an operation on a model's loss."""
-    raise ClippingError(
+    raise LossError(
         f"the model's forward used its loss in {operation}. For a private training it holds a loss per example, which "
         "can only be added to, or multiplied with, numbers and other such losses: anything else may mix examples. "
         f"{WAY_OUT}"
@@ -186,9 +190,7 @@ class PerExampleLosses(TorchFunctionMode):
         elif func in _WEIGHTED_MEANS and call.get("weight") is not None:
             why = "it divides by the sum of its weights"
         if why:
-            raise ClippingError(
-                f"{func.__name__} in the model's forward cannot be computed per example: {why}. {WAY_OUT}"
-            )
+            raise LossError(f"{func.__name__} in the model's forward cannot be computed per example: {why}. {WAY_OUT}")
 
 
 def _of_classes(weight: Tensor, target: Tensor) -> bool:

@@ -102,8 +102,11 @@ class Host(Protocol):
     active: Pass | None
     tap: Tensor
     batch_size: int | None
+    row_len: int
+    """T: tokens of a row of the model's input."""
     input_dim: int
     flattening: set[str]
+    """Names of the parameters whose layers were given ``[B * T, ...]``."""
     impl: Impl
 
     def hold(self, weight: Tensor) -> AbstractContextManager[None]:
@@ -144,28 +147,63 @@ def rows_of_pass(running: Pass) -> int:
     return running.batch_size if running.groups is None else running.groups.rows
 
 
+def check_rows(host: Host, lead: torch.Size, *sites: str) -> None:
+    """Refuse, in a forward, a tensor of which it is not known which example each row belongs to.
+
+    Known are ``[B, ...]`` and ``[N]``, N a multiple of B * T: the tokens of a batch laid one after the other, as
+    routers, norms of heads and OPT's layers have them. That they are in the batch's order the isolation check proves,
+    as any other order mixes examples. A first dimension of another size may be a selection of tokens in any order.
+
+    Args:
+        host: the wrapped model's state.
+        lead: the leading dimensions of a tensor ``[*lead, features]``.
+        *sites: full names of the parameters whose layer sees it.
+
+    Raises:
+        ClippingError: at once, not in the backward.
+    """
+    if not has_rows(host, lead, *sites):
+        raise _not_the_batch(lead, host.batch_size or 0, sites[0])
+
+
+def has_rows(host: Host, lead: torch.Size, *sites: str) -> bool:
+    """Whether a tensor is one that :func:`check_rows` accepts; if it is flattened, that is noted for the backward."""
+    batch = host.batch_size if host.active is None else rows_of_pass(host.active)
+    if batch is None or batch == 1 or (lead and lead[0] == batch):
+        return True  # all rows of a batch of one are its example's
+    if len(lead) != 1 or lead[0] == 0 or lead[0] % batch:
+        return False
+    # a recomputed forward was checked when it ran first, with its own T
+    if lead[0] % (batch * host.row_len) and not (host.active is not None and host.flattening.issuperset(sites)):
+        return False
+    host.flattening.update(sites)
+    return True
+
+
+def _not_the_batch(lead: torch.Size, batch: int, site: str) -> ClippingError:
+    return ClippingError(
+        f"{site!r} saw a tensor of leading dimensions {list(lead)} in a batch of {batch} rows: its first dimension is "
+        "not the batch, so it is not known which example a row belongs to. Keep the batch in front ([B, T, ...], not "
+        "[T, B, ...] or a selection of tokens), wrap with strategy='per_example', or freeze it."
+    )
+
+
 def per_example(t: Tensor, host: Host, site: str, feature_dims: int = 1) -> Tensor:
     """``t`` as ``[B, T, *features]``; T counts the tokens of all rows of an example.
 
-    Accepts ``[B, ..., *features]`` and, for model code that is known to flatten the first two dimensions (OPT's
-    decoder layer), ``[B * T, *features]`` with the rows of an example contiguous. Elsewhere a first dimension that is
-    a multiple of the batch size is refused, since it may be a selection of tokens in any order.
+    Accepts what :func:`check_rows` has accepted in the forward: ``[B, ..., *features]`` and ``[N, *features]``.
     """
     running = running_pass(host, site)
     batch_size = rows_of_pass(running)
     lead, features = t.shape[: t.dim() - feature_dims], t.shape[t.dim() - feature_dims :]
     rows: Tensor | None = None
-    if lead and lead[0] == batch_size:
-        rows = t.reshape(batch_size, lead[1:].numel(), *features)
+    if lead and (lead[0] == batch_size or batch_size == 1):
+        rows = t.reshape(batch_size, lead.numel() // batch_size, *features)
     elif site in host.flattening and is_flattened(lead, batch_size):
         rows = t.reshape(batch_size, lead[0] // batch_size, *features)
     if rows is not None:
         return rows if running.groups is None else running.groups.join(rows)
-    raise ClippingError(
-        f"{site!r} saw a tensor of shape {list(t.shape)} in a batch of {batch_size} rows: its first dimension is "
-        "not the batch, so it is not known which example a row belongs to. Keep the batch in front ([B, T, ...], not "
-        "[B * T, ...] or [T, B, ...]), wrap with strategy='per_example', or freeze it."
-    )
+    raise _not_the_batch(lead, batch_size, site)
 
 
 def is_flattened(lead: torch.Size, batch_size: int) -> bool:
@@ -268,8 +306,17 @@ class SiteFunction(torch.autograd.Function):
 class Rule(Protocol):
     """How one kind of module reports its per-example gradients to the running pass."""
 
+    @property
+    def covers_children(self) -> bool:
+        """Whether the parameters of the modules inside are this rule's too, so that these get no sites."""
+        ...
+
     def parameters(self, module: nn.Module) -> set[str]:
-        """Names of the module's own parameters that are covered; UnsupportedModuleError for an unsupported option."""
+        """Names within the module of all its parameters, dotted for those of others inside.
+
+        Raises:
+            UnsupportedModuleError: an unsupported option.
+        """
         ...
 
     def forward(

@@ -15,10 +15,13 @@ from dpft.rules.base import (
     Host,
     SiteFunction,
     attribute,
+    check_rows,
     forward_batch_size,
+    has_rows,
     per_example,
     running_pass,
 )
+from dpft.rules.tracked import computed
 
 
 class EmbeddingSite(SiteFunction):
@@ -53,6 +56,10 @@ def is_broadcast(ids: Tensor, batch: int) -> bool:
 def embedding_site(host: Host, keys: dict[str, str], ids: Tensor, w: Tensor, padding_idx: int | None) -> Tensor:
     """Look up ``ids`` through a site node."""
     use = EmbeddingUse(keys["weight"], w.shape[0], w.shape[1], padding_idx)
+    shared = ids.dim() == 1 and host.batch_size is not None and host.input_dim > 1 and len(ids) != host.batch_size
+    if shared and not has_rows(host, ids.shape, use.key):
+        # positions [T] of all rows: their embeddings are the same for all, until something is added to them
+        return computed(host, [use.key], [w], lambda table: F.embedding(ids, table, padding_idx))
     if ids.dim() == 0 or (ids.dim() == 1 and host.batch_size is not None and host.input_dim > 1):
         raise ClippingError(
             f"{use.key!r} looks up ids of shape {list(ids.shape)} in a model whose input has {host.input_dim} "
@@ -60,6 +67,8 @@ def embedding_site(host: Host, keys: dict[str, str], ids: Tensor, w: Tensor, pad
             "[1, T], and one id per example as [B, 1]."
         )
     batch = forward_batch_size(host, ids.shape[0])
+    if not is_broadcast(ids, batch):
+        check_rows(host, ids.shape, use.key)
     # The cross term with a tied head needs ids [B, T]; others are handled like any shared weight.
     host.record_use(use.key, ids if ids.dim() == 2 and ids.shape[0] == batch else None)
     y: Tensor = EmbeddingSite.apply(ids, w, host.tap, host, use, batch)
@@ -68,6 +77,8 @@ def embedding_site(host: Host, keys: dict[str, str], ids: Tensor, w: Tensor, pad
 
 class EmbeddingRule:
     """Rule of ``nn.Embedding``, ``weight [V, D]``; the ``padding_idx`` row receives no gradient."""
+
+    covers_children = False
 
     def parameters(self, module: nn.Module) -> set[str]:
         for option in ("max_norm", "scale_grad_by_freq", "sparse"):
@@ -83,16 +94,3 @@ class EmbeddingRule:
     ) -> Any:
         (ids,) = (*args, *kwargs.values())
         return embedding_site(host, keys, ids, attribute(module, "weight"), attribute(module, "padding_idx"))
-
-    def intercept(self, module: nn.Module, host: Host, keys: dict[str, str], func: Any, args: Any, kwargs: Any) -> Any:
-        """Run a subclass's ``F.embedding`` call with this module's weight through a site; None for any other call."""
-        if func is not F.embedding:
-            return None
-        call: dict[str, Any] = dict(zip(("input", "weight", "padding_idx"), args, strict=False)) | kwargs
-        if call["weight"] is not attribute(module, "weight"):
-            return None
-        self.parameters(module)  # unsupported options may have been set since wrapping
-        padding_idx = call.get("padding_idx")
-        if padding_idx is not None and padding_idx < 0:
-            padding_idx += call["weight"].shape[0]
-        return embedding_site(host, keys, call["input"], call["weight"], padding_idx)

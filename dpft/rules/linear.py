@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -15,6 +14,7 @@ from dpft.rules.base import (
     LinearUse,
     SiteFunction,
     attribute,
+    check_rows,
     per_example,
     running_pass,
 )
@@ -64,6 +64,7 @@ class _Site:
 def linear_site(host: Host, keys: dict[str, str], x: Tensor, w: Tensor, b: Tensor | None, transposed: bool) -> Tensor:
     """Apply a linear map through a site node; under autocast in autocast's dtype, as ``F.linear`` would."""
     out_features, in_features = w.shape[::-1] if transposed else w.shape
+    check_rows(host, x.shape[:-1], *keys.values())
     use = LinearUse(keys.get("weight", keys.get("bias", "")), out_features, in_features, transposed, host.impl)
     if "weight" in keys:
         host.record_use(use.key)
@@ -84,25 +85,16 @@ def linear_site(host: Host, keys: dict[str, str], x: Tensor, w: Tensor, b: Tenso
 class LinearRule:
     """Rule of ``nn.Linear`` (``weight [d, p]``) or, transposed, of ``Conv1D`` (``weight [p, d]``)."""
 
+    covers_children = False
+
     def __init__(self, transposed: bool = False) -> None:
         self.transposed = transposed
 
     def parameters(self, module: nn.Module) -> set[str]:
-        return {"weight", "bias"}
+        return {name for name, p in module._parameters.items() if p is not None}
 
     def forward(
         self, module: nn.Module, host: Host, keys: dict[str, str], plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         (x,) = (*args, *kwargs.values())
         return linear_site(host, keys, x, attribute(module, "weight"), attribute(module, "bias"), self.transposed)
-
-    def intercept(self, module: nn.Module, host: Host, keys: dict[str, str], func: Any, args: Any, kwargs: Any) -> Any:
-        """Run a subclass's ``F.linear`` call with this module's weight through a site; None for any other call."""
-        if func is not F.linear:
-            return None
-        call: dict[str, Any] = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-        if call["weight"] is not attribute(module, "weight"):
-            return None
-        if call.get("bias") is not None and call["bias"] is not attribute(module, "bias"):
-            return None
-        return linear_site(host, keys, call["input"], call["weight"], call.get("bias"), self.transposed)

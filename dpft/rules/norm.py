@@ -15,12 +15,15 @@ from dpft.rules.base import (
     Host,
     SiteFunction,
     attribute,
+    check_rows,
     forward_batch_size,
     full_shape,
     is_flattened,
     per_example,
     running_pass,
 )
+from dpft.rules.parameter import parameter_rows, shadowed, unchanged
+from dpft.rules.tracked import replaced
 
 
 class LayerNormSite(SiteFunction):
@@ -81,8 +84,10 @@ class _LayerNorm:
 class LayerNormRule:
     """Rule of ``nn.LayerNorm``, ``weight`` and ``bias`` of ``normalized_shape``."""
 
+    covers_children = False
+
     def parameters(self, module: nn.Module) -> set[str]:
-        return {"weight", "bias"}
+        return {name for name, p in module._parameters.items() if p is not None}
 
     def forward(
         self, module: nn.Module, host: Host, keys: dict[str, str], plain: Callable[..., Any], *args: Any, **kwargs: Any
@@ -90,27 +95,10 @@ class LayerNormRule:
         (x,) = (*args, *kwargs.values())
         if torch.is_autocast_enabled(x.device.type):
             x = x.float()  # autocast runs layer_norm in float32
-        site = _LayerNorm(host, keys, list(attribute(module, "normalized_shape")), attribute(module, "eps"))
+        shape = list(attribute(module, "normalized_shape"))
+        check_rows(host, x.shape[: x.dim() - len(shape)], *keys.values())
+        site = _LayerNorm(host, keys, shape, attribute(module, "eps"))
         return LayerNormSite.apply(x, attribute(module, "weight"), attribute(module, "bias"), host.tap, site)
-
-
-class ExpandSite(SiteFunction):
-    """Expands a small parameter ``[*shape]`` to ``[B, 1, ..., *shape]``, whose gradient is per-example."""
-
-    @staticmethod
-    def forward(ctx: Any, w: Tensor, tap: Tensor, host: Host, key: str, batch: int, dims: int) -> Tensor:
-        ctx.save_for_backward(w)
-        ctx.host, ctx.key = host, key
-        return w.expand(batch, *[1] * (dims - 1 - w.dim()), *w.shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        (w,) = ctx.saved_tensors
-        running = running_pass(ctx.host, ctx.key)
-        grad = per_example(g, ctx.host, ctx.key, w.dim())
-        grad = grad.squeeze(1) if grad.shape[1] == 1 else grad.sum(1)  # several rows of an example
-        return running.vector(ctx.key, grad, w), None, None, None, None, None
 
 
 class ElementwiseRule:
@@ -120,27 +108,31 @@ class ElementwiseRule:
     module's own forward runs, with each parameter replaced by a view with a leading batch dimension.
     """
 
+    covers_children = False
+
     def parameters(self, module: nn.Module) -> set[str]:
-        return {name for name, p in module.named_parameters(recurse=False) if len(full_shape(p)) == 1}
+        return {name for name, p in module._parameters.items() if p is not None and len(full_shape(p)) == 1}
 
     def forward(
         self, module: nn.Module, host: Host, keys: dict[str, str], plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         x, *rest = args
         batch = forward_batch_size(host, x.shape[0])
+        check_rows(host, x.shape[:-1], *keys.values())
         shape = None
         if host.flattening.issuperset(keys.values()) and is_flattened(x.shape[:-1], batch):
-            shape, x = x.shape, x.unflatten(0, (batch, -1))
+            shape = x.shape
+            x, rest, kwargs = replaced(
+                (x, rest, kwargs), lambda t: t.unflatten(0, (batch, -1)) if t.shape[:-1] == shape[:-1] else t
+            )
         else:
             batch = x.shape[0]
-        for name, key in keys.items():
-            # In the instance's __dict__ it shadows the registered parameter, which stays registered for the engine.
-            module.__dict__[name] = ExpandSite.apply(getattr(module, name), host.tap, host, key, batch, x.dim())
-        try:
+
+        def for_each_row(p: Tensor, key: str) -> Tensor:
+            return parameter_rows(host, unchanged(p, key), batch).view(batch, *[1] * (x.dim() - 1 - p.dim()), *p.shape)
+
+        with shadowed(module, keys, for_each_row):
             y = plain(x, *rest, **kwargs)
-        finally:
-            for name in keys:
-                module.__dict__.pop(name, None)
         return y if shape is None else y.reshape(*shape[:-1], y.shape[-1])
 
 
@@ -148,7 +140,7 @@ class RMSNormRule(ElementwiseRule):
     """Rule of ``nn.RMSNorm``, whose fused kernel does not accept a weight with a batch dimension."""
 
     def parameters(self, module: nn.Module) -> set[str]:
-        return {"weight"}
+        return {name for name, p in module._parameters.items() if p is not None}
 
     def forward(
         self, module: nn.Module, host: Host, keys: dict[str, str], plain: Callable[..., Any], *args: Any, **kwargs: Any

@@ -6,19 +6,28 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
-from dpft.errors import ClippingError
-from dpft.rules.base import Host, Rule
+from dpft.rules.base import Rule
 from dpft.rules.embedding import EmbeddingRule
 from dpft.rules.linear import LinearRule
 from dpft.rules.norm import LayerNormRule, RMSNormRule
+from dpft.rules.plain_parameters import TrackedRule, is_parameter_list, own_parameters
+from dpft.rules.row_by_row import ATTENTION, RECURRENT, ROWS
 
 _RULES: dict[type[nn.Module], Rule] = {
     nn.Linear: LinearRule(),
     nn.Embedding: EmbeddingRule(),
     nn.LayerNorm: LayerNormRule(),
     nn.RMSNorm: RMSNormRule(),
+    nn.MultiheadAttention: ATTENTION,
+    nn.RNN: RECURRENT,
+    nn.LSTM: RECURRENT,
+    nn.GRU: RECURRENT,
+    nn.RNNCell: ROWS,
+    nn.LSTMCell: ROWS,
+    nn.GRUCell: ROWS,
+    nn.Bilinear: ROWS,
+    nn.EmbeddingBag: ROWS,
 }
 _MATCHERS: list[Callable[[nn.Module], Rule | None]] = []
 
@@ -31,48 +40,6 @@ def register_rule(cls: type[nn.Module], rule: Rule) -> None:
 def register_matcher(matcher: Callable[[nn.Module], Rule | None]) -> None:
     """Add a function that returns a rule for a module that no registered class covers, or None."""
     _MATCHERS.append(matcher)
-
-
-class InterceptRule:
-    """Rule of a subclass that overrides forward, but makes the functional call of the class that has a rule.
-
-    ``OPTLearnedPositionalEmbedding`` or Gemma 3's scaled embedding: their forward runs unchanged, except that the call
-    of ``F.linear`` or ``F.embedding`` with the module's weight goes through the site.
-    """
-
-    def __init__(self, rule: Any) -> None:
-        self.rule = rule
-
-    def parameters(self, module: nn.Module) -> set[str]:
-        covered: set[str] = self.rule.parameters(module)
-        return covered
-
-    def forward(
-        self, module: nn.Module, host: Host, keys: dict[str, str], plain: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        with _Intercept(self.rule, module, host, keys) as mode:
-            out = plain(*args, **kwargs)
-        if mode.calls == 0:
-            raise ClippingError(
-                f"{type(module).__name__} ({', '.join(keys.values())}) overrides the forward of a class that "
-                "has a rule, and did not make the call that the rule covers. Wrap with strategy='per_example', or "
-                "freeze it."
-            )
-        return out
-
-
-class _Intercept(TorchFunctionMode):
-    def __init__(self, rule: Any, module: nn.Module, host: Host, keys: dict[str, str]) -> None:
-        super().__init__()
-        self.rule, self.module, self.host, self.keys, self.calls = rule, module, host, keys, 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = self.rule.intercept(self.module, self.host, self.keys, func, args, kwargs)
-        if out is None:
-            return func(*args, **kwargs)
-        self.calls += 1
-        return out
 
 
 def forward_of(cls: type) -> Any:
@@ -90,14 +57,13 @@ def find_rule(module: nn.Module) -> Rule | None:
         rule = _RULES.get(cls)
         if rule is None:
             continue
-        if forward_of(type(module)) is forward_of(cls) and "forward" not in module.__dict__:
+        plain = forward_of(type(module)) is forward_of(cls) and "forward" not in module.__dict__
+        if plain and not hasattr(module, "parametrizations"):  # with these its weight is computed of parameters
             return rule
-        return InterceptRule(rule) if hasattr(rule, "intercept") else None
+        rule.parameters(module)  # an option that is refused whatever the forward does
+        return TrackedRule()
     for matcher in _MATCHERS:
         rule = matcher(module)
         if rule is not None:
             return rule
-    return None
-
-
-__all__ = ["InterceptRule", "find_rule", "register_matcher", "register_rule"]
+    return TrackedRule() if own_parameters(module) and not is_parameter_list(module) else None
