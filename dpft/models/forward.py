@@ -55,7 +55,13 @@ def clipped_forward(
     shape = _batch_shape(args, kwargs)
     if shape is None:
         return plain(*args, **kwargs)
-    each = None if state.strategy == "per_example" else several_rows(model, args, kwargs)
+    try:
+        each = None if state.strategy == "per_example" else several_rows(model, args, kwargs)
+    except ClippingError as error:
+        if not _may_run_one_by_one(state):
+            raise
+        state.run_one_by_one(f"Not together, since {error}")
+        each = None
     if each is None:
         state.begin(shape, groups)
     elif groups is not None:

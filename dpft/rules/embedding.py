@@ -56,9 +56,10 @@ def is_broadcast(ids: Tensor, batch: int) -> bool:
 def embedding_site(host: Host, keys: dict[str, str], ids: Tensor, w: Tensor, padding_idx: int | None) -> Tensor:
     """Look up ``ids`` through a site node."""
     use = EmbeddingUse(keys["weight"], w.shape[0], w.shape[1], padding_idx)
-    shared = ids.dim() == 1 and host.batch_size is not None and host.input_dim > 1 and len(ids) != host.batch_size
+    rows = host.batch_size
+    shared = rows is not None and ids.dim() > 0 and not is_broadcast(ids, rows) and rows not in ids.shape
     if shared and not has_rows(host, ids.shape, use.key):
-        # positions [T] of all rows: their embeddings are the same for all, until something is added to them
+        # The same ids for all rows: positions [T], distances [T, T]. So are their embeddings, until they meet a row.
         return computed(host, [use.key], [w], lambda table: F.embedding(ids, table, padding_idx))
     if ids.dim() == 0 or (ids.dim() == 1 and host.batch_size is not None and host.input_dim > 1):
         raise ClippingError(

@@ -93,12 +93,19 @@ def _shape_refusal(tracked: Any, x: Tensor) -> UnsupportedModuleError:
 
 
 def _expand(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A class token that is repeated for each row of the batch."""
+    """A class token that is repeated for each row of the batch, or a table of H heads for each of ``[B * H, ...]``."""
     t = args[0]
     if not is_tracked(t):
         return NotImplemented
     others = [a.detach() if isinstance(a, Tensor) else a for a in args[1:]]
     made = func(t.made.value, *others, **kwargs)
+    if (
+        t.rows > 1
+        and func.__name__ == "repeat"
+        and made.dim() == t.dim()
+        and made.shape[0] == t.rows * t.shape[0] > t.rows
+    ):
+        return rows_of(derived(t, made[: t.shape[0]])).flatten(0, 1)
     new = made.dim() > t.dim() or t.shape[0] == 1
     if not (new and t.rows > 1 and made.dim() > 0 and made.shape[0] == t.rows):
         return NotImplemented
@@ -315,6 +322,17 @@ def _scaled(x: Tensor, w: Any) -> Tensor:
     return found
 
 
+def _attention(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A bias ``[1, H, T, S]`` of the attention's logits."""
+    call = _bound("query key value attn_mask dropout_p is_causal", args, kwargs)
+    q, bias = call["query"], call.get("attn_mask")
+    others = any(is_tracked(t) for name, t in call.items() if name != "attn_mask")
+    if others or not is_tracked(bias) or q.shape[0] != bias.rows or bias.dim() != 4 or bias.shape[0] != 1:
+        return NotImplemented
+    each = rows_of(derived(bias, bias.made.value.squeeze(0)))
+    return func(**call | {"attn_mask": each})
+
+
 FUNCTIONS: dict[str, Call] = {
     **dict.fromkeys(_ELEMENTWISE.split(), _elementwise),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to", "repeat", "tile"), _expand),
@@ -328,6 +346,7 @@ FUNCTIONS: dict[str, Call] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolution),
     **dict.fromkeys(("layer_norm", "rms_norm", "group_norm"), _normed),
+    "scaled_dot_product_attention": _attention,
     "instance_norm": _instance_normed,
     "prelu": _prelu,
 }
