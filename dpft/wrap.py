@@ -347,11 +347,17 @@ def _site_forward(module: nn.Module, plain: Callable[..., Any], *args: Any, **kw
 @contextlib.contextmanager
 def _as_registered(module: nn.Module, keys: dict[str, str]) -> Iterator[None]:
     """A module that reads its own parameters, where the code of the module around it reads them as tracked ones."""
-    outside = {name: module.__dict__.pop(name) for name in keys if isinstance(module.__dict__.get(name), Tracked)}
+    outside: list[tuple[dict[str, Any], str, Tracked]] = []
+    for name in keys:
+        path, _, last = name.rpartition(".")
+        attributes = (module.get_submodule(path) if path else module).__dict__
+        if isinstance(attributes.get(last), Tracked):
+            outside.append((attributes, last, attributes.pop(last)))
     try:
         yield
     finally:
-        module.__dict__.update(outside)
+        for attributes, last, tracked in outside:
+            attributes[last] = tracked
 
 
 def _head_forward(module: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

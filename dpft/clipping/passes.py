@@ -6,7 +6,7 @@ A pass object is used for one traversal of one graph; nothing here outlives a st
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -43,15 +43,6 @@ def _watch(watched: Watched | None, key: str, g: Tensor) -> None:
     """Record a site's gradient where the isolation check will compare it."""
     if watched is not None:
         watched.look(key, g)
-
-
-def _refuse_both(keys: Iterable[str]) -> None:
-    """Raise for parameters used as a matrix by one layer and as a vector by another: no norm has their cross term."""
-    if both := sorted(keys):
-        raise ClippingError(
-            f"{both} are used both as a matrix and entry by entry (a weight tied to another kind of layer's): dpft "
-            "cannot compute the norm of such a gradient. Wrap with strategy='per_example', or untie them."
-        )
 
 
 def _signs(n: int, like: Tensor) -> Tensor:
@@ -177,11 +168,14 @@ class NormPass:
 
     def finish(self) -> set[str]:
         """Complete :attr:`sq`; returns the keys whose uses could not be combined in this traversal."""
-        _refuse_both(self._vectors.keys() & self._kinds.keys())
+        both = self._vectors.keys() & self._kinds.keys()  # a matrix in one place, and taken entry by entry in another
+        for key in both & self._summed.keys():
+            self._summed[key] = self._summed[key] + self._vectors.pop(key)
         for grad in (*self._vectors.values(), *self._summed.values()):
             self.sq += sq_norm(grad)
         self._vectors, self._summed, self._heads = {}, {}, {}
-        return {key for key, kinds in self._kinds.items() if len(kinds) > 1 and key not in self.shared}
+        several = {key for key, kinds in self._kinds.items() if len(kinds) > 1} | both
+        return several - self.shared
 
 
 @dataclass
@@ -195,6 +189,13 @@ class _Kept:
 
     def keep(self, use: MatrixUse, x: Tensor, g: Tensor) -> None:
         self.pairs.append((use, x, g, (x._version, g._version)))
+
+    def materialise(self) -> None:
+        """Compute the per-example gradients from the pairs, which are freed."""
+        self.check()
+        for use, x, g, _ in self.pairs:
+            self.grad = use.add_grad(x, g, self.grad)
+        self.pairs = []
 
     def check(self) -> None:
         """Raise if a kept tensor was changed in place by another operation's backward after its norm was computed."""
@@ -259,16 +260,18 @@ class KeepPass:
             kept.keep(use, x, g)
         else:
             # Used again: sum the gradients before squaring.
-            kept.check()
-            for pair in kept.pairs:
-                kept.grad = pair[0].add_grad(pair[1], pair[2], kept.grad)
-            kept.pairs = []
+            kept.materialise()
             kept.grad = use.add_grad(x, g, kept.grad)
             kept.sq = sq_norm(kept.grad)
 
     def finish(self) -> set[str]:
         """Complete :attr:`sq`; returns the empty set, since all uses of a matrix were combined."""
-        _refuse_both(self._vectors.keys() & self._kept.keys())
+        for key in self._vectors.keys() & self._kept.keys():  # a matrix in one place, entry by entry in another
+            kept = self._kept[key]
+            kept.materialise()
+            assert kept.grad is not None
+            kept.grad = kept.grad + self._vectors.pop(key)
+            kept.sq = sq_norm(kept.grad)
         for kept in self._kept.values():
             kept.check()
             self.sq += kept.sq

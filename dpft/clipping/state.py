@@ -104,7 +104,7 @@ class ClipState:
         parameters: trainable parameters by canonical name, as they were when last registered.
         impl: of the norm kernels of linear layers.
         flattening: names of parameters whose layers were given ``[B * T, ...]``.
-        row_len: T, tokens of a row in the last forward.
+        row_len: T, tokens of a row in the last forward; 0 if its input was not one of tokens.
         backwards: number of clipped backward passes so far.
         broken: one of them failed midway, so ``.grad`` may hold a partial sum; reset when a new loop begins.
         unfinished: the last one did.
@@ -193,10 +193,10 @@ class ClipState:
         last = [] if self.last is None else [self.last.norms, self.last.clip_factors, self.last.example_weights]
         return BookKeeping([*held.norms, *last], held.kept)
 
-    def begin(self, shape: torch.Size, groups: Groups | None = None) -> None:
+    def begin(self, shape: torch.Size, row_len: int, groups: Groups | None = None) -> None:
         """Start a forward of the whole model, on an input of this shape, whose examples may have several rows."""
         self.batch_size, self.seq_len, self.input_dim = shape[0], shape[1] if len(shape) > 1 else 1, len(shape)
-        self.row_len = max(1, self.seq_len)
+        self.row_len = row_len
         self.groups = groups
         if groups is not None:
             self.batch_size, self.seq_len = groups.rows, self.seq_len * groups.most

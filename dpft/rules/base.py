@@ -103,7 +103,7 @@ class Host(Protocol):
     tap: Tensor
     batch_size: int | None
     row_len: int
-    """T: tokens of a row of the model's input."""
+    """T: tokens of a row of the model's input; 0: unknown."""
     input_dim: int
     flattening: set[str]
     """Names of the parameters whose layers were given ``[B * T, ...]``."""
@@ -174,7 +174,8 @@ def has_rows(host: Host, lead: torch.Size, *sites: str) -> bool:
     if len(lead) != 1 or lead[0] == 0 or lead[0] % batch:
         return False
     # a recomputed forward was checked when it ran first, with its own T
-    if lead[0] % (batch * host.row_len) and not (host.active is not None and host.flattening.issuperset(sites)):
+    checked = host.active is not None and host.flattening.issuperset(sites)
+    if not checked and (host.row_len == 0 or lead[0] % (batch * host.row_len)):
         return False
     host.flattening.update(sites)
     return True

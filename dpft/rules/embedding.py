@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from dpft.errors import ClippingError, UnsupportedModuleError
+from dpft.errors import UnsupportedModuleError
 from dpft.rules.base import (
     EmbeddingUse,
     Host,
@@ -53,20 +53,25 @@ def is_broadcast(ids: Tensor, batch: int) -> bool:
     return batch > 1 and ids.dim() > 1 and ids.shape[0] == 1
 
 
+def _same_for_all(host: Host, ids: Tensor, key: str) -> bool:
+    """Whether ids are the same for all rows: positions [T], distances [T, T].
+
+    So are their embeddings, until they meet a row. Ids ``[B]`` in a model with more dimensions are taken for positions
+    of as many tokens; if they are one id of each row, the function that adds them to the rows refuses them.
+    """
+    rows = host.batch_size
+    if rows is None or rows == 1 or is_broadcast(ids, rows):
+        return False
+    if ids.dim() <= 1 and host.input_dim > 1:
+        return ids.dim() == 0 or not has_rows(host, ids.shape, key) or len(ids) == rows
+    return rows not in ids.shape and not has_rows(host, ids.shape, key)
+
+
 def embedding_site(host: Host, keys: dict[str, str], ids: Tensor, w: Tensor, padding_idx: int | None) -> Tensor:
     """Look up ``ids`` through a site node."""
     use = EmbeddingUse(keys["weight"], w.shape[0], w.shape[1], padding_idx)
-    rows = host.batch_size
-    shared = rows is not None and ids.dim() > 0 and not is_broadcast(ids, rows) and rows not in ids.shape
-    if shared and not has_rows(host, ids.shape, use.key):
-        # The same ids for all rows: positions [T], distances [T, T]. So are their embeddings, until they meet a row.
+    if _same_for_all(host, ids, use.key):
         return computed(host, [use.key], [w], lambda table: F.embedding(ids, table, padding_idx))
-    if ids.dim() == 0 or (ids.dim() == 1 and host.batch_size is not None and host.input_dim > 1):
-        raise ClippingError(
-            f"{use.key!r} looks up ids of shape {list(ids.shape)} in a model whose input has {host.input_dim} "
-            "dimensions, which may be one id per example or positions shared by all examples. Pass positions as "
-            "[1, T], and one id per example as [B, 1]."
-        )
     batch = forward_batch_size(host, ids.shape[0])
     if not is_broadcast(ids, batch):
         check_rows(host, ids.shape, use.key)

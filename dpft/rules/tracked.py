@@ -160,9 +160,12 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if tracked[0].rows != 1:
             raise refusal(tracked, func, "together with activations")
         # the batch is one example, whose gradient is the parameter's
-        alone = lambda t: rows_of(t)[0] if isinstance(t, Tracked) else t  # noqa: E731
-        return func(*replaced(args, alone), **replaced(kwargs, alone))
+        return func(*replaced(args, _alone), **replaced(kwargs, _alone))
     return _of_parameters_alone(func, name, args, kwargs, tracked)
+
+
+def _alone(t: Tensor) -> Tensor:
+    return rows_of(t)[0] if isinstance(t, Tracked) else t
 
 
 def _detached(t: Tensor) -> Tensor:

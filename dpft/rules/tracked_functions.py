@@ -45,7 +45,7 @@ def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     tracked = [t for t in tensors if is_tracked(t)]
     shape = torch.broadcast_shapes(*(t.shape for t in tensors))
     rows = tracked[0].rows
-    repeats = _leading(shape, tensors, rows, tracked[0].host)
+    repeats = _leading(shape, tensors, tracked[0])
     if repeats is None or any(t.dim() == len(shape) and t.shape[0] != 1 for t in tracked):
         return NotImplemented
 
@@ -61,15 +61,12 @@ def _elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     return func(*(with_rows(a) for a in args), **{name: with_rows(a) for name, a in kwargs.items()})
 
 
-def _leading(shape: torch.Size, tensors: list[Any], rows: int, host: Any) -> int | None:
+def _leading(shape: torch.Size, tensors: list[Any], t: Tracked) -> int | None:
     """How many rows of the result ``shape`` each row of the batch has, if an activation has all of them; else None."""
     led = any(not is_tracked(t) and t.dim() == len(shape) and t.shape[:1] == shape[:1] for t in tensors)
     if not led or not shape or shape[0] == 0:
         return None
-    if shape[0] == rows:
-        return 1
-    flat = shape[0] % (rows * host.row_len) == 0 if host.active is None else shape[0] % rows == 0
-    return shape[0] // rows if flat else None
+    return shape[0] // t.rows if has_rows(t.host, shape[:1], *t.made.names) else None
 
 
 def _add(t: Tensor, bias: Any) -> Tensor:

@@ -54,13 +54,20 @@ def step(model: nn.Module, strategy: str, batch: dict[str, Tensor] | None = None
     clipped_loss(model, losses_of, batch or x_batch(), strategy).backward()
 
 
-def exact_or_refused(make: Callable[[], nn.Module], batch: dict[str, Tensor], strategy: str) -> str:
-    """Runs a private step and compares with the oracle; says which of the two it was."""
+def exact_or_refused(
+    make: Callable[[], nn.Module],
+    batch: dict[str, Tensor],
+    strategy: str,
+    change: Callable[[nn.Module], Any] = lambda model: None,
+) -> str:
+    """Runs a private step, on a model after `change`, and compares with the oracle; says which of the two it was."""
     plain = seeded(make)
     exact = oracle.oracle(plain, batch, losses_of)
     bound = float(exact.norms.median())
     try:
-        model = dpft.wrap(seeded(make), strategy=strategy, max_grad_norm=bound)
+        private = seeded(make)
+        change(private)
+        model = dpft.wrap(private, strategy=strategy, max_grad_norm=bound)
         step(model, strategy, batch)
     except DPFTError:
         return "refused"

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import dpft
 from accelerate import Accelerator
 from tests import zoo
+from tests.clipping.nets import exact_or_refused
 
 TWO = pytest.mark.parametrize("strategy", ["one_pass", "two_pass"])
 
@@ -51,16 +52,15 @@ class ParameterAsInput(nn.Module):
         self.e, self.out = nn.Embedding(1, 8), nn.Linear(8, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.out(self.e.weight) * x + self.e(x.long()).sum()
+        y: Tensor = self.out(self.e.weight) * x + self.e(x.long()).sum(-1)
         return y
 
 
 @TWO
 def test_a_parameter_that_is_a_layers_input(strategy: Any) -> None:
-    model = dpft.wrap(ParameterAsInput(), strategy=strategy)
-    losses = model(torch.zeros(1, 1)).sum(1)
-    with pytest.raises(dpft.UnsupportedModuleError, match=r"e\.weight"):
-        dpft.clipped_loss(model, losses).backward()
+    """Exact: what the layer makes of it is the same for all rows."""
+    for rows in (1, 3):
+        assert exact_or_refused(ParameterAsInput, {"x": torch.zeros(rows, 1)}, strategy) == "exact"
 
 
 class UnsavedDropout(nn.Module):
@@ -160,10 +160,17 @@ class NanoPositions(nn.Module):
 
 
 @pytest.mark.parametrize("tokens", [3, 4, 5, 8])
-def test_positions_without_a_batch_are_refused_at_every_length(tokens: int) -> None:
-    model = dpft.wrap(NanoPositions())
-    with pytest.raises(dpft.ClippingError, match=r"pos\.weight"):
-        model(torch.randint(0, 10, (4, tokens)))
+def test_positions_without_a_batch_are_exact_at_every_length(tokens: int) -> None:
+    batch = {"x": torch.randint(0, 10, (4, tokens))}
+    assert exact_or_refused(NanoPositions, batch, "one_pass") == "exact"
+
+
+def test_one_id_of_each_example_is_not_taken_for_positions() -> None:
+    class Labelled(NanoPositions):
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.tok(ids).mean(1) + self.pos(ids[:, 0])
+
+    assert exact_or_refused(Labelled, {"x": torch.randint(0, 10, (4, 3))}, "one_pass") == "refused"
 
 
 def test_a_layer_called_by_itself_is_not_part_of_the_last_batch() -> None:

@@ -300,9 +300,11 @@ def _all(prefix: str, config: Callable[[], Any], *tasks: str) -> list[zoo.Entry]
     return made if tasks else [*made, head(name, getattr(hf, name), config, spans, num_labels=2)]
 
 
-_BERT, _T5_BIAS = _encoder(hf.BertConfig), "relative_attention_bias"
+_BERT = _encoder(hf.BertConfig)
 _electra = _encoder(hf.ElectraConfig, embedding_size=16)
 _SEQUENCES, _TAGS = "ForSequenceClassification", "ForTokenClassification"
+
+_RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
 
 EXACT = [
     *_all("Bert", _BERT),
@@ -323,37 +325,27 @@ EXACT = [
     head("Llama, regression", hf.LlamaForSequenceClassification, _decoder(hf.LlamaConfig), numbers, num_labels=1),
     head("LlamaForQuestionAnswering", hf.LlamaForQuestionAnswering, _decoder(hf.LlamaConfig), spans),
     *_all("Qwen3", _decoder(hf.Qwen3Config), _SEQUENCES),
-    head("T5, text to text", hf.T5ForConditionalGeneration, _t5, texts, frozen=_T5_BIAS),
-    head("T5, classes", hf.T5ForSequenceClassification, _t5, classes, frozen=_T5_BIAS),
-    head("T5, tags", hf.T5ForTokenClassification, _t5, tags, frozen=_T5_BIAS),
-    head("T5, answers", hf.T5ForQuestionAnswering, _t5, spans, frozen=_T5_BIAS, num_labels=2),
+    head("T5, text to text", hf.T5ForConditionalGeneration, _t5, texts),
+    head("T5, classes", hf.T5ForSequenceClassification, _t5, classes),
+    head("T5, tags", hf.T5ForTokenClassification, _t5, tags),
+    head("T5, answers", hf.T5ForQuestionAnswering, _t5, spans, num_labels=2),
     head("Bart, text to text", hf.BartForConditionalGeneration, _seq2seq(hf.BartConfig), texts),
     head("Bart, classes", hf.BartForSequenceClassification, _seq2seq(hf.BartConfig), classes),
     head("Bart, answers", hf.BartForQuestionAnswering, _seq2seq(hf.BartConfig), spans),
     head("M2M100", hf.M2M100ForConditionalGeneration, _seq2seq(hf.M2M100Config), texts),
-    head(
-        "Whisper, sound to text", hf.WhisperForConditionalGeneration, _whisper, texts, sounds, "conv|embed_positions"
-    ),
-    head("Whisper, sounds", hf.WhisperForAudioClassification, _whisper, classes, sounds, "conv|embed_positions"),
-    head("ViT", hf.ViTForImageClassification, _vit, classes, pixels, "embeddings"),
-    head("Dinov2", hf.Dinov2ForImageClassification, _dinov2, classes, pixels, "embeddings|layer_scale"),
-    head("Llava", hf.LlavaForConditionalGeneration, _llava, following, image_and_text, "vision_tower.*embedding"),
+    head("Whisper, sound to text", hf.WhisperForConditionalGeneration, _whisper, texts, sounds),
+    head("Whisper, sounds", hf.WhisperForAudioClassification, _whisper, classes, sounds),
+    head("ViT", hf.ViTForImageClassification, _vit, classes, pixels),
+    head("Dinov2", hf.Dinov2ForImageClassification, _dinov2, classes, pixels),
+    head("DebertaV2, distances", hf.DebertaV2ForTokenClassification, _deberta(**_RELATIVE), tags),
+    head("Llava", hf.LlavaForConditionalGeneration, _llava, following, image_and_text),
 ]
 
-_NO_RULE, _ROWS = "no per-example gradient rule", "first dimension is not the batch"
-_XLNET_PARAMETERS = r"rel_attn\.[qkvor]$|_bias$|_emb(ed)?$"
-_RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
+_ROWS = "first dimension is not the batch"
 
 REFUSED = [
-    (head("XLNet, classes", hf.XLNetForSequenceClassification, _xlnet, classes), _NO_RULE),
-    (head("XLNet, tags", hf.XLNetForTokenClassification, _xlnet, tags), _NO_RULE),
-    (head("XLNet, time first", hf.XLNetForTokenClassification, _xlnet, tags, frozen=_XLNET_PARAMETERS), _ROWS),
-    (head("DebertaV2, distances", hf.DebertaV2ForTokenClassification, _deberta(**_RELATIVE), tags), "rel_embeddings"),
-    (head("T5, biases of distances", hf.T5ForConditionalGeneration, _t5, texts), _T5_BIAS),
-    (head("Whisper, convolutions", hf.WhisperForConditionalGeneration, _whisper, texts, sounds), _NO_RULE),
-    (head("ViT, patches", hf.ViTForImageClassification, _vit, classes, pixels), _NO_RULE),
-    (head("Dinov2, patches", hf.Dinov2ForImageClassification, _dinov2, classes, pixels), _NO_RULE),
-    (head("Llava, patches", hf.LlavaForConditionalGeneration, _llava, following, image_and_text), _NO_RULE),
+    (head("XLNet, classes", hf.XLNetForSequenceClassification, _xlnet, classes), _ROWS),
+    (head("XLNet, tags", hf.XLNetForTokenClassification, _xlnet, tags), _ROWS),
     (head("Electra, masked selection", hf.ElectraForPreTraining, _electra, replaced), "a selection of tokens"),
     (
         head("ModernBert, masked selection", hf.ModernBertForMaskedLM, _modernbert(), masked, sparse_prediction=True),

@@ -167,7 +167,7 @@ def main() -> None:
         torch.save(dict(weights), folder / f"{way}.pt")
         (folder / f"{way}.json").write_text(json.dumps(facts))
     accelerator.end_training()
-    # Gloo's threads outlive the group while Trainer's objects refer to it, and one that needs the interpreter when this
+    # Gloo's threads outlive the group while Trainer's objects refer to it; one that needs the interpreter when this
     # has ended aborts the process (seen once in some hundred launches): all is written, so end without the finalisers.
     sys.stdout.flush()
     os._exit(0)
