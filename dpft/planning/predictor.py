@@ -17,7 +17,7 @@ from dpft.clipping.strategy_choice import (
     kept_bytes,
     use_details,
 )
-from dpft.errors import UnsupportedModuleError
+from dpft.errors import DPFTError
 from dpft.planning.hardware import Hardware
 from dpft.planning.memory import OptimizerName
 from dpft.planning.result import LayerPlan, Plan, Prediction
@@ -32,6 +32,8 @@ STRATEGIES: tuple[Strategy, ...] = ("one_pass", "two_pass", "per_example")
 MAX_BATCH_SIZE = 256
 # Per-example runs one forward per example, in the simulation too, and keeps all their graphs: only for few examples.
 MAX_EXAMPLES_ALONE = 8
+# Tokens of the step that is tried first.
+SHORT = 16
 # A larger batch has to be faster by this fraction to be worth its memory.
 WORTH = 0.02
 
@@ -64,13 +66,16 @@ class Predictor:
         self.uses = self._find_uses()
 
     def _find_uses(self) -> list[MatrixUse]:
-        try:
-            uses = get_state(wrap(self.twin, loss_chunk=self.loss_chunk)).uses
-        except UnsupportedModuleError as error:
-            self.uncovered = str(error)
-            return []
+        """The matrices that rules cover; none if one example at a time is the only way, with the reason."""
+        state = get_state(wrap(self.twin, loss_chunk=self.loss_chunk))
+        self.uncovered, uses = state.one_by_one or "", state.uses
         unwrap(self.twin)
-        return uses
+        if not self.uncovered:
+            try:  # a rule may find only in a forward that it does not cover what the model does
+                simulate(self.twin, 2, min(self.seq_len, SHORT), "one_pass", loss_chunk=self.loss_chunk)
+            except DPFTError as error:
+                self.uncovered = f"Not together, since {error}"
+        return [] if self.uncovered else uses
 
     def simulated(self, batch_size: int, strategy: Strategy | None) -> Simulation:
         key = (batch_size, strategy)
@@ -112,7 +117,7 @@ class Predictor:
     def choose(self, batch_size: int) -> Choice:
         """Chooses with the function that a wrapped model uses; per-example if no rule covers the model."""
         if self.uncovered:
-            return Choice("per_example", f"per_example: the only way. {self.uncovered}")
+            return Choice("per_example", f"per_example: one example at a time, the only way. {self.uncovered}")
         allowed = self.allowance(batch_size)
         if self.sharding.engine == "single":
             meta = torch.device("meta")
