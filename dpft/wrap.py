@@ -27,11 +27,11 @@ from dpft.models.causal_lm import (
 )
 from dpft.models.forward import COMPILED, clipped_forward, refuse_unsaved_rng
 from dpft.models.head import Head, leaves_logits_alone
-from dpft.rules.base import EmbeddingUse, LinearUse, MatrixUse, Rule, full_shape
-from dpft.rules.embedding import EmbeddingRule
+from dpft.rules.base import LinearUse, Rule
+from dpft.rules.experts import ExpertsRule
 from dpft.rules.head import HeadUse
 from dpft.rules.linear import LinearRule
-from dpft.rules.registry import InterceptRule, find_rule
+from dpft.rules.registry import find_rule
 
 _STATE, _SITE, _HEAD, _LOSS = "_dpft_state", "_dpft_site", "_dpft_head", "_dpft_loss_owner"
 _FIXED: dict[str, Strategy] = {"ghost": "two_pass", "fast": "two_pass", "per_sample": "one_pass"}
@@ -110,7 +110,7 @@ def wrap(
         raise UnsupportedModuleError("no parameter of the model requires a gradient; unfreeze what is to be trained")
     covered = clipping != "none" and strategy != "per_example"
     sites = _cover(model, parameters) if covered else []
-    uses = [use for module, site_rule, keys in sites if (use := _matrix_use(site_rule, module, keys)) is not None]
+    uses = [use for module, site_rule, keys in sites for use in site_rule.uses(module, keys)]
     state = ClipState(clipping, fixed or strategy, rule, memory, uses, parameters, flattening_parameters(model), impl)
     state.isolation = isolation
     if clipping != "none":
@@ -305,7 +305,7 @@ def _cover(model: nn.Module, parameters: dict[str, nn.Parameter]) -> list[tuple[
             continue
         rule = find_rule(module)
         handled = rule.parameters(module) if rule is not None else set()
-        experts = any(part in ("experts", "expert") for part in path.split("."))
+        experts = not isinstance(rule, ExpertsRule) and bool({"experts", "expert"} & set(path.split(".")))
         for name in own:
             if (name not in handled and not is_of_child(module, name)) or experts:
                 why = " (an expert sees a data-dependent selection of tokens)" if experts else ""
@@ -320,21 +320,6 @@ def _cover(model: nn.Module, parameters: dict[str, nn.Parameter]) -> list[tuple[
             "requires_grad_(False)."
         )
     return sites
-
-
-def _matrix_use(rule: Rule, module: nn.Module, keys: dict[str, str]) -> MatrixUse | None:
-    """The use of a site's weight matrix, for the choice of a strategy; None if it has none that is trained."""
-    base = rule.rule if isinstance(rule, InterceptRule) else rule
-    weight = module.weight
-    if "weight" not in keys or not isinstance(weight, Tensor) or len(full_shape(weight)) != 2:
-        return None
-    shape = full_shape(weight)
-    if isinstance(base, EmbeddingRule):
-        return EmbeddingUse(keys["weight"], shape[0], shape[1])
-    if isinstance(base, LinearRule):
-        d, p = shape[::-1] if base.transposed else shape
-        return LinearUse(keys["weight"], d, p, base.transposed)
-    return None
 
 
 def _chunked_head(causal_lm: nn.Module | None, model: nn.Module) -> nn.Module | None:

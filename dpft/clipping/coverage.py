@@ -17,6 +17,7 @@ _SITES = {
     "EmbeddingSiteBackward": (1,),
     "LayerNormSiteBackward": (1, 2),
     "ExpandSiteBackward": (0,),
+    "ExpertsSiteBackward": (1, 2),
 }
 
 

@@ -116,6 +116,7 @@ class ClipState:
         probed_at: the number of the last one before which the isolation check came to a result.
         delivering: address and version of the clipped gradients that autograd is about to accumulate, by parameter.
         guarded: ``id`` of each parameter that has a hook.
+        row_tokens: T of the input of the last forward, in each of its rows.
         input_dim: number of dimensions of the model's input in the running forward.
         engine: receives the clipped sums if several processes train; None leaves them in ``.grad``.
         decided: the strategy of every batch, if all ranks had to agree on one beforehand.
@@ -137,6 +138,7 @@ class ClipState:
     active: Pass | None = None
     batch_size: int | None = None
     seq_len: int = 1
+    row_tokens: int = 1
     trace: Trace = field(default_factory=Trace)
     shared: set[str] = field(default_factory=set)
     isolation: Isolation = "default"
@@ -192,7 +194,7 @@ class ClipState:
     def begin(self, shape: torch.Size, groups: Groups | None = None) -> None:
         """Start a forward of the whole model, on an input of this shape, whose examples may have several rows."""
         self.batch_size, self.seq_len, self.input_dim = shape[0], shape[1] if len(shape) > 1 else 1, len(shape)
-        self.groups = groups
+        self.groups, self.row_tokens = groups, self.seq_len
         if groups is not None:
             self.batch_size, self.seq_len = groups.rows, self.seq_len * groups.most
 

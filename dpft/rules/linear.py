@@ -13,8 +13,10 @@ from torch.autograd.function import once_differentiable
 from dpft.rules.base import (
     Host,
     LinearUse,
+    MatrixUse,
     SiteFunction,
     attribute,
+    full_shape,
     per_example,
     running_pass,
 )
@@ -89,6 +91,13 @@ class LinearRule:
 
     def parameters(self, module: nn.Module) -> set[str]:
         return {"weight", "bias"}
+
+    def uses(self, module: nn.Module, keys: dict[str, str]) -> list[MatrixUse]:
+        shape = full_shape(attribute(module, "weight"))
+        if "weight" not in keys or len(shape) != 2:
+            return []
+        d, p = shape[::-1] if self.transposed else shape
+        return [LinearUse(keys["weight"], d, p, self.transposed)]
 
     def forward(
         self, module: nn.Module, host: Host, keys: dict[str, str], plain: Callable[..., Any], *args: Any, **kwargs: Any

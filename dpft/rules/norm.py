@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from dpft.rules.base import (
     Host,
+    MatrixUse,
     SiteFunction,
     attribute,
     forward_batch_size,
@@ -84,6 +85,9 @@ class LayerNormRule:
     def parameters(self, module: nn.Module) -> set[str]:
         return {"weight", "bias"}
 
+    def uses(self, module: nn.Module, keys: dict[str, str]) -> list[MatrixUse]:
+        return []
+
     def forward(
         self, module: nn.Module, host: Host, keys: dict[str, str], plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
@@ -122,6 +126,9 @@ class ElementwiseRule:
 
     def parameters(self, module: nn.Module) -> set[str]:
         return {name for name, p in module.named_parameters(recurse=False) if len(full_shape(p)) == 1}
+
+    def uses(self, module: nn.Module, keys: dict[str, str]) -> list[MatrixUse]:
+        return []
 
     def forward(
         self, module: nn.Module, host: Host, keys: dict[str, str], plain: Callable[..., Any], *args: Any, **kwargs: Any

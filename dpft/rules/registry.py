@@ -9,7 +9,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from dpft.errors import ClippingError
-from dpft.rules.base import Host, Rule
+from dpft.rules.base import Host, MatrixUse, Rule
 from dpft.rules.embedding import EmbeddingRule
 from dpft.rules.linear import LinearRule
 from dpft.rules.norm import LayerNormRule, RMSNormRule
@@ -46,6 +46,10 @@ class InterceptRule:
     def parameters(self, module: nn.Module) -> set[str]:
         covered: set[str] = self.rule.parameters(module)
         return covered
+
+    def uses(self, module: nn.Module, keys: dict[str, str]) -> list[MatrixUse]:
+        found: list[MatrixUse] = self.rule.uses(module, keys)
+        return found
 
     def forward(
         self, module: nn.Module, host: Host, keys: dict[str, str], plain: Callable[..., Any], *args: Any, **kwargs: Any
