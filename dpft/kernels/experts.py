@@ -223,7 +223,8 @@ def segments(
             continue
         behind = index >= routing.bounds[which + 1].unsqueeze(1)
         index = torch.where(behind, first, index)
-        yield which, *(t[index].masked_fill_(behind.unsqueeze(2), 0) for t in (x, g))
+        behind = behind.unsqueeze(2)
+        yield which, x[index].masked_fill_(behind, 0), g[index].masked_fill_(behind, 0)
 
 
 def experts_upper_sq_norm(routing: Routing, x: Tensor, g: Tensor, method: Method | None, impl: Impl) -> Tensor:

@@ -195,7 +195,7 @@ class ExpertsRule:
         _refuse_implementation(module)
         names = _weights(module)
         covered = set(names) | ({f"{weight}_bias" for weight in names} if attribute(module, "has_bias") else set())
-        for weight in covered:
+        for weight in sorted(covered):
             shape, dims = full_shape(attribute(module, weight)), 2 if weight.endswith("_bias") else 3
             if len(shape) != dims or shape[0] != attribute(module, "num_experts"):
                 raise UnsupportedModuleError(
