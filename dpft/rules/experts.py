@@ -281,6 +281,11 @@ def _apply(module: nn.Module, host: Host, keys: dict[str, str], routing: Routing
     return y
 
 
+def runs_eagerly(module: nn.Module) -> bool:
+    """Whether transformers loops over the experts that got tokens."""
+    return attribute(attribute(module, "config"), "_experts_implementation") in ("eager", None)
+
+
 def match_experts(module: nn.Module) -> ExpertsRule | None:
     """The rule of a module of transformers whose forward is the one that ``use_experts_implementation`` made."""
     forward = getattr(type(module).forward, "__code__", None)

@@ -31,11 +31,6 @@ two_strategies = pytest.mark.parametrize("strategy", ["one_pass", "two_pass"])
 # Whole models
 
 
-def qwen3_moe(attention: str) -> nn.Module:
-    config = hf.Qwen3MoeConfig(**zoo._sizes(head_dim=8, num_experts=E, moe_intermediate_size=24, **SIZES))
-    return zoo.from_config(hf.Qwen3MoeForCausalLM, config, attention)
-
-
 def gpt_oss(attention: str) -> nn.Module:
     rope = {"rope_type": "default", "rope_theta": 1e4}
     config = hf.GptOssConfig(**zoo._sizes(head_dim=8, num_local_experts=E, rope_parameters=rope, **SIZES))
@@ -63,29 +58,23 @@ def nemotron_h(attention: str) -> nn.Module:
     return zoo.from_config(hf.NemotronHForCausalLM, hf.NemotronHConfig(**sizes, **layers, **experts), attention)
 
 
-def frozen_routers(build: Any) -> Any:
-    """The same with generic biases and, frozen, what has no rule: routers and attention sinks."""
+def with_frozen_parts(build: Any) -> Any:
+    """The same with what has no rule frozen: routers and attention sinks."""
 
     def built(attention: str = "sdpa") -> nn.Module:
-        model = build(attention)
-        for name, module in model.named_modules():
-            if "outer" in type(module).__name__:
-                module.requires_grad_(False)
-            if name.endswith("self_attn") and hasattr(module, "sinks"):
+        model = zoo.frozen_routers(build(attention))
+        for module in model.modules():
+            if hasattr(module, "sinks"):
                 module.sinks.requires_grad_(False)
-        with torch.random.fork_rng(), torch.no_grad():
-            for name, p in model.named_parameters():
-                if "experts" in name:
-                    p.normal_(0, 0.12)
-        model.set_experts_implementation("eager")
         return model
 
     return zoo.seeded(built)
 
 
-MODELS = {build.__name__: zoo.Entry(build.__name__, frozen_routers(build), zoo.token_batch) for build in (
-    qwen3_moe, gpt_oss, mixtral, deepseek_v3, nemotron_h
-)}  # fmt: skip
+MODELS = {
+    build.__name__: zoo.Entry(build.__name__, with_frozen_parts(build), zoo.token_batch)
+    for build in (zoo.qwen3_moe, gpt_oss, mixtral, deepseek_v3, nemotron_h)
+}
 
 
 @functools.cache
