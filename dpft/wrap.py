@@ -57,7 +57,7 @@ def wrap(
 
     Args:
         model: any ``nn.Module`` whose trainable layers have rules (Linear, Embedding, LayerNorm, RMSNorm families,
-            Conv1D of GPT-2, LoRA factors); with ``strategy="per_example"`` any module at all.
+            Conv1D of GPT-2, experts of transformers, LoRA factors); with ``strategy="per_example"`` any module at all.
         clipping: ``"flash"`` (dpft picks per layer among gram tiles, feature tiles and materialising),
             ``"ghost"`` (full Gram, two passes: the published baseline), ``"fast"`` (one layer's gradients materialised
             at a time, two passes), ``"per_sample"`` (all per-example gradients at once), ``"none"`` (no clipping: NOT

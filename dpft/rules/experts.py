@@ -288,7 +288,7 @@ def runs_eagerly(module: nn.Module) -> bool:
 
 def match_experts(module: nn.Module) -> ExpertsRule | None:
     """The rule of a module of transformers whose forward is the one that ``use_experts_implementation`` made."""
-    forward = getattr(type(module).forward, "__code__", None)
+    forward = getattr(getattr(type(module), "forward", None), "__code__", None)
     made = forward is not None and "experts_interface" in forward.co_freevars
     known = any(cls.__module__.startswith("transformers.") for cls in type(module).__mro__)
     ready = all(hasattr(module, name) for name in ("has_gate", "is_transposed", "num_experts", "config"))

@@ -189,6 +189,8 @@ class Box(nn.Module):
         if self.way == "selection":  # of the tokens of one kind, as many of one example and as many of another
             keep = (index[:, 0] % 2 == 0).nonzero().squeeze(1)
             y = flat.index_copy(0, keep, self.experts(flat[keep], index[keep], weights[keep]))
+        elif self.way == "twice":
+            y = self.experts(self.experts(flat, index, weights), index.flip(1), weights)
         elif self.way == "reversed":
             y = self.experts(flat.flip(0), index.flip(0), weights.flip(0)).flip(0)
         else:
@@ -277,6 +279,19 @@ def test_a_frozen_norm_behind_the_experts(strategy: Any) -> None:
     check(make_case(dataclasses.replace(entry, build=build), routed_batch()), strategy=strategy)
     with pytest.raises(UnsupportedModuleError, match="post_expert_norm"):
         dpft.wrap(entry.build())
+
+
+@two_strategies
+def test_experts_that_are_used_twice(strategy: Any) -> None:
+    """By two layers that share them: gradients are added before they are squared."""
+    entry = box_entry(GptOssExperts)
+
+    def build(attention: str = "sdpa") -> nn.Module:
+        model: Any = entry.build(attention)
+        model.way = "twice"
+        return model
+
+    check(make_case(dataclasses.replace(entry, build=build), routed_batch()), strategy=strategy)
 
 
 @pytest.mark.parametrize("trained", ["gate_up_proj", "down_proj_bias"])
