@@ -27,7 +27,7 @@ from dpft.models.causal_lm import (
 from dpft.models.forward import COMPILED, clipped_forward, refuse_unsaved_rng
 from dpft.models.head import Head, leaves_logits_alone
 from dpft.rules.base import LinearUse
-from dpft.rules.cover import cover, planning_use, refuse_mixing
+from dpft.rules.cover import cover, refuse_mixing
 from dpft.rules.head import HeadUse
 from dpft.rules.linear import LinearRule
 from dpft.rules.plain_parameters import TrackedRule
@@ -59,7 +59,7 @@ def wrap(
 
     Args:
         model: any ``nn.Module`` whose trainable layers have rules (Linear, Embedding, LayerNorm, RMSNorm families,
-            Conv1D of GPT-2, LoRA factors); with ``strategy="per_example"`` any module at all.
+            Conv1D of GPT-2, experts of transformers, LoRA factors); with ``strategy="per_example"`` any module at all.
         clipping: ``"flash"`` (dpft picks per layer among gram tiles, feature tiles and materialising),
             ``"ghost"`` (full Gram, two passes: the published baseline), ``"fast"`` (one layer's gradients materialised
             at a time, two passes), ``"per_sample"`` (all per-example gradients at once), ``"none"`` (no clipping: NOT
@@ -122,7 +122,7 @@ def wrap(
         )
     if alone:
         sites = []
-    uses = [use for module, site_rule, keys in sites if (use := planning_use(site_rule, module, keys)) is not None]
+    uses = [use for module, site_rule, keys in sites for use in site_rule.uses(module, keys)]
     state = ClipState(clipping, fixed or strategy, rule, memory, uses, parameters, impl=impl)
     state.isolation = isolation
     if alone:

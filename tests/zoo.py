@@ -140,6 +140,24 @@ def gemma3(attention: str) -> nn.Module:
     return from_config(hf.Gemma3ForCausalLM, config, attention)
 
 
+def frozen_routers(model: nn.Module) -> nn.Module:
+    """Routers frozen, whose weight has no rule; experts with generic weights and biases, which loop over experts."""
+    for name, module in model.named_modules():
+        if "router" in type(module).__name__.lower():
+            module.requires_grad_(False)
+        if name.endswith("experts"):
+            for p in module.parameters():
+                nn.init.normal_(p, std=0.12)
+    model.set_experts_implementation("eager")  # type: ignore[operator]  # of transformers; the others refuse float64
+    return model
+
+
+def qwen3_moe(attention: str) -> nn.Module:
+    experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    config = hf.Qwen3MoeConfig(**_sizes(head_dim=8, **experts))
+    return frozen_routers(from_config(hf.Qwen3MoeForCausalLM, config, attention))
+
+
 def gpt2(attention: str) -> nn.Module:
     config = hf.GPT2Config(
         vocab_size=VOCAB,

@@ -112,7 +112,7 @@ def clip_boundary(
             f"there are {len(detached)} losses of {groups.examples} examples, whose rows example_ids names; expected "
             "one loss for each example, of all its rows"
         )
-    job = Job(state, losses, weights, strategy, state.take_trace(), groups, leaves)
+    job = Job(state, losses, weights, strategy, state.take_trace(), state.row_tokens, groups, leaves)
     native = state.engine is None and strategy in ("one_pass", "per_example")
     delivered = list(state.parameters.values()) if native else []
     loss: Tensor = ClipBoundary.apply(state.tap, [job], value, *delivered)

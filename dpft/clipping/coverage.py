@@ -19,6 +19,7 @@ _SITES: dict[str, Sequence[int]] = {
     "LayerNormSiteBackward": (1, 2),
     "ParameterSiteBackward": range(2, 1000),
     "GradSampleSiteBackward": range(2, 1000),
+    "ExpertsSiteBackward": (1, 2),
 }
 
 

@@ -13,12 +13,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dpft.clipping.probe import Watched, checksum
+from dpft.clipping.probe import Watched
 from dpft.errors import ClippingError
+from dpft.kernels.checksums import checksum
 from dpft.kernels.gram import InputCache
 from dpft.kernels.linear import Method, sq_norm
 from dpft.kernels.weighted import RowWeights, all_finite, scale_, weighted_sum_, weighted_vector
-from dpft.rules.base import EmbeddingUse, LinearUse, MatrixUse, full_shape
+from dpft.rules.base import EmbeddingUse, MatrixUse, full_shape
 from dpft.rules.groups import Groups
 from dpft.rules.head import ProductUse
 
@@ -45,26 +46,8 @@ def _watch(watched: Watched | None, key: str, g: Tensor) -> None:
         watched.look(key, g)
 
 
-def _signs(n: int, like: Tensor) -> Tensor:
-    """``[n]`` pseudorandom signs 1 and -1, the same every time, on ``like``'s device and in its dtype."""
-    bits = (torch.arange(n, device=like.device) * 2654435761 >> 15) & 1
-    return (1 - 2 * bits).to(like.dtype)
-
-
-def seen_of_matrix(use: MatrixUse, x: Tensor, g: Tensor) -> Tensor:
-    """``[4, B]`` float64: :func:`checksum` of g; of x a sum with signs over tokens and features, and a bound on it."""
-    if isinstance(use, ProductUse):
-        inputs = torch.zeros((2, len(g)), dtype=torch.float64, device=g.device)  # computed in the forward and kept
-    else:
-        rows = x @ _signs(x.shape[2], x) if x.is_floating_point() else x.double().cos()
-        sizes = torch.linalg.vector_norm(x, dim=2) if x.is_floating_point() else torch.ones_like(rows)
-        rows = rows.double()
-        inputs = torch.stack([(rows * _signs(x.shape[1], rows)).sum(1), sizes.sum(1, dtype=torch.float64)])
-    return torch.cat([checksum(g), inputs])
-
-
 def seen_of_vector(grad: Tensor) -> Tensor:
-    """As :func:`seen_of_matrix`, ``[4, B]`` float64, for a site that keeps no input."""
+    """As :meth:`~dpft.rules.base.MatrixUse.seen`, ``[4, B]`` float64, for a site that keeps no input."""
     found = checksum(grad)
     return torch.cat([found, torch.zeros_like(found)])
 
@@ -106,6 +89,7 @@ class NormPass:
 
     weighted = probing = False
     groups: Groups | None = None
+    row_tokens = 1
 
     def __init__(
         self, batch_size: int, device: torch.device, method: Method | None, trace: Trace, shared: set[str]
@@ -135,7 +119,7 @@ class NormPass:
     def matrix(self, use: MatrixUse, x: Tensor, g: Tensor, weight: Tensor) -> None:
         _watch(self.watched, use.key, use.watched(g))
         self.order.append(use.key)
-        self.seen += seen_of_matrix(use, x, g)
+        self.seen += use.seen(x, g)
         self._kinds.setdefault(use.key, []).append(type(use))
         if use.key in self.shared:
             # Converted to float32 before adding: the sum may be smaller than the rounding errors of its terms.
@@ -220,6 +204,7 @@ class KeepPass:
 
     weighted = probing = False
     groups: Groups | None = None
+    row_tokens = 1
 
     def __init__(self, batch_size: int, device: torch.device, keep: Literal["smaller", "gradients"]) -> None:
         self.batch_size, self.keep = batch_size, keep
@@ -324,11 +309,11 @@ class KeepPass:
 
 
 def keeps_gradient(use: MatrixUse, batch_size: int, x: Tensor, g: Tensor) -> bool:
-    """Whether one-pass keeps ``[B, d, p]`` rather than the pair ``x [B, T, ...]``, ``g [B, T, d]``: the smaller."""
+    """Whether one-pass keeps ``[B, *weight.shape]`` rather than the pair ``(x, g)``: the smaller."""
     if isinstance(use, ProductUse):
         return False  # x is the per-example gradients already
-    if batch_size == 1 and isinstance(use, LinearUse):
-        return True
+    if batch_size == 1 and not isinstance(use, EmbeddingUse):
+        return True  # an embedding's, unlike these, is mostly zeros
     pair = x.numel() * x.element_size() + g.numel() * g.element_size()
     return batch_size * use.grad_numel() * g.element_size() <= pair
 
@@ -347,6 +332,7 @@ class WeightedPass:
 
     weighted, probing = True, False
     groups: Groups | None = None
+    row_tokens = 1
 
     def __init__(
         self,
@@ -373,7 +359,7 @@ class WeightedPass:
         return grad_dtype(weight) if self._deliver is None else sum_dtype(weight)
 
     def matrix(self, use: MatrixUse, x: Tensor, g: Tensor, weight: Tensor) -> Tensor | None:
-        self.seen += seen_of_matrix(use, x, g)
+        self.seen += use.seen(x, g)
         dtype = self._dtype(self._parameters.get(use.key, weight))
         return self._hand_over(use.key, use.weighted_grad(x, g, self._weights, None, dtype))
 

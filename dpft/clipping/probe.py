@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpft.kernels.checksums import checksum
 from dpft.rules.base import MatrixUse
 from dpft.rules.groups import Groups
 
@@ -21,13 +22,6 @@ from dpft.rules.groups import Groups
 _EXPONENTS = 60
 # Kernels that add up in another order every time (attention on a GPU) differ by much less.
 _TOLERANCE = 1e-3
-
-
-def checksum(g: Tensor) -> Tensor:
-    """``[2, B]`` float64: per example the sum of ``g [B, ...]`` and of its absolute values."""
-    flat = g.reshape(g.shape[0], g.shape[1:].numel())
-    dtype = torch.promote_types(g.dtype, torch.float32)
-    return torch.stack([flat.sum(1, dtype=dtype), torch.linalg.vector_norm(flat, 1, dim=1, dtype=dtype)]).double()
 
 
 @dataclass
@@ -52,13 +46,14 @@ class ProbePass:
 
     weighted, probing = False, True
     groups: Groups | None = None
+    row_tokens = 1
 
     def __init__(self, seeds: Tensor, zeros_only: bool = False) -> None:
         self.batch_size, self.seeds, self.zeros_only = len(seeds), seeds, zeros_only
         self.watched = Watched()
 
     def matrix(self, use: MatrixUse, x: Tensor, g: Tensor, weight: Tensor) -> None:
-        self.watched.look(use.key, g)
+        self.watched.look(use.key, use.watched(g))
 
     def vector(self, key: str, grad: Tensor, weight: Tensor) -> None:
         self.watched.look(key, grad)

@@ -104,7 +104,6 @@ class ClipState:
         parameters: trainable parameters by canonical name, as they were when last registered.
         impl: of the norm kernels of linear layers.
         flattening: names of parameters whose layers were given ``[B * T, ...]``.
-        row_len: T, tokens of a row in the last forward; 0 if its input was not one of tokens.
         backwards: number of clipped backward passes so far.
         broken: one of them failed midway, so ``.grad`` may hold a partial sum; reset when a new loop begins.
         unfinished: the last one did.
@@ -118,6 +117,7 @@ class ClipState:
         probed_at: the number of the last one before which the isolation check came to a result.
         delivering: address and version of the clipped gradients that autograd is about to accumulate, by parameter.
         guarded: ``id`` of each parameter that has a hook.
+        row_tokens: T of the input of the last forward, in each of its rows.
         input_dim: number of dimensions of the model's input in the running forward.
         engine: receives the clipped sums if several processes train; None leaves them in ``.grad``.
         decided: the strategy of every batch, if all ranks had to agree on one beforehand.
@@ -139,7 +139,7 @@ class ClipState:
     active: Pass | None = None
     batch_size: int | None = None
     seq_len: int = 1
-    row_len: int = 1
+    row_tokens: int = 1
     trace: Trace = field(default_factory=Trace)
     shared: set[str] = field(default_factory=set)
     isolation: Isolation = "default"
@@ -193,11 +193,10 @@ class ClipState:
         last = [] if self.last is None else [self.last.norms, self.last.clip_factors, self.last.example_weights]
         return BookKeeping([*held.norms, *last], held.kept)
 
-    def begin(self, shape: torch.Size, row_len: int, groups: Groups | None = None) -> None:
+    def begin(self, shape: torch.Size, row_tokens: int, groups: Groups | None = None) -> None:
         """Start a forward of the whole model, on an input of this shape, whose examples may have several rows."""
         self.batch_size, self.seq_len, self.input_dim = shape[0], shape[1] if len(shape) > 1 else 1, len(shape)
-        self.row_len = row_len
-        self.groups = groups
+        self.groups, self.row_tokens = groups, row_tokens
         if groups is not None:
             self.batch_size, self.seq_len = groups.rows, self.seq_len * groups.most
 

@@ -39,6 +39,7 @@ class Job:
         weights: ``[B]``, 0 for padding rows.
         strategy: which strategy to run; see :mod:`dpft.clipping.strategy_choice`.
         trace: the matrices that the forward used.
+        row_tokens: T of the model's input, in each of its rows.
         groups: the rows of each example, where one has several.
         leaves: by name, the tensors that the forward used instead of parameters that an engine has sharded.
     """
@@ -48,6 +49,7 @@ class Job:
     weights: Tensor
     strategy: str
     trace: Trace
+    row_tokens: int
     groups: Groups | None = None
     leaves: dict[str, Tensor] = field(default_factory=dict)
 
@@ -104,7 +106,7 @@ class Job:
     def traverse(self, running: Pass, losses: Tensor, seeds: Tensor, retain_graph: bool) -> None:
         """One backward pass over the graph, in which the sites report to ``running``."""
         state = self.state
-        running.groups = self.groups
+        running.groups, running.row_tokens = self.groups, self.row_tokens
         inputs: list[Tensor] | None = [state.tap]
         if running.weighted and state.engine is None:
             inputs = list(state.parameters.values())
@@ -253,7 +255,7 @@ def _check_same_gradients(state: ClipState, norms: Tensor, weighted: Tensor, fac
 
     Args:
         state: whose deferred checks record the result.
-        norms: ``[4, B]``, per example the sum over sites of :func:`seen_of_matrix`.
+        norms: ``[4, B]``, per example the sum over sites of :meth:`~dpft.rules.base.MatrixUse.seen`.
         weighted: the same for the second traversal.
         factors: ``[B]``; examples of factor zero do not count.
     """

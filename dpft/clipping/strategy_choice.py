@@ -12,6 +12,7 @@ import torch
 
 from dpft.kernels.linear import choose_method, method_flops
 from dpft.rules.base import EmbeddingUse, LinearUse, MatrixUse
+from dpft.rules.experts import ExpertsUse
 from dpft.rules.head import HeadUse
 
 Strategy = Literal["one_pass", "two_pass", "per_example"]
@@ -53,6 +54,9 @@ def kept_bytes(uses: Iterable[MatrixUse], batch_size: int, seq_len: int, itemsiz
             total += head
         elif isinstance(use, LinearUse):
             pair = batch_size * seq_len * (use.in_features + use.out_features) * itemsize
+            total += gradient if batch_size == 1 else min(gradient, pair)
+        elif isinstance(use, ExpertsUse):
+            pair = batch_size * seq_len * use.slots * (use.in_features + use.out_features) * itemsize
             total += gradient if batch_size == 1 else min(gradient, pair)
         elif isinstance(use, EmbeddingUse):
             total += min(gradient, batch_size * seq_len * (use.dim * itemsize + 8))
@@ -98,6 +102,17 @@ def use_details(
             method = choose_method(seq_len, p, d)
             flops = batch_size * method_flops(method, seq_len, p, d)
             found.append(UseDetail(use.key, f"linear {p} -> {d}", method, flops, kept))
+        elif isinstance(use, ExpertsUse):
+            d, p = use.out_features, use.in_features
+            shape = f"{use.experts} experts {p} -> {d}"
+            gradient = batch_size * use.grad_numel() * itemsize
+            if strategy == "per_example" or (strategy == "one_pass" and kept == gradient):
+                found.append(UseDetail(use.key, shape, "materialise", 0, kept))
+                continue
+            tokens = -(-seq_len * use.slots // use.experts)  # of an expert, if all get as many
+            method = choose_method(tokens, p, d)
+            flops = batch_size * use.experts * method_flops(method, tokens, p, d)
+            found.append(UseDetail(use.key, shape, method, flops, kept))
         elif isinstance(use, EmbeddingUse):
             # Additions without products, which a count of FLOPs leaves out.
             how = "materialise" if strategy == "per_example" else "segment sums"

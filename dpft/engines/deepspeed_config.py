@@ -85,6 +85,9 @@ _FREE_OFFLOAD = {
     "pipeline_write",
 }
 
+# Without it ZeRO-3 gathers the mixtures of experts of three families as a whole, and reduces what is not there.
+NO_LEAF_MODULES: dict[str, list[str]] = {"classes": [], "names": [], "name_suffixes": []}
+
 # Settings with their allowed values, of which the first is the one to use, and what another value would do.
 _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "gradient_accumulation_steps": (
@@ -119,7 +122,7 @@ _ONLY_ZERO: dict[str, tuple[tuple[Any, ...], str]] = {
     "cpu_offload": ((False, None), "it is deprecated: set zero_optimization.offload_optimizer.device to 'cpu'"),
     "cpu_offload_param": ((False, None), "parameters outside of the device's memory are not tested with dpft"),
     "cpu_offload_use_pin_memory": ((False, None), "it is deprecated: set pin_memory of offload_optimizer"),
-    "leaf_module": (({}, None), "modules gathered as a whole are not tested with dpft"),
+    "leaf_module": (({}, None, NO_LEAF_MODULES), "a module gathered as a whole reduces in every traversal of a graph"),
 }
 _ONLY_OFFLOAD: dict[str, tuple[tuple[Any, ...], str]] = {
     "device": (("cpu", "none", "auto", None), "offloading to NVMe is not tested with dpft"),
@@ -216,6 +219,7 @@ def check_engine(engine: Any, stage: int, world: int) -> None:
         "the number of data-parallel ranks": (int(engine.dp_world_size), world),
         "training_dataloader": (engine.training_dataloader, None),
         "lr_scheduler": (engine.lr_scheduler, None),
+        "the leaf modules": ([n for n, m in engine.module.named_modules() if getattr(m, "_z3_leaf", False)], []),
     }
     for name, (found, wanted) in facts.items():
         if found != wanted:

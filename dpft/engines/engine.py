@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dpft.engines import zero_layout
+from dpft.engines.deepspeed_config import NO_LEAF_MODULES
 from dpft.engines.ranks import Ranks, limit_waiting
 from dpft.engines.sums import ClippedSums, ReplicatedSums, ShardedSums
 from dpft.engines.zero import ZeroOptimizer, ZeroSums
@@ -152,6 +153,7 @@ def launch(
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = max_batch_size
         # No gradient ever fills DeepSpeed's buckets: they need no memory, and DeepSpeed must not expect them to exist.
         plugin.deepspeed_config["zero_optimization"]["contiguous_gradients"] = False
+        plugin.deepspeed_config["zero_optimization"]["leaf_module"] = dict(NO_LEAF_MODULES)
         if kind != "zero3":
             plugin.deepspeed_config["zero_optimization"]["overlap_comm"] = False
         prepared, _ = accelerator.prepare(model, optimizer)

@@ -25,6 +25,7 @@ from torch import nn
 from dpft.engines import deepspeed_config
 from dpft.engines.engine import Kind, kind_of
 from dpft.errors import EngineError
+from dpft.rules.experts import match_experts, runs_eagerly
 
 _TYPES = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED")  # of accelerate.utils.DistributedType
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
@@ -194,6 +195,12 @@ def check_model(accelerator: Any, kind: Kind, model: nn.Module, optimizer: Any) 
                 f"{name!r} has a gradient hook (your own, or that of an optimiser that steps inside the backward, "
                 "such as LOMO or a layer-wise one): it would see or change the clipped sum before noise is added. "
                 "Remove it."
+            )
+    for name, module in model.named_modules():
+        if kind == "zero3" and match_experts(module) and runs_eagerly(module):
+            raise EngineError(
+                f"{name!r} runs by experts_implementation='eager', one call per expert that has tokens, and ZeRO-3 "
+                "needs the same calls on all ranks. Use model.set_experts_implementation('grouped_mm')."
             )
     kinds = [cls.__name__ for cls in type(optimizer).__mro__]
     if "AcceleratedOptimizer" in kinds:

@@ -85,18 +85,33 @@ def weighted_linear_grad(
     if inputs is not None and p <= d and len(xs) <= step and x.dtype == dtype:
         scaled = inputs.get(x, "scaled", lambda: _scaled(xs, scales, dropped))
         return (_masked(gs, dropped).mT @ scaled).to(out_dtype)
+    return weighted_rows(xs, gs, scales, dropped).to(out_dtype)
+
+
+def weighted_rows(x: Tensor, g: Tensor, scales: Tensor, dropped: Tensor | None) -> Tensor:
+    """``sum_n scales_n * g_n x_n^T``, one product, of which the narrower operand is scaled.
+
+    Args:
+        x: ``[N, p]``, N at least 1; g: ``[N, d]``.
+        scales: ``[N, 1]`` float32 or float64.
+        dropped: ``[N, 1]`` bool, rows that do not count, whatever is in them; None: none.
+
+    Returns:
+        ``[d, p]`` in the scales' dtype.
+    """
     total: Tensor | None = None
-    for t in range(0, len(xs), step):
+    step = max(_TOKENS, 2 * max(x.shape[1], g.shape[1]))
+    for t in range(0, len(x), step):
         rows = slice(t, t + step)
         drop = None if dropped is None else dropped[rows]
-        left, right = gs[rows], xs[rows]
-        if p <= d:
-            part = _product(_masked(left, drop), _scaled(right.to(dtype), scales[rows], drop), x.dtype)
+        left, right = g[rows], x[rows]
+        if x.shape[1] <= g.shape[1]:
+            part = _product(_masked(left, drop), _scaled(right.to(scales.dtype), scales[rows], drop), x.dtype)
         else:
-            part = _product(_scaled(left.to(dtype), scales[rows], drop), _masked(right, drop), x.dtype)
+            part = _product(_scaled(left.to(scales.dtype), scales[rows], drop), _masked(right, drop), x.dtype)
         total = part if total is None else total.add_(part)
     assert total is not None
-    return total.to(out_dtype)
+    return total
 
 
 def _scaled(t: Tensor, scales: Tensor, dropped: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dpft.errors import ClippingError
 from dpft.models.head import IGNORE_INDEX, losses_of
 from dpft.rules.base import Rule
+from dpft.rules.experts import match_experts
 from dpft.rules.linear import LinearRule
 from dpft.rules.norm import ElementwiseRule
 from dpft.rules.registry import register_matcher
@@ -93,3 +94,4 @@ def _match(module: nn.Module) -> Rule | None:
 
 
 register_matcher(_match)
+register_matcher(match_experts)

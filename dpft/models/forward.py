@@ -62,13 +62,13 @@ def clipped_forward(
             raise
         state.run_one_by_one(f"Not together, since {error}")
         each = None
-    row_len = _row_len(args, kwargs, shape)
+    row_tokens = _row_tokens(args, kwargs, shape)
     if each is None:
-        state.begin(shape, row_len, groups)
+        state.begin(shape, row_tokens, groups)
     elif groups is not None:
         raise ClippingError("example_ids with a model that itself takes several rows per example; leave them out")
     else:
-        state.begin(torch.Size((shape[0] * each, *shape[2:])), row_len, even_groups(shape[0], each))
+        state.begin(torch.Size((shape[0] * each, *shape[2:])), row_tokens, even_groups(shape[0], each))
     try:
         targets = targets_of(kwargs)
         choice = None
@@ -305,7 +305,7 @@ def _batch_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Size | 
     return None
 
 
-def _row_len(args: tuple[Any, ...], kwargs: dict[str, Any], shape: torch.Size) -> int:
+def _row_tokens(args: tuple[Any, ...], kwargs: dict[str, Any], shape: torch.Size) -> int:
     """T, if the input is one of tokens ``[B, T, ...]``; else 0: nobody knows how many an image or a sound becomes."""
     if not any(isinstance(kwargs.get(name), Tensor) for name in ("input_ids", "inputs_embeds")):
         first = next((value for value in args if isinstance(value, Tensor)), None)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dpft.errors import ClippingError
+from dpft.kernels.checksums import checksum, input_checksum
 from dpft.kernels.embedding import add_embedding_grad, embedding_sq_norm, head_rows_at_tokens, weighted_embedding_grad
 from dpft.kernels.gram import InputCache
 from dpft.kernels.impl import Impl
@@ -32,7 +33,10 @@ from dpft.rules.groups import Groups
 
 
 class MatrixUse(Protocol):
-    """How one site uses a weight matrix, as arithmetic on ``x [B, T, ...]`` and ``g [B, T, d]``."""
+    """How one site uses a weight matrix, as arithmetic on ``x [B, T, ...]`` and ``g [B, T, d]``.
+
+    A use of experts' matrices has ``x [N, p]`` and ``g [N, d]``, and knows of which example each row is.
+    """
 
     @property
     def key(self) -> str:
@@ -64,6 +68,10 @@ class MatrixUse(Protocol):
         """``[B, ...]`` what the isolation check compares of ``g``: it is linear in the seeds of the losses."""
         ...
 
+    def seen(self, x: Tensor, g: Tensor) -> Tensor:
+        """``[4, B]`` float64: two sums of g, two of x, that two traversals of one graph have in common."""
+        ...
+
     def grad_numel(self) -> int:
         """Number of elements of one example's gradient."""
         ...
@@ -83,6 +91,8 @@ class Pass(Protocol):
     batch_size: int
     groups: Groups | None
     """The rows of each example, where one has several; None: row i is example i."""
+    row_tokens: int
+    """T of the model's input, in each of its rows."""
     weighted: bool
     probing: bool
     """Whether it only looks at the gradients, for the isolation check."""
@@ -102,7 +112,7 @@ class Host(Protocol):
     active: Pass | None
     tap: Tensor
     batch_size: int | None
-    row_len: int
+    row_tokens: int
     """T: tokens of a row of the model's input; 0: unknown."""
     input_dim: int
     flattening: set[str]
@@ -142,6 +152,17 @@ def forward_batch_size(host: Host, leading: int) -> int:
     return leading if host.batch_size is None else host.batch_size
 
 
+def is_whole_batch(host: Host, tokens: int) -> bool:
+    """Whether ``tokens`` rows ``[B * T, ...]`` may be all of the model's input, in order; else they are a selection.
+
+    A number that B divides is not enough: a layer for one modality's tokens may get so many by chance.
+    """
+    if host.active is None and host.batch_size is None:
+        return True  # outside of the model's forward: its backward is refused
+    running = host if host.active is None else host.active
+    return tokens == forward_batch_size(host, tokens) * running.row_tokens
+
+
 def rows_of_pass(running: Pass) -> int:
     """Rows of the batch: the examples, unless one has several."""
     return running.batch_size if running.groups is None else running.groups.rows
@@ -173,9 +194,8 @@ def has_rows(host: Host, lead: torch.Size, *sites: str) -> bool:
         return True  # all rows of a batch of one are its example's
     if len(lead) != 1 or lead[0] == 0 or lead[0] % batch:
         return False
-    # a recomputed forward was checked when it ran first, with its own T
-    checked = host.active is not None and host.flattening.issuperset(sites)
-    if not checked and (host.row_len == 0 or lead[0] % (batch * host.row_len)):
+    row_tokens = host.row_tokens if host.active is None else host.active.row_tokens
+    if row_tokens == 0 or lead[0] % (batch * row_tokens):
         return False
     host.flattening.update(sites)
     return True
@@ -246,6 +266,9 @@ class LinearUse:
     def watched(self, g: Tensor) -> Tensor:
         return g
 
+    def seen(self, x: Tensor, g: Tensor) -> Tensor:
+        return torch.cat([checksum(g), input_checksum(x)])
+
     def grad_numel(self) -> int:
         return self.out_features * self.in_features
 
@@ -288,6 +311,9 @@ class EmbeddingUse:
     def watched(self, g: Tensor) -> Tensor:
         return g
 
+    def seen(self, x: Tensor, g: Tensor) -> Tensor:
+        return torch.cat([checksum(g), input_checksum(x)])
+
     def grad_numel(self) -> int:
         return self.num_embeddings * self.dim
 
@@ -318,6 +344,10 @@ class Rule(Protocol):
         Raises:
             UnsupportedModuleError: an unsupported option.
         """
+        ...
+
+    def uses(self, module: nn.Module, keys: dict[str, str]) -> list[MatrixUse]:
+        """The uses of its trainable matrices, of which ``keys`` has the names, for the choice of a strategy."""
         ...
 
     def forward(

@@ -7,11 +7,11 @@ import inspect
 from collections.abc import Iterator
 from types import CodeType
 
-from torch import Tensor, nn
+from torch import nn
 
 from dpft.errors import UnsupportedModuleError
-from dpft.rules.base import EmbeddingUse, LinearUse, MatrixUse, Rule, full_shape
-from dpft.rules.linear import LinearRule
+from dpft.rules.base import Rule
+from dpft.rules.experts import ExpertsRule
 from dpft.rules.plain_parameters import TrackedRule, is_parameter_list
 from dpft.rules.registry import find_rule
 
@@ -43,7 +43,7 @@ def cover(model: nn.Module, parameters: dict[str, nn.Parameter]) -> tuple[list[S
         own = {name: canonical[id(p)] for name in names if id(p := module.get_parameter(name)) in canonical}
         if not own:
             continue
-        if any(part in ("experts", "expert") for part in path.split(".")):
+        if not isinstance(rule, ExpertsRule) and {"experts", "expert"} & set(path.split(".")):
             why = " (an expert sees a data-dependent selection of tokens)"
             missing += [f"{path}.{name}".lstrip(".") + f": {type(module).__name__}{why}" for name in own]
         sites[path] = module, rule, own
@@ -90,21 +90,6 @@ def _chains(code: CodeType) -> Iterator[list[str]]:
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
             yield from _chains(inner)
-
-
-def planning_use(rule: Rule, module: nn.Module, keys: dict[str, str]) -> MatrixUse | None:
-    """The use of a site's weight matrix, for the choice of a strategy; None if it has none that is trained."""
-    weight = getattr(module, "weight", None)
-    if "weight" not in keys or not isinstance(weight, Tensor) or len(full_shape(weight)) != 2:
-        return None
-    shape = full_shape(weight)
-    if isinstance(module, nn.Embedding):
-        return EmbeddingUse(keys["weight"], shape[0], shape[1])
-    transposed = isinstance(rule, LinearRule) and rule.transposed
-    if transposed or isinstance(module, nn.Linear):
-        d, p = shape[::-1] if transposed else shape
-        return LinearUse(keys["weight"], d, p, transposed)
-    return None
 
 
 def refuse_mixing(model: nn.Module) -> None:

@@ -13,10 +13,12 @@ from dpft.errors import UnsupportedModuleError
 from dpft.rules.base import (
     EmbeddingUse,
     Host,
+    MatrixUse,
     SiteFunction,
     attribute,
     check_rows,
     forward_batch_size,
+    full_shape,
     has_rows,
     per_example,
     running_pass,
@@ -94,6 +96,10 @@ class EmbeddingRule:
                     f"one example depend on others or changes the weight in the forward. Turn {option} off."
                 )
         return {"weight"}
+
+    def uses(self, module: nn.Module, keys: dict[str, str]) -> list[MatrixUse]:
+        shape = full_shape(attribute(module, "weight"))
+        return [EmbeddingUse(keys["weight"], shape[0], shape[1])] if "weight" in keys else []
 
     def forward(
         self, module: nn.Module, host: Host, keys: dict[str, str], plain: Callable[..., Any], *args: Any, **kwargs: Any

@@ -47,6 +47,13 @@ class Groups:
             found = found.masked_fill(absent.view(*absent.shape, *[1] * (found.dim() - 2)), 0)
         return found.reshape(self.examples, self.most * t.shape[1], *t.shape[2:])
 
+    def owners(self) -> Tensor:
+        """``[R]`` int64, the example of each row."""
+        examples = torch.arange(self.examples).unsqueeze(1).expand(-1, self.most)
+        index, present = self.index.cpu(), None if self.present is None else self.present.cpu()
+        kept = (index.flatten(), examples.flatten()) if present is None else (index[present], examples[present])
+        return torch.empty(self.rows, dtype=torch.long).scatter_(0, *kept)
+
     def total(self, losses: Tensor) -> Tensor:
         """``[R]`` losses of rows -> ``[U]``, of examples: their sums."""
         return self.join(losses.unsqueeze(1)).sum(1)

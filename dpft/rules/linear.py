@@ -13,9 +13,11 @@ from torch.autograd.function import once_differentiable
 from dpft.rules.base import (
     Host,
     LinearUse,
+    MatrixUse,
     SiteFunction,
     attribute,
     check_rows,
+    full_shape,
     has_rows,
     per_example,
     running_pass,
@@ -113,6 +115,13 @@ class LinearRule:
 
     def parameters(self, module: nn.Module) -> set[str]:
         return {name for name, p in module._parameters.items() if p is not None}
+
+    def uses(self, module: nn.Module, keys: dict[str, str]) -> list[MatrixUse]:
+        shape = full_shape(attribute(module, "weight"))
+        if "weight" not in keys or len(shape) != 2:
+            return []
+        d, p = shape[::-1] if self.transposed else shape
+        return [LinearUse(keys["weight"], d, p, self.transposed)]
 
     def forward(
         self, module: nn.Module, host: Host, keys: dict[str, str], plain: Callable[..., Any], *args: Any, **kwargs: Any

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from dpft.rules.base import (
     Host,
+    MatrixUse,
     SiteFunction,
     attribute,
     check_rows,
@@ -89,6 +90,9 @@ class LayerNormRule:
     def parameters(self, module: nn.Module) -> set[str]:
         return {name for name, p in module._parameters.items() if p is not None}
 
+    def uses(self, module: nn.Module, keys: dict[str, str]) -> list[MatrixUse]:
+        return []
+
     def forward(
         self, module: nn.Module, host: Host, keys: dict[str, str], plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
@@ -112,6 +116,9 @@ class ElementwiseRule:
 
     def parameters(self, module: nn.Module) -> set[str]:
         return {name for name, p in module._parameters.items() if p is not None and len(full_shape(p)) == 1}
+
+    def uses(self, module: nn.Module, keys: dict[str, str]) -> list[MatrixUse]:
+        return []
 
     def forward(
         self, module: nn.Module, host: Host, keys: dict[str, str], plain: Callable[..., Any], *args: Any, **kwargs: Any

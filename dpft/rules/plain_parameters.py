@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from dpft.rules.base import Host, forward_batch_size
+from dpft.rules.base import EmbeddingUse, Host, LinearUse, MatrixUse, forward_batch_size, full_shape
 from dpft.rules.parameter import shadowed, unchanged
 from dpft.rules.tracked import KNOWN, leaves_of, track
 from dpft.rules.tracked_functions import FUNCTIONS
@@ -22,6 +22,15 @@ class TrackedRule:
 
     def parameters(self, module: nn.Module) -> set[str]:
         return set(own_parameters(module))
+
+    def uses(self, module: nn.Module, keys: dict[str, str]) -> list[MatrixUse]:
+        """Of subclasses of torch's layers; other matrices are small beside theirs."""
+        if "weight" not in keys or not isinstance(module, nn.Linear | nn.Embedding):
+            return []
+        rows, columns = full_shape(module.weight)
+        if isinstance(module, nn.Embedding):
+            return [EmbeddingUse(keys["weight"], rows, columns)]
+        return [LinearUse(keys["weight"], rows, columns)]
 
     def forward(
         self, module: nn.Module, host: Host, keys: dict[str, str], plain: Callable[..., Any], *args: Any, **kwargs: Any

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dpft.errors import ClippingError, UnsupportedModuleError
-from dpft.rules.base import Host, SiteFunction, check_rows, forward_batch_size, full_shape, per_example, running_pass
+from dpft.rules.base import (
+    Host,
+    MatrixUse,
+    SiteFunction,
+    check_rows,
+    forward_batch_size,
+    full_shape,
+    per_example,
+    running_pass,
+)
 from dpft.rules.parameter import parameter_rows, shadowed, unchanged
 from dpft.rules.plain_parameters import own_parameters
 from dpft.rules.tracked import leaves_of, replaced
@@ -52,6 +61,9 @@ class RowByRowRule:
 
     def parameters(self, module: nn.Module) -> set[str]:
         return {name for name, _ in module.named_parameters(remove_duplicate=False)}
+
+    def uses(self, module: nn.Module, keys: dict[str, str]) -> list[MatrixUse]:
+        return []
 
     def forward(
         self, module: nn.Module, host: Host, keys: dict[str, str], plain: Callable[..., Any], *args: Any, **kwargs: Any
@@ -202,6 +214,9 @@ class GradSampleRule:
 
     def parameters(self, module: nn.Module) -> set[str]:
         return set(own_parameters(module))
+
+    def uses(self, module: nn.Module, keys: dict[str, str]) -> list[MatrixUse]:
+        return []
 
     def forward(
         self, module: nn.Module, host: Host, keys: dict[str, str], plain: Callable[..., Any], *args: Any, **kwargs: Any

@@ -19,12 +19,14 @@ from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
 )
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import dpft
 from accelerate import DataLoaderConfiguration, DistributedDataParallelKwargs
 from dpft.engines import requirements
 from dpft.errors import EngineError
+from tests import zoo
 from tests.training import Training, new_accelerator, tiny_llama
 
 
@@ -190,10 +192,18 @@ def engine_of_deepspeed(**changes: Any) -> Any:
         "fp16_enabled": False,
     }
     fields = {"optimizer": zero, "dp_world_size": 2, "training_dataloader": None, "lr_scheduler": None}
+    fields["module"] = nn.Sequential(nn.Linear(1, 1))
     calls = {name: changes.pop(name, value) for name, value in values.items()}
     return SimpleNamespace(
         **{name: (lambda value=value: value) for name, value in calls.items()}, **{**fields, **changes}
     )
+
+
+def leaf_module() -> nn.Module:
+    """As Accelerate marks one (deepspeed_moe_layer_cls_names)."""
+    model = nn.Sequential(nn.Linear(1, 1))
+    model[0]._z3_leaf = True  # type: ignore[assignment]  # torch takes every attribute for a module
+    return model
 
 
 @pytest.mark.parametrize(
@@ -209,6 +219,7 @@ def engine_of_deepspeed(**changes: Any) -> Any:
         ({"optimizer": type("ZenFlowZeroOptimizer", (), {})()}, "ZenFlowZeroOptimizer"),
         ({"optimizer": type("DeepSpeedZeroOptimizer", (), {"loss_scale": 65536.0})()}, "loss scale"),
         ({"optimizer": type("DeepSpeedZeroOptimizer", (), {"clip_grad": 1.0})()}, "clip_grad"),
+        ({"module": leaf_module()}, "leaf modules"),
     ],
 )
 def test_a_deepspeed_engine_that_is_not_what_was_asked_for(change: dict[str, Any], match: str) -> None:
@@ -229,6 +240,16 @@ def test_an_optimiser_that_offloading_would_swap(tmp_path: Path, name: str) -> N
         (deepspeed(zero_force_ds_cpu_optimizer=False, **offload), make(model.parameters(), lr=1.0)),
     ):
         requirements.check_model(accelerator, "zero2", model, optimizer)
+
+
+def test_experts_that_zero3_cannot_follow() -> None:
+    model: Any = zoo.seeded(zoo.qwen3_moe)()
+    accelerator, optimizer = deepspeed(), torch.optim.AdamW(model.parameters())
+    requirements.check_model(accelerator, "zero2", model, optimizer)
+    with pytest.raises(EngineError, match="experts_implementation='eager'"):
+        requirements.check_model(accelerator, "zero3", model, optimizer)
+    model.set_experts_implementation("grouped_mm")
+    requirements.check_model(accelerator, "zero3", model, optimizer)
 
 
 # --- FSDP, and what Accelerate does in all engines ------------------------------------------------------------------
