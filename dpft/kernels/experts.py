@@ -68,7 +68,12 @@ class Routing:
 
     @functools.cached_property
     def on_host(self) -> np.ndarray:
-        """:attr:`bounds`, read from the device once: how many tokens an expert gets is known nowhere else."""
+        """:attr:`bounds`, read from the device once: how many tokens an expert gets is known nowhere else.
+
+        On a device without data, for plans: the tokens of each example spread evenly over the experts.
+        """
+        if self.bounds.device.type == "meta":
+            return np.arange(len(self.bounds)) * self.pairs // (len(self.bounds) - 1)
         return self.bounds.cpu().numpy()
 
     @property

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dpft.clipping.state import ClipState
 from dpft.errors import UnsupportedModuleError
 from dpft.kernels import impl
+from dpft.rules.experts import match_experts
 from dpft.wrap import unwrap
 
 __all__ = ["make_twin", "on_meta"]
@@ -76,6 +77,9 @@ def make_twin(model: nn.Module, dtype: torch.dtype | None, checkpointing: bool |
     config: Any = getattr(twin, "config", None)
     if getattr(config, "_attn_implementation", None) not in (None, "eager", "sdpa"):  # a kernel that needs its device
         config._attn_implementation = "sdpa"
+    for module in twin.modules():
+        if match_experts(module) is not None:  # 'eager' looks which experts have tokens
+            module.config._experts_implementation = "grouped_mm"  # type: ignore[union-attr]  # of a class that has one
     return twin.train()
 
 
@@ -146,12 +150,34 @@ def _fused_attention(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return attention
 
 
+def _even_experts(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """transformers' product of tokens with their experts' matrices, for meta tensors with tokens spread evenly."""
+
+    def product(input: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
+        if input.device.type != "meta":
+            return plain(input, weight, offs)
+        tokens = torch.tensor_split(input.to(weight.dtype), len(weight))
+        return torch.cat([mine @ w for mine, w in zip(tokens, weight.unbind(0), strict=True)])
+
+    return product
+
+
+def _no_histogram(plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``torch.histc``, which has no function for meta tensors."""
+
+    def histc(input: Tensor, bins: int, *args: Any, **kwargs: Any) -> Tensor:
+        return input.new_empty(bins) if input.device.type == "meta" else plain(input, bins, *args, **kwargs)
+
+    return histc
+
+
 @contextlib.contextmanager
 def on_meta() -> Iterator[None]:
     """A context in which models on meta can run training steps. Calls on other tensors are unchanged.
 
-    It patches fused attention; autocast, which does not support the device (it is off); and transformers' detection of
-    packed sequences, which reads the data (there are none). torch's random state is restored.
+    It patches fused attention; autocast, which does not support the device (it is off); transformers' detection of
+    packed sequences, which reads the data (there are none); and the product of experts, which get equally many tokens.
+    torch's random state is restored.
     """
     enabled, autocast = torch.is_autocast_enabled, torch.autocast
 
@@ -177,4 +203,8 @@ def on_meta() -> Iterator[None]:
                 return None if position_ids.device.type == "meta" else packed(position_ids)
 
             patches.enter_context(mock.patch.object(masking, packed.__name__, find_packed_sequence_indices))
+        experts = sys.modules.get("transformers.integrations.moe")
+        if experts is not None and hasattr(experts, "_grouped_mm"):
+            patches.enter_context(mock.patch.object(experts, "_grouped_mm", _even_experts(experts._grouped_mm)))
+            patches.enter_context(mock.patch.object(torch, "histc", _no_histogram(torch.histc)))
         yield
