@@ -1,4 +1,4 @@
-"""Models and batches: of a model type and a head, small, in float64, with random weights, from the configuration alone."""
+"""Small models and batches of a model type and a head: float64, random weights, from the configuration alone."""
 
 from __future__ import annotations
 

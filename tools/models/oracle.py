@@ -1,4 +1,4 @@
-"""What a clipped sum should be: plain autograd in float64, one example alone and without padding; nothing of dpft's."""
+"""A clipped sum by its definition: plain autograd, float64, one example alone and without padding; no code of dpft."""
 
 from __future__ import annotations
 
@@ -76,13 +76,13 @@ def compare(norms: Tensor, sums: Mapping[str, Tensor], right: Expected) -> tuple
         right: what they should be.
     """
     floor = SMALL * norm_of(right.sums)
-    worst, where = float(((norms.double() - right.norms).abs() / right.norms).max()), "norms"
+    worst, where = float(((norms.double() - right.norms).abs() / right.norms).nan_to_num(float("inf")).max()), "norms"
     for name, expected_sum in right.sums.items():
         got = sums.get(name)
         got = torch.zeros_like(expected_sum) if got is None else got
         error = float((got.double() - expected_sum).norm() / torch.maximum(expected_sum.norm(), floor))
-        if not error <= worst:  # also where it is not a number
-            worst, where = error, name
+        if not error <= worst:
+            worst, where = (error if error == error else float("inf")), name  # NaN is larger than any
     return worst, where
 
 

@@ -97,8 +97,8 @@ def markdown(report: dict[str, Any]) -> str:
         "lengths. The norms of the examples' gradients and the clipped sum of every parameter are compared with "
         "plain autograd on one example at a time, without its padding. C lies between two of the norms.",
         "",
-        f"- **exact**: every one within {TOLERANCE:.0e} of it, relatively. **refused**: dpft raised an error; no "
-        "gradient was given. **WRONG**: a gradient was given that differs. **CRASH**: another error than dpft's.",
+        f"- exact: every one within {TOLERANCE:.0e} of it, relatively. refused: dpft raised an error; no "
+        "gradient was given. WRONG: a gradient was given that differs. CRASH: another error than dpft's.",
         "- *FLOPs*: of a private step over a plain one at B = 4, T = 32, at this small size, where fixed costs weigh "
         "more than they would at a real one.",
         "- *padding*: outputs of a row change with the padding beside it in plain torch; such a family is checked "

@@ -36,8 +36,8 @@ _BY_SIZE: tuple[tuple[int, str], ...] = (
     (
         HEADS,
         "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads "
-        "attention_heads num_encoder_attention_heads num_decoder_attention_heads linear_num_value_heads linear_num_heads "
-        "index_n_heads swa_num_attention_heads",
+        "attention_heads num_encoder_attention_heads num_decoder_attention_heads linear_num_value_heads "
+        "linear_num_heads index_n_heads swa_num_attention_heads",
     ),
     (
         HEAD_DIM,
@@ -55,7 +55,8 @@ _BY_SIZE: tuple[tuple[int, str], ...] = (
     (CHOSEN, "num_experts_per_tok moe_topk moe_top_k moe_k num_experts_per_token top_k_experts num_selected_experts"),
     (
         CHUNK,
-        "chunk_size mamba_chunk_size attention_chunk_size block_size index_topk window_size local_attention_window_len",
+        "chunk_size mamba_chunk_size attention_chunk_size block_size index_topk window_size "
+        "local_attention_window_len",
     ),
     (WINDOW, "sliding_window sliding_window_size local_attention keep_window_size attention_window"),
     (
