@@ -94,7 +94,7 @@ def judge(model: nn.Module, batch: Mapping[str, Tensor], right: Expected, strate
     Returns:
         ``status``; ``error`` and ``where`` (the parameter, or ``norms``); for what is refused ``reason`` and
         ``lacking``, ``[path, class]`` of parameters without a rule; for a crash ``reason`` and ``at``; ``chose``, the
-        strategy that ran.
+        strategy that ran, and of ``auto`` ``explain``, the reason.
     """
     try:
         wrap_any(model, right.max_grad_norm, strategy)
@@ -114,11 +114,10 @@ def judge(model: nn.Module, batch: Mapping[str, Tensor], right: Expected, strate
     sums = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     worst, parameter = compare(stats.norms, sums, right)
     found = {"status": EXACT if worst <= TOLERANCE else WRONG, "error": worst, "where": parameter}
-    return {
-        **found,
-        "chose": stats.strategy,
-        "explain": dpft.explain(model, *batch["input_ids"].shape).splitlines()[0],
-    }
+    found["chose"] = stats.strategy
+    if strategy == "auto":
+        found["explain"] = dpft.explain(model, *batch["input_ids"].shape).splitlines()[0]
+    return found
 
 
 def wrap_any(model: nn.Module, max_grad_norm: float, strategy: Any) -> nn.Module:

@@ -127,18 +127,17 @@ def markdown(report: dict[str, Any]) -> str:
 
 def table_row(row: dict[str, Any]) -> str:
     """A family's line of the table."""
-    cells = [cell_of(row["strategies"][strategy]) for strategy in STRATEGIES]
+    cells = [cell_of(strategy, row["strategies"][strategy]) for strategy in STRATEGIES]
     cost = row.get("cost") or {}
     ratio = f"{cost['flops'] / cost['plain_flops']:.2f} x {SHORT[cost['strategy']]}" if cost.get("plain_flops") else ""
     return f"| {name_of(row)} | " + " | ".join([*cells, ratio, "; ".join(notes(row))]) + " |"
 
 
-def cell_of(found: dict[str, Any]) -> str:
-    """A strategy's cell."""
+def cell_of(strategy: str, found: dict[str, Any]) -> str:
+    """A strategy's cell; of ``auto`` with what it chose."""
     if found["status"] in (WRONG, CRASH):
         return f"**{found['status']}** {escaped(why(found))}"
-    chose = f": {SHORT[found['chose']]}" if found.get("explain", "").find("requested") < 0 and "chose" in found else ""
-    return found["status"].lower() + chose
+    return found["status"].lower() + (f": {SHORT[found['chose']]}" if strategy == "auto" and "chose" in found else "")
 
 
 def notes(row: dict[str, Any]) -> list[str]:

@@ -168,7 +168,7 @@ def test_a_family_that_is_not_built_says_why() -> None:
 
 def made_up(**status: str) -> dict[str, Any]:
     """A row as :func:`check` makes it."""
-    base = {"error": 0.5, "where": "a.weight", "reason": "why", "lacking": [["a.scale", "Own"]], "chose": "one_pass"}
+    base = {"error": 0.5, "where": "a.weight", "reason": "why", "lacking": [["a.scale", "Own"]], "chose": "two_pass"}
     strategies = {s: {**base, "status": status.get(s, EXACT)} for s in STRATEGIES}
     row = {"model_type": "odd", "head": "causal_lm", "class": "Odd", "status": CHECKED, "mode": "train", "frozen": 0}
     row |= {"dependence": 1.0, "dependence_unpadded": 0.0, "without_gradient": ["b"], "parameters": 3}
@@ -188,6 +188,7 @@ def test_wrong_and_crash_fail_the_command_and_stand_out(status: dict[str, str], 
     assert ("**WRONG**" in text, "**CRASH**" in text) == (status == {"auto": WRONG}, status == {"auto": CRASH})
     assert "1.50 x one-pass" in text and "*padding*" in text and "1 of 3 without gradient" in text
     assert ("lacks Own.scale" in text) == ("one_pass" in status)
+    assert ("| exact: two-pass |" in text) == ("auto" not in status)
     assert any(line.startswith(("WRONG odd", "CRASH odd")) for line in summary([row])) is fails
 
 
