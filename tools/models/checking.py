@@ -190,6 +190,7 @@ def last_line(error: BaseException) -> str:
 
 
 def where(error: BaseException) -> str:
-    """The file and line that raised it, without folders above the package."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
+    """The file and line that raised it, without folders above the package; not this tool's function mode."""
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = next((f for f in reversed(frames) if "/tools/" not in f.filename), frames[-1])
     return f"{'/'.join(frame.filename.split('/')[-2:])}:{frame.lineno}"
