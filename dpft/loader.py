@@ -140,3 +140,29 @@ class PrivateDataLoader:
                 else value
                 for name, value in batch.items()
             }
+
+
+def check_dataset(dataset: Any) -> None:
+    """Refuse what batches cannot be drawn from at random.
+
+    Raises:
+        PrivacyConfigError: a DataLoader, a stream, a dictionary of splits, or nothing; says what to pass.
+    """
+    if isinstance(dataset, torch.utils.data.DataLoader):
+        raise PrivacyConfigError(
+            "dataset is a DataLoader; expected the dataset itself. Its batches would not be Poisson samples, and the "
+            "accountant has no theorem for them."
+        )
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise PrivacyConfigError(
+            f"dataset is a {type(dataset).__name__} without len() or indexing. Poisson sampling needs random "
+            "access: load a streaming dataset into a map-style one (datasets.Dataset is memory-mapped and may "
+            "exceed memory)."
+        )
+    if isinstance(dataset, torch.utils.data.IterableDataset | Mapping):
+        raise PrivacyConfigError(
+            f"dataset is a {type(dataset).__name__}; expected a sequence of examples with len() and indexing by "
+            "number. Of a DatasetDict pass one split; load a streaming dataset into a map-style one."
+        )
+    if len(dataset) == 0:
+        raise PrivacyConfigError("the dataset is empty")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from dpft.engines.ranks import Ranks
 from dpft.engines.requirements import check_accelerator, check_model, check_prepared, dataset_mark, versions, watch
 from dpft.engines.shared_ledger import SharedLedger
 from dpft.errors import EngineError, LedgerError, PrivacyConfigError
-from dpft.loader import PrivateDataLoader
+from dpft.loader import PrivateDataLoader, check_dataset
 from dpft.noise import GaussianNoise
 from dpft.optimizer import DPOptimizer
 from dpft.planning.hardware import measure
@@ -171,6 +172,14 @@ def prepare(
         loss_chunk=loss_chunk,
         isolation=isolation,
     )
+    state = get_state(model)
+    if state.one_by_one is not None:
+        max_physical_batch_size = 1  # with a graph of one example, as their forwards are separate anyway
+        warnings.warn(
+            f"one example at a time, in physical batches of one: {state.one_by_one}. strategy='per_example' takes "
+            "max_physical_batch_size, and keeps the graphs of as many examples",
+            stacklevel=2,
+        )
     ledger: SharedLedger | None = None
     try:
         ranks.together(lambda: check_optimizer(optimizer.param_groups, get_state(model)))
@@ -209,7 +218,7 @@ def prepare(
                 "collate_fn": collate_fn,
                 "num_workers": num_workers,
                 # each example gathers or sends separately: all ranks must have the same number of rows
-                "static_shapes": static_shapes or (kind in SENDS_AT_ONCE and strategy == "per_example"),
+                "static_shapes": static_shapes or (kind in SENDS_AT_ONCE and state.strategy == "per_example"),
             },
         )
     except BaseException:
@@ -335,32 +344,6 @@ def _weights(accelerator: Any, model: nn.Module) -> dict[str, float]:
 def _test_secret(seed: int, run: PrivacyRun) -> bytes:
     # It includes the count, so that a resumed test does not repeat the noise of the run that it resumes.
     return seed.to_bytes(16, "big", signed=True) + run.steps.to_bytes(8, "big")
-
-
-def check_dataset(dataset: Any) -> None:
-    """Refuse what batches cannot be drawn from at random.
-
-    Raises:
-        PrivacyConfigError: a DataLoader, a stream, a dictionary of splits, or nothing; says what to pass.
-    """
-    if isinstance(dataset, torch.utils.data.DataLoader):
-        raise PrivacyConfigError(
-            "dataset is a DataLoader; expected the dataset itself. Its batches would not be Poisson samples, and the "
-            "accountant has no theorem for them."
-        )
-    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-        raise PrivacyConfigError(
-            f"dataset is a {type(dataset).__name__} without len() or indexing. Poisson sampling needs random "
-            "access: load a streaming dataset into a map-style one (datasets.Dataset is memory-mapped and may "
-            "exceed memory)."
-        )
-    if isinstance(dataset, torch.utils.data.IterableDataset | Mapping):
-        raise PrivacyConfigError(
-            f"dataset is a {type(dataset).__name__}; expected a sequence of examples with len() and indexing by "
-            "number. Of a DatasetDict pass one split; load a streaming dataset into a map-style one."
-        )
-    if len(dataset) == 0:
-        raise PrivacyConfigError("the dataset is empty")
 
 
 def _check_whole(name: str, value: Any, least: int) -> None:

@@ -44,9 +44,17 @@ def is_reentrant(node: Any) -> bool:
     return name.endswith("CheckpointFunctionBackward")
 
 
-def has_reentrant(loss: Tensor) -> bool:
-    """Whether a reentrant checkpoint is in the graph of ``loss``."""
-    return loss.grad_fn is not None and any(is_reentrant(node) for node, _, _ in walk(loss.grad_fn))
+def may_accumulate(loss: Tensor) -> bool:
+    """Whether a node in the graph of ``loss`` may run a backward of its own, which accumulates into ``.grad``.
+
+    A reentrant checkpoint does, and any custom function of other code may (Reformer's reversible layers).
+    """
+    return loss.grad_fn is not None and any(_is_of_others(node) for node, _, _ in walk(loss.grad_fn))
+
+
+def _is_of_others(node: Any) -> bool:
+    written_in_python = getattr(type(node), "_forward_cls", None)
+    return written_in_python is not None and not written_in_python.__module__.startswith("dpft.")
 
 
 def check_coverage(losses: Tensor, names: dict[int, str] | None) -> bool:

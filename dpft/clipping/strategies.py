@@ -10,12 +10,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpft.clipping.aliasing import is_sole_owner
-from dpft.clipping.coverage import check_coverage, foreign_leaves, has_reentrant, refuse_strays
+from dpft.clipping.coverage import check_coverage, foreign_leaves, may_accumulate, refuse_strays
 from dpft.clipping.factors import row_weights
 from dpft.clipping.passes import BookKeeping, KeepPass, NormPass, Trace, WeightedPass, grad_dtype, sum_dtype
 from dpft.clipping.probe import ProbePass, Watched, draw_seeds, drew_since, mixed_examples, random_states
@@ -81,7 +82,10 @@ class Job:
 
     def _run(self, scale: Tensor) -> list[Tensor | None] | None:
         if self.strategy == "per_example":
-            return run_per_example(self, scale)
+            others = self._others(any(may_accumulate(loss) for loss in self.losses))
+            alone = run_per_example(self, scale)
+            refuse_strays(others)
+            return alone
         assert isinstance(self.losses, Tensor)
         sharded = self.state.engine is not None and self.state.engine.sharded
         names = None if sharded else {id(p): name for name, p in self.state.parameters.items()}
@@ -92,9 +96,7 @@ class Job:
                 "gradients. Use gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
             )
         self.probe = self._probe()
-        # As rarely as the isolation check: it looks at every object of the process.
-        look = self.reentrant and self.state.engine is None and self.state.backwards & (self.state.backwards - 1) == 0
-        others = foreign_leaves({id(p): n for n, p in self.state.parameters.items()}) if look else {}
+        others = self._others(self.reentrant)
         grads = None
         if self.strategy == "one_pass":
             grads = run_one_pass(self, scale)
@@ -102,6 +104,14 @@ class Job:
             run_two_pass(self, scale)
         refuse_strays(others)
         return grads
+
+    def _others(self, accumulates: bool) -> dict[int, Any]:
+        """Parameters that are not the model's, where one may be given a gradient that nothing has seen.
+
+        As rarely as the isolation check: it looks at every object of the process.
+        """
+        look = accumulates and self.state.engine is None and self.state.backwards & (self.state.backwards - 1) == 0
+        return foreign_leaves({id(p): n for n, p in self.state.parameters.items()}) if look else {}
 
     def traverse(self, running: Pass, losses: Tensor, seeds: Tensor, retain_graph: bool) -> None:
         """One backward pass over the graph, in which the sites report to ``running``."""
@@ -352,23 +362,31 @@ def _sq_norm_of(grads: list[Tensor | None], device: torch.device) -> Tensor:
 
 
 def _example_gradient(state: ClipState, loss: Tensor, parameters: list[Tensor]) -> list[Tensor | None]:
-    """Gradients of one loss, without touching ``.grad``."""
+    """Gradients of one loss, without touching ``.grad``.
+
+    Raises:
+        ClippingError: an operation's own backward put a gradient into ``.grad`` under an engine.
+    """
     previous, state.active = state.active, _Anything()
-    aside: list[Tensor | None] | None = None
+    before = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
     try:
-        if not has_reentrant(loss):
-            return list(torch.autograd.grad(loss, parameters, allow_unused=True))
-        # Reentrant checkpointing can only accumulate into .grad: put its content aside.
-        aside = [p.grad for p in parameters]
-        for p in parameters:
-            p.grad = None
-        torch.autograd.backward(loss)
-        return [p.grad for p in parameters]
+        if state.engine is None and may_accumulate(loss):
+            # What a backward inside of a backward computes can only be found in .grad.
+            torch.autograd.backward(loss)
+            return [p.grad for p in parameters]
+        grads: list[Tensor | None] = list(torch.autograd.grad(loss, parameters, allow_unused=True))
+        if any(p.grad is not None for p in parameters):
+            raise ClippingError(
+                "an operation in the model runs a backward of its own (a reentrant checkpoint, reversible layers), "
+                "whose gradients an engine would take for clipped. Use non-reentrant checkpointing, or one process."
+            )
+        return grads
     finally:
         state.active = previous
-        if aside is not None:
-            for p, grad in zip(parameters, aside, strict=True):
-                p.grad = grad
+        for p, grad in zip(parameters, before, strict=True):
+            p.grad = grad
 
 
 class _Anything(WeightedPass):

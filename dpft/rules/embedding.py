@@ -74,6 +74,7 @@ def embedding_site(host: Host, keys: dict[str, str], ids: Tensor, w: Tensor, pad
     use = EmbeddingUse(keys["weight"], w.shape[0], w.shape[1], padding_idx)
     if _same_for_all(host, ids, use.key):
         return computed(host, [use.key], [w], lambda table: F.embedding(ids, table, padding_idx))
+    ids = ids.long()  # int32 is allowed, too
     batch = forward_batch_size(host, ids.shape[0])
     if not is_broadcast(ids, batch):
         check_rows(host, ids.shape, use.key)

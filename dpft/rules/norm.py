@@ -24,6 +24,7 @@ from dpft.rules.base import (
     running_pass,
 )
 from dpft.rules.parameter import parameter_rows, shadowed, unchanged
+from dpft.rules.plain_parameters import TrackedRule
 from dpft.rules.tracked import replaced
 
 
@@ -124,6 +125,9 @@ class ElementwiseRule:
         self, module: nn.Module, host: Host, keys: dict[str, str], plain: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
         x, *rest = args
+        if any(full_shape(getattr(module, name)) != x.shape[-1:] for name in keys):
+            # its forward lays the features out in another way (xLSTM's, of several heads)
+            return TrackedRule().forward(module, host, keys, plain, *args, **kwargs)
         batch = forward_batch_size(host, x.shape[0])
         check_rows(host, x.shape[:-1], *keys.values())
         shape = None

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dpft.errors import DPFTError, PrivacyConfigError
-from dpft.loader import PrivateDataLoader
-from dpft.prepare import check_dataset, prepare
+from dpft.loader import PrivateDataLoader, check_dataset
+from dpft.prepare import prepare
 from dpft.privacy import PrivacyConfig, privacy_statement_markdown
 from dpft.trainer import losses
 from dpft.trainer.arguments import apply_rules, set_steps

@@ -12,7 +12,8 @@ from transformers import BertConfig, BertForQuestionAnswering
 
 import dpft
 from dpft.clipping.factors import ClipRule
-from tests import zoo
+from tests import oracle, zoo
+from tests.clipping.nets import Net, losses_of, seeded, step, x_batch
 from tests.training import Training, tiny_llama
 
 CLIP = 1e-6
@@ -185,3 +186,47 @@ def test_a_full_ledger_of_an_earlier_run_is_refused_before_nothing_is_trained(tm
 def test_a_second_loop_over_a_finished_loader_yields_nothing(tmp_path: Path) -> None:
     training = Training(tmp_path / "ledger.jsonl").train()
     assert list(training.loader) == []
+
+
+class Reversible(torch.autograd.Function):
+    """Runs its layer's backward inside of its own, as Reformer's reversible layers do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Module) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        with torch.no_grad():
+            return layer(x)  # type: ignore[no-any-return]  # torch's modules are untyped
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, None]:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.layer(x)
+        torch.autograd.backward(y, g)
+        return x.grad, None
+
+
+@pytest.mark.parametrize("strategy", ["one_pass", "two_pass", "per_example"])
+def test_a_backward_inside_of_a_backward(strategy: str) -> None:
+    """It accumulates into `.grad`, which `torch.autograd.grad` does not see: unclipped, if nobody looked."""
+
+    def make() -> nn.Module:
+        return Net(nn.Linear(6, 6), lambda model, h: Reversible.apply(h, model.middle))
+
+    plain = seeded(make).double()
+    batch = x_batch()
+    grads = []
+    for i in range(len(batch["x"])):
+        plain.zero_grad()
+        losses_of(plain, oracle.row({k: v.double() for k, v in batch.items()}, i)).sum().backward()
+        grads.append([p.grad.clone() for p in plain.parameters()])  # type: ignore[union-attr]  # all are trained
+    norms = torch.stack([torch.stack([g.square().sum() for g in each]).sum().sqrt() for each in grads])
+    bound = float(norms.median())
+    model = dpft.wrap(seeded(make), strategy=strategy, max_grad_norm=bound)  # type: ignore[arg-type]  # a parameter
+    step(model, strategy)
+    torch.testing.assert_close(dpft.stats(model).norms.double(), norms, rtol=1e-5, atol=0)
+    factors = (bound / norms).clamp(max=1)
+    for k, p in enumerate(model.parameters()):
+        expected = sum(f * each[k] for f, each in zip(factors, grads, strict=True))
+        torch.testing.assert_close(p.grad.double(), expected, rtol=1e-4, atol=1e-6)  # type: ignore[union-attr]  # as above

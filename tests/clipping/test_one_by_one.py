@@ -11,6 +11,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 import dpft
+from accelerate import Accelerator
 from tests import oracle, zoo
 from tests.clipping.against_oracle import case_of, check, set_checkpointing
 
@@ -115,6 +116,27 @@ def test_it_says_so(kind: str) -> None:
 def test_a_strategy_that_is_named_is_not_replaced(kind: str, strategy: Any) -> None:
     with pytest.raises(dpft.DPFTError, match=r"model\.layers\.0\.mlp.*"):
         dpft.wrap(ENTRIES[kind].build(), strategy=strategy)(**zoo.token_batch()).loss.backward()
+
+
+def test_prepare_takes_physical_batches_of_one(tmp_path: Any) -> None:
+    """Known when it wraps: the graph of one example at a time, as in plain training with a batch of one."""
+    model: Any = ENTRIES["selection"].build()
+    rows = [{name: value[i] for name, value in zoo.token_batch(8).items()} for i in range(8)]
+    privacy = dpft.PrivacyConfig(
+        noise_multiplier=0.0, target_delta=1e-3, expected_batch_size=4, num_steps=2, max_grad_norm=1.0
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match=r"one example at a time.*mlp\.experts\.0\.bias"):
+        model, optimizer, loader = dpft.prepare(
+            Accelerator(cpu=True), model, optimizer, rows, privacy, max_physical_batch_size=4, test_seed=1,
+            ledger_path=tmp_path / "ledger",
+        )  # fmt: skip
+    for batch in loader:
+        assert len(batch["input_ids"]) == 1
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loader.privacy.steps == 2
 
 
 def test_losses_of_the_callers_own_are_refused_with_the_way_out() -> None:

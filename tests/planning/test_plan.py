@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import dpft
 from dpft.planning.hardware import HARDWARE, Hardware
@@ -20,6 +21,7 @@ from dpft.planning.plan import plan
 from dpft.planning.predictor import PROBE
 from dpft.planning.result import Plan
 from dpft.planning.simulate import ENGINES, EngineName, simulate
+from tests.clipping.test_one_by_one import ENTRIES
 from tests.planning.models import VOCAB, built, llama
 
 FP32 = torch.float32
@@ -288,3 +290,35 @@ def test_warns_beyond_the_models_positions() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         planned(llama(1), 1, 1024)
+
+
+def test_experts_are_planned_with_tokens_spread_evenly() -> None:
+    """The steps of a mixture of experts run without its data-dependent routing; FLOPs are those of a real step."""
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "num_key_value_heads": 2}
+    config = hf.Qwen3MoeConfig(**sizes, **experts)
+    config._experts_implementation = "eager"
+    model = hf.Qwen3MoeForCausalLM(config).train()
+    found = planned(model, 2, 48)
+    assert found.choice == "one_pass" and any("experts" in layer.name for layer in found.layers)
+    assert config._experts_implementation == "eager"
+    ids = torch.randint(0, VOCAB, (2, 48))
+    for strategy, prediction in (("plain", found.plain), ("one_pass", found.predictions["one_pass"])):
+        real = copy.deepcopy(model)
+        if strategy != "plain":
+            dpft.wrap(real, strategy="one_pass", isolation="off")
+            for _ in range(2):  # the isolation check by gradients
+                real(input_ids=ids[:, :8], labels=ids[:, :8]).loss.backward()
+        with FlopCounterMode(display=False) as counter:
+            real(input_ids=ids, labels=ids).loss.backward()
+        # segments of unequal lengths take other Gram matrices than equal ones
+        flops = prediction.flops - prediction.attention_flops  # a CPU's kernel is not counted
+        assert flops == pytest.approx(counter.get_total_flops(), rel=0.02), strategy
+
+
+def test_what_no_rule_covers_is_planned_one_by_one() -> None:
+    """Found by wrap, or by the first forward; the reason names the parameter."""
+    for kind, name in (("kernel", "mlp.weight"), ("function", "mlp.points")):
+        found = planned(ENTRIES[kind].build(), 2, 9)
+        assert found.choice == "per_example" and set(found.predictions) == {"per_example"}
+        assert "one example at a time" in found.reason and name in found.reason
