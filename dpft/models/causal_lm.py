@@ -15,6 +15,7 @@ from dpft.rules.base import Rule
 from dpft.rules.experts import match_experts
 from dpft.rules.linear import LinearRule
 from dpft.rules.norm import ElementwiseRule
+from dpft.rules.plain_parameters import TrackedRule
 from dpft.rules.registry import register_matcher
 
 _CAUSAL_LM = re.compile(r"(ForCausalLM|LMHeadModel)$")
@@ -85,6 +86,8 @@ def uses_loss_function(model: nn.Module, causal_lm: nn.Module | None) -> bool:
 def _match(module: nn.Module) -> Rule | None:
     if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
         return LinearRule(transposed=True)
+    if type(module).__name__ == "Llama4TextExperts" and type(module).__module__.startswith("transformers."):
+        return TrackedRule(all_tokens=True)  # each expert multiplies all tokens, by zero those of others
     own = list(module.named_parameters(recurse=False))
     leaf = next(module.children(), None) is None
     known = type(module).__module__.startswith("transformers.")  # others may use their weight otherwise

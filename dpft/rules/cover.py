@@ -43,7 +43,8 @@ def cover(model: nn.Module, parameters: dict[str, nn.Parameter]) -> tuple[list[S
         own = {name: canonical[id(p)] for name in names if id(p := module.get_parameter(name)) in canonical}
         if not own:
             continue
-        if not isinstance(rule, ExpertsRule) and {"experts", "expert"} & set(path.split(".")):
+        known = isinstance(rule, ExpertsRule) or (isinstance(rule, TrackedRule) and rule.all_tokens)
+        if not known and {"experts", "expert"} & set(path.split(".")):
             why = " (an expert sees a data-dependent selection of tokens)"
             missing += [f"{path}.{name}".lstrip(".") + f": {type(module).__name__}{why}" for name in own]
         sites[path] = module, rule, own

@@ -16,9 +16,16 @@ KNOWN.update(FUNCTIONS)
 
 
 class TrackedRule:
-    """Covers every parameter of the module itself, and of parameter lists in it."""
+    """Covers every parameter of the module itself, and of parameter lists in it.
+
+    Args:
+        all_tokens: experts that are known to see all tokens, in order, and not a selection of them.
+    """
 
     covers_children = False
+
+    def __init__(self, all_tokens: bool = False) -> None:
+        self.all_tokens = all_tokens
 
     def parameters(self, module: nn.Module) -> set[str]:
         return set(own_parameters(module))
