@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dpft.errors import UnsupportedModuleError
+from dpft.kernels.convolution import RowConvolution
 from dpft.rules.base import check_rows, has_rows
 from dpft.rules.embedding import embedding_site
 from dpft.rules.linear import linear_site
@@ -242,8 +243,19 @@ def _getitem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 # --- convolutions and norms ------------------------------------------------------------------------------------------
 
 
+_SETTINGS = (("stride", 1), ("padding", 0), ("dilation", 1))
+
+
+def _each_dim(value: Any, dims: int) -> list[int]:
+    return [value] * dims if isinstance(value, int) else list(value) * (dims // len(value))
+
+
 def _convolution(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The examples as groups of one convolution: example i's channels meet example i's view of the filters."""
+    """A convolution with the filters' gradient for each row.
+
+    Where there is no formula for it, the rows are groups of one convolution: row i's channels meet its view of the
+    filters.
+    """
     names = "input weight bias stride padding dilation groups"
     if "transpose" in func.__name__:
         names = "input weight bias stride padding output_padding groups dilation"
@@ -258,6 +270,10 @@ def _convolution(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         raise _shape_refusal(w, x)
     rows, each = w.rows, rows_of(w)
     check_rows(w.host, x.shape[:1], *w.made.names)
+    if func.__name__ in ("conv1d", "conv2d") and not isinstance(call.get("padding", 0), str):
+        dims = w.dim() - 2
+        settings = [_each_dim(call.get(name, default), dims) for name, default in _SETTINGS]
+        return _add(RowConvolution.apply(x, each, (*settings, call.get("groups", 1))), b)
     space = x.shape[2:]
     folded = x.reshape(rows, -1, *x.shape[1:]).transpose(0, 1).reshape(-1, rows * x.shape[1], *space)
     call["groups"] = rows * call.get("groups", 1)
