@@ -6,7 +6,7 @@ A pass object is used for one traversal of one graph; nothing here outlives a st
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -43,15 +43,6 @@ def _watch(watched: Watched | None, key: str, g: Tensor) -> None:
     """Record a site's gradient where the isolation check will compare it."""
     if watched is not None:
         watched.look(key, g)
-
-
-def _refuse_both(keys: Iterable[str]) -> None:
-    """Raise for parameters used as a matrix by one layer and as a vector by another: no norm has their cross term."""
-    if both := sorted(keys):
-        raise ClippingError(
-            f"{both} are used both as a matrix and entry by entry (a weight tied to another kind of layer's): dpft "
-            "cannot compute the norm of such a gradient. Wrap with strategy='per_example', or untie them."
-        )
 
 
 def _signs(n: int, like: Tensor) -> Tensor:
@@ -177,11 +168,14 @@ class NormPass:
 
     def finish(self) -> set[str]:
         """Complete :attr:`sq`; returns the keys whose uses could not be combined in this traversal."""
-        _refuse_both(self._vectors.keys() & self._kinds.keys())
+        both = self._vectors.keys() & self._kinds.keys()  # used as a matrix, and entry by entry
+        for key in both & self._summed.keys():
+            self._summed[key].add_(self._vectors.pop(key))
         for grad in (*self._vectors.values(), *self._summed.values()):
             self.sq += sq_norm(grad)
         self._vectors, self._summed, self._heads = {}, {}, {}
-        return {key for key, kinds in self._kinds.items() if len(kinds) > 1 and key not in self.shared}
+        more = {key for key, kinds in self._kinds.items() if len(kinds) > 1} | both
+        return more - self.shared
 
 
 @dataclass
@@ -195,6 +189,15 @@ class _Kept:
 
     def keep(self, use: MatrixUse, x: Tensor, g: Tensor) -> None:
         self.pairs.append((use, x, g, (x._version, g._version)))
+
+    def add(self, grad: Tensor) -> None:
+        """Add per-example gradients ``[B, *shape]``, float32 or wider, of another kind of use."""
+        self.check()
+        if self.grad is not None:
+            grad.add_(self.grad)
+        for use, x, g, _ in self.pairs:
+            grad.add_(use.add_grad(x.to(grad.dtype) if x.is_floating_point() else x, g.to(grad.dtype), None))
+        self.grad, self.pairs, self.sq = grad, [], sq_norm(grad)
 
     def check(self) -> None:
         """Raise if a kept tensor was changed in place by another operation's backward after its norm was computed."""
@@ -268,7 +271,8 @@ class KeepPass:
 
     def finish(self) -> set[str]:
         """Complete :attr:`sq`; returns the empty set, since all uses of a matrix were combined."""
-        _refuse_both(self._vectors.keys() & self._kept.keys())
+        for key in self._vectors.keys() & self._kept.keys():
+            self._kept[key].add(self._vectors.pop(key))
         for kept in self._kept.values():
             kept.check()
             self.sq += kept.sq

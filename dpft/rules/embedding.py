@@ -61,6 +61,10 @@ def embedding_site(host: Host, keys: dict[str, str], ids: Tensor, w: Tensor, pad
     if shared and not has_rows(host, ids.shape, use.key):
         # The same ids for all rows: positions [T], distances [T, T]. So are their embeddings, until they meet a row.
         return computed(host, [use.key], [w], lambda table: F.embedding(ids, table, padding_idx))
+    if is_broadcast(ids, forward_batch_size(host, 1)) and ids.numel() >= w.shape[0]:
+        # A whole table, of a prompt that all rows begin with: its gradients are as small as the output's. As a value
+        # of parameters alone it keeps its shape, which the model may repeat for each row.
+        return computed(host, [use.key], [w], lambda table: F.embedding(ids, table, padding_idx))
     if ids.dim() == 0 or (ids.dim() == 1 and host.batch_size is not None and host.input_dim > 1):
         raise ClippingError(
             f"{use.key!r} looks up ids of shape {list(ids.shape)} in a model whose input has {host.input_dim} "

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -15,9 +16,11 @@ from dpft.rules.base import (
     SiteFunction,
     attribute,
     check_rows,
+    has_rows,
     per_example,
     running_pass,
 )
+from dpft.rules.tracked import computed
 
 
 class LinearSite(SiteFunction):
@@ -64,6 +67,8 @@ class _Site:
 def linear_site(host: Host, keys: dict[str, str], x: Tensor, w: Tensor, b: Tensor | None, transposed: bool) -> Tensor:
     """Apply a linear map through a site node; under autocast in autocast's dtype, as ``F.linear`` would."""
     out_features, in_features = w.shape[::-1] if transposed else w.shape
+    if not x.requires_grad and not has_rows(host, x.shape[:-1], *keys.values()):
+        return _of_all_rows(host, keys, x, w, b, transposed)
     check_rows(host, x.shape[:-1], *keys.values())
     use = LinearUse(keys.get("weight", keys.get("bias", "")), out_features, in_features, transposed, host.impl)
     if "weight" in keys:
@@ -80,6 +85,21 @@ def linear_site(host: Host, keys: dict[str, str], x: Tensor, w: Tensor, b: Tenso
         else:
             torch.addmm(b.to(x.dtype), rows, w, out=product)
     return y
+
+
+def _of_all_rows(host: Host, keys: dict[str, str], x: Tensor, w: Tensor, b: Tensor | None, transposed: bool) -> Tensor:
+    """A map of an input that is the same for all rows, an identity or a frozen weight: a value of parameters alone.
+
+    An input that is not the same for all rows after all is seen by the isolation check by values.
+    """
+    trained = {name: p for name, p in (("weight", w), ("bias", b)) if name in keys and p is not None}
+
+    def of_parameters(*values: Tensor) -> Tensor:
+        at = dict(zip(trained, values, strict=True))
+        weight = at.get("weight", w)
+        return F.linear(x, weight.mT if transposed else weight, at.get("bias", b))
+
+    return computed(host, [keys[name] for name in trained], list(trained.values()), of_parameters)
 
 
 class LinearRule:
