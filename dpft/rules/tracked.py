@@ -170,7 +170,7 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if tracked[0].rows != 1:
             raise refusal(tracked, func, "together with activations")
         # the batch is one example, whose gradient is the parameter's
-        alone = lambda t: rows_of(t)[0] if isinstance(t, Tracked) else t  # noqa: E731
+        alone = lambda t: rows_of(t)[0] if isinstance(t, Tracked) else t  # noqa: E731  # it is used in the next line alone
         return func(*replaced(args, alone), **replaced(kwargs, alone))
     if isinstance(first, Tensor) and writes:
         return _written(func, first, args, kwargs, tracked)

@@ -76,7 +76,7 @@ def test_one_example_at_a_time(entry: zoo.Entry, why: str) -> None:
     """Refused by name, with what to do; ``"auto"`` does that, exactly, and says why."""
     for strategy in ("one_pass", "two_pass"):
         with pytest.raises(dpft.DPFTError, match=rf"(?s){why}.*strategy='per_example'|{why}"):
-            dpft.wrap(entry.build(), strategy=strategy)(**entry.batch()).loss.backward()  # type: ignore[arg-type]
+            dpft.wrap(entry.build(), strategy=strategy)(**entry.batch()).loss.backward()  # type: ignore[arg-type]  # one of the literals
     model = check(case_of(entry), strategy="auto")
     assert dpft.stats(model).strategy == "per_example"
     assert "one example at a time" in dpft.explain(model, adapters.EXAMPLES, adapters.TOKENS)
