@@ -27,7 +27,7 @@ from dpft.models.causal_lm import (
 from dpft.models.forward import COMPILED, clipped_forward, refuse_unsaved_rng
 from dpft.models.head import Head, leaves_logits_alone
 from dpft.rules.base import LinearUse
-from dpft.rules.cover import cover, refuse_mixing
+from dpft.rules.cover import batch_quantised, cover, refuse_mixing
 from dpft.rules.head import HeadUse
 from dpft.rules.linear import LinearRule
 from dpft.rules.plain_parameters import TrackedRule
@@ -112,7 +112,12 @@ def wrap(
         raise UnsupportedModuleError("no parameter of the model requires a gradient; unfreeze what is to be trained")
     covered = clipping != "none" and strategy != "per_example"
     sites, missing = cover(model, parameters) if covered else ([], [])
-    alone = bool(missing) and clipping == "flash" and strategy == "auto"
+    mixed = batch_quantised(model) if covered else []
+    alone = bool(missing or mixed) and clipping == "flash" and strategy == "auto"
+    if mixed and not alone:
+        raise UnsupportedModuleError(
+            f"{_reason_of_mixing(mixed)}. Or wrap with strategy='per_example', which runs one example at a time."
+        )
     if missing and not alone:
         raise UnsupportedModuleError(
             f"{len(missing)} trainable parameters have no per-example gradient rule:\n  "
@@ -126,7 +131,7 @@ def wrap(
     state = ClipState(clipping, fixed or strategy, rule, memory, uses, parameters, impl=impl)
     state.isolation = isolation
     if alone:
-        state.run_one_by_one(_reason(missing))
+        state.run_one_by_one(_reason(missing) if missing else _reason_of_mixing(mixed))
     if clipping != "none":
         guard_parameters(state)
     causal_lm = find_causal_lm(model)
@@ -302,6 +307,11 @@ def _reason(missing: list[str]) -> str:
         f"{len(missing)} trainable parameters have no rule ({missing[0]}{', ...' if len(missing) > 1 else ''}). With "
         "one (dpft.register_rule), or with them frozen, the examples of a batch would be processed together"
     )
+
+
+def _reason_of_mixing(mixed: list[str]) -> str:
+    """Why a quantised model's examples cannot be processed together."""
+    return f"{len(mixed)} layers quantise their input over the whole batch ({mixed[0]})"
 
 
 def _chunked_head(causal_lm: nn.Module | None, model: nn.Module) -> nn.Module | None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dpft.errors import UnsupportedModuleError
-from dpft.rules.tracked import unseen_use
+from dpft.rules.tracked import Tracked, unseen_use
 
 # Which inputs of a site node are its parameters; a parameter as another input is data, and its gradient dX.
 _SITES: dict[str, Sequence[int]] = {
@@ -71,6 +71,13 @@ def check_coverage(losses: Tensor, names: dict[int, str] | None) -> bool:
         UnsupportedModuleError: a parameter is used by an operation other than its rule's (a functional call that
             bypasses its module), or is not one of the model's.
     """
+    if isinstance(losses, Tracked):
+        # No activation that needs a gradient met a function whose examples are known.
+        raise UnsupportedModuleError(
+            f"the losses are computed of {', '.join(sorted(losses.made.names)[:5])} by functions of which dpft does "
+            "not know which example a row belongs to. Wrap with strategy='per_example', write a rule for the module "
+            "(dpft.register_rule), or freeze it."
+        )
     root = losses.grad_fn
     if root is None:
         raise UnsupportedModuleError(

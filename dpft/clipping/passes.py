@@ -152,14 +152,14 @@ class NormPass:
 
     def finish(self) -> set[str]:
         """Complete :attr:`sq`; returns the keys whose uses could not be combined in this traversal."""
-        both = self._vectors.keys() & self._kinds.keys()  # a matrix in one place, and taken entry by entry in another
+        both = self._vectors.keys() & self._kinds.keys()  # used as a matrix, and entry by entry
         for key in both & self._summed.keys():
-            self._summed[key] = self._summed[key] + self._vectors.pop(key)
+            self._summed[key].add_(self._vectors.pop(key))
         for grad in (*self._vectors.values(), *self._summed.values()):
             self.sq += sq_norm(grad)
         self._vectors, self._summed, self._heads = {}, {}, {}
-        several = {key for key, kinds in self._kinds.items() if len(kinds) > 1} | both
-        return several - self.shared
+        more = {key for key, kinds in self._kinds.items() if len(kinds) > 1} | both
+        return more - self.shared
 
 
 @dataclass
@@ -180,6 +180,15 @@ class _Kept:
         for use, x, g, _ in self.pairs:
             self.grad = use.add_grad(x, g, self.grad)
         self.pairs = []
+
+    def add(self, grad: Tensor) -> None:
+        """Add per-example gradients ``[B, *shape]``, float32 or wider, of another kind of use."""
+        self.check()
+        if self.grad is not None:
+            grad.add_(self.grad)
+        for use, x, g, _ in self.pairs:
+            grad.add_(use.add_grad(x.to(grad.dtype) if x.is_floating_point() else x, g.to(grad.dtype), None))
+        self.grad, self.pairs, self.sq = grad, [], sq_norm(grad)
 
     def check(self) -> None:
         """Raise if a kept tensor was changed in place by another operation's backward after its norm was computed."""
@@ -251,12 +260,8 @@ class KeepPass:
 
     def finish(self) -> set[str]:
         """Complete :attr:`sq`; returns the empty set, since all uses of a matrix were combined."""
-        for key in self._vectors.keys() & self._kept.keys():  # a matrix in one place, entry by entry in another
-            kept = self._kept[key]
-            kept.materialise()
-            assert kept.grad is not None
-            kept.grad = kept.grad + self._vectors.pop(key)
-            kept.sq = sq_norm(kept.grad)
+        for key in self._vectors.keys() & self._kept.keys():
+            self._kept[key].add(self._vectors.pop(key))
         for kept in self._kept.values():
             kept.check()
             self.sq += kept.sq

@@ -108,3 +108,24 @@ def refuse_mixing(model: nn.Module) -> None:
                 f"{name!r} ({type(module).__name__}) mixes examples or keeps statistics of the batch, which are "
                 "released without noise. Replace it by GroupNorm or LayerNorm."
             )
+
+
+def batch_quantised(model: nn.Module) -> list[str]:
+    """Layers, frozen ones too, that quantise their input with numbers of the whole batch: a line for each.
+
+    What an example is rounded to depends on the examples beside it then, by less than the isolation check by values
+    can tell from rounding. Known by name, as nothing else of theirs says it.
+    """
+    found = []
+    for path, module in model.named_modules():
+        if any(cls.__name__ == "Linear8bitLt" for cls in type(module).__mro__):
+            threshold = getattr(getattr(module, "state", None), "threshold", 0.0)
+            if threshold > 0:
+                found.append(
+                    f"{path}: bitsandbytes' LLM.int8() keeps the columns that have an outlier in any row of the batch "
+                    f"in 16 bits (llm_int8_threshold={threshold}); load the model with llm_int8_threshold=0.0"
+                )
+        activations = getattr(module._parameters.get("weight"), "act_quant_kwargs", None)
+        if type(getattr(activations, "granularity", None)).__name__ == "PerTensor":
+            found.append(f"{path}: torchao scales the activations of the batch together (PerTensor); use PerRow")
+    return found

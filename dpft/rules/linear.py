@@ -69,10 +69,9 @@ class _Site:
 def linear_site(host: Host, keys: dict[str, str], x: Tensor, w: Tensor, b: Tensor | None, transposed: bool) -> Tensor:
     """Apply a linear map through a site node; under autocast in autocast's dtype, as ``F.linear`` would."""
     out_features, in_features = w.shape[::-1] if transposed else w.shape
-    batch = host.batch_size
-    constant = not x.requires_grad and batch is not None and batch not in x.shape[:-1]
-    if constant and not has_rows(host, x.shape[:-1], *keys.values()):
-        return _constant_product(host, keys, x, w, b, transposed)
+    same = not x.requires_grad and host.batch_size not in x.shape[:-1]
+    if same and not has_rows(host, x.shape[:-1], *keys.values()):
+        return _of_all_rows(host, keys, x, w, b, transposed)
     check_rows(host, x.shape[:-1], *keys.values())
     use = LinearUse(keys.get("weight", keys.get("bias", "")), out_features, in_features, transposed, host.impl)
     if "weight" in keys:
@@ -91,18 +90,19 @@ def linear_site(host: Host, keys: dict[str, str], x: Tensor, w: Tensor, b: Tenso
     return y
 
 
-def _constant_product(
-    host: Host, keys: dict[str, str], x: Tensor, w: Tensor, b: Tensor | None, transposed: bool
-) -> Tensor:
-    """Of an input that is the same for all rows (DoRA's identity): so is the output, until it meets a row."""
-    given = {name: p for name, p in (("weight", w), ("bias", b)) if name in keys and p is not None}
+def _of_all_rows(host: Host, keys: dict[str, str], x: Tensor, w: Tensor, b: Tensor | None, transposed: bool) -> Tensor:
+    """A map of an input that is the same for all rows, an identity or a frozen weight: a value of parameters alone.
 
-    def product(*values: Tensor) -> Tensor:
-        now = dict(zip(given, values, strict=True))
-        weight = now.get("weight", w)
-        return F.linear(x, weight.T if transposed else weight, now.get("bias", b))
+    An input that is not the same for all rows after all is seen by the isolation check by values.
+    """
+    trained = {name: p for name, p in (("weight", w), ("bias", b)) if name in keys and p is not None}
 
-    return computed(host, [keys[name] for name in given], list(given.values()), product)
+    def of_parameters(*values: Tensor) -> Tensor:
+        at = dict(zip(trained, values, strict=True))
+        weight = at.get("weight", w)
+        return F.linear(x, weight.mT if transposed else weight, at.get("bias", b))
+
+    return computed(host, [keys[name] for name in trained], list(trained.values()), of_parameters)
 
 
 class LinearRule:

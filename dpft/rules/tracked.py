@@ -61,6 +61,7 @@ class Tracked(Tensor):
         rows: R of the batch.
         transposed: whether this is the transpose of a parameter, and not another function of it.
         direct: whether this is a parameter, or its transpose, up to dtype.
+        shared: whether something else may refer to the value: a view of it, or a site. Then it may not be changed.
     """
 
     made: Derived
@@ -68,6 +69,7 @@ class Tracked(Tensor):
     rows: int
     transposed: bool
     direct: bool
+    shared: bool
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -79,6 +81,7 @@ def track(host: Host, made: Derived, rows: int, direct: bool = False, transposed
     """A tracked tensor of this value."""
     found: Tracked = UnseenUse.apply(made.value.detach(), host.tap, made.names).as_subclass(Tracked)
     found.made, found.host, found.rows, found.direct, found.transposed = made, host, rows, direct, transposed
+    found.shared = made.value._is_view()
     return found
 
 
@@ -97,6 +100,7 @@ def derived(t: Tracked, value: Tensor) -> Tracked:
 
 def rows_of(t: Tracked) -> Tensor:
     """``[R, *shape]``: the value for each row of the batch, through a site."""
+    t.shared = True
     return parameter_rows(t.host, t.made, t.rows)
 
 
@@ -131,6 +135,10 @@ def replaced(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
 # dtype and layout alone: what comes out is still the parameter, for a rule that casts it itself
 _CASTS = frozenset({"to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous"})
 _TRANSPOSES = frozenset({"t", "T", "mT", "transpose", "swapaxes", "swapdims", "permute"})
+_WRITES = frozenset(
+    {"__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__imatmul__", "__itruediv__", "__ifloordiv__"}
+    | {"__imod__", "__ipow__"}
+)
 # of their second tensor only shape, dtype or device counts
 _OF_KIND = frozenset({"to", "type_as", "view_as", "reshape_as"})
 
@@ -148,20 +156,56 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not isinstance(first, Tracked):
             return func(*replaced(args, _detached), **replaced(kwargs, _detached))
         others = []
-    writes = name == "__set__" or (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+    writes = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
     if isinstance(first, Tracked) and writes:
-        raise refusal(tracked, func, "which changes it in place")
+        if first.direct or first.shared or name == "__set__" or any(t.requires_grad for t in others):
+            raise refusal(tracked, func, "which changes it in place")
+        return _changed(func, first, args, kwargs, tracked)
     known = KNOWN.get(name.strip("_"))
     if known is not None:
         out = known(func, args, kwargs)
         if out is not NotImplemented:
             return out
-    if any(t.requires_grad for t in others) or writes:
+    if any(t.requires_grad for t in others) or name == "__set__":
         if tracked[0].rows != 1:
             raise refusal(tracked, func, "together with activations")
         # the batch is one example, whose gradient is the parameter's
         return func(*replaced(args, _alone), **replaced(kwargs, _alone))
+    if isinstance(first, Tensor) and writes:
+        return _written(func, first, args, kwargs, tracked)
     return _of_parameters_alone(func, name, args, kwargs, tracked)
+
+
+def _written(func: Any, into: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], tracked: list[Tracked]) -> Any:
+    """A call that writes values of parameters into a tensor of none, ``dense[places] = w``, which is tracked then.
+
+    Views of its memory are not tracked: they hang on the node that no backward may reach.
+    """
+    if type(into) is not Tensor or into._is_view():
+        raise refusal(tracked, func, "which writes it into a view, or into a parameter")
+    value = into.clone()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        out = func(value, *replaced(args[1:], _value), **replaced(kwargs, _value))
+    if value.requires_grad:
+        found = track(tracked[0].host, Derived(value, *_roots_of(tracked)), tracked[0].rows)
+        into.copy_(found.as_subclass(Tensor))
+        into.__class__ = Tracked
+        vars(into).update(vars(found))
+    else:
+        into.copy_(value)
+    return into if isinstance(out, Tensor) else out
+
+
+def _changed(func: Any, into: Tracked, args: tuple[Any, ...], kwargs: dict[str, Any], tracked: list[Tracked]) -> Any:
+    """A call that changes a value of parameters in place, by others or by constants."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        out = func(into.made.value, *replaced(args[1:], _value), **replaced(kwargs, _value))
+    into.made = Derived(into.made.value, *_roots_of(tracked))
+    return into if isinstance(out, Tensor) else out
+
+
+def _value(t: Tensor) -> Tensor:
+    return t.made.value if isinstance(t, Tracked) else t
 
 
 def _alone(t: Tensor) -> Tensor:
@@ -176,19 +220,11 @@ def _of_parameters_alone(
     func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], tracked: list[Tracked]
 ) -> Any:
     """The result of a call without activations, tracked where a gradient leads through it."""
-
-    def value(t: Tensor) -> Tensor:
-        return t.made.value if isinstance(t, Tracked) else t
-
     # A checkpoint's hooks would recompute the whole block for the small graph behind a site.
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
-        out = func(*replaced(args, value), **replaced(kwargs, value))
+        out = func(*replaced(args, _value), **replaced(kwargs, _value))
     first = tracked[0]
-    made = first.made
-    if any(t.made is not made for t in tracked):
-        together = {id(leaf): (leaf, n, p) for t in tracked for leaf, n, p in _roots(t.made)}
-        leaves, names, parameters = zip(*together.values(), strict=True)
-        made = Derived(made.value, leaves, names, parameters)
+    roots = _roots_of(tracked)
     same = first.direct and len(tracked) == 1 and isinstance(out, Tensor) and out.dim() == 2
     before = first.made.value
     turned = same and name in _TRANSPOSES
@@ -196,16 +232,26 @@ def _of_parameters_alone(
     kept = first.direct and len(tracked) == 1 and name in _CASTS
 
     def wrapped(t: Tensor) -> Tensor:
+        for operand in tracked:
+            operand.shared = (
+                operand.shared or t.untyped_storage()._cdata == operand.made.value.untyped_storage()._cdata
+            )
         if not t.requires_grad:
             return t
-        result = Derived(t, made.leaves, made.names, made.parameters)
-        return track(first.host, result, first.rows, turned or kept, first.transposed != turned)
+        return track(first.host, Derived(t, *roots), first.rows, turned or kept, first.transposed != turned)
 
     return replaced(out, wrapped)
 
 
-def _roots(made: Derived) -> Iterator[tuple[Tensor, str, Tensor]]:
-    return zip(made.leaves, made.names, made.parameters, strict=True)
+def _roots_of(tracked: list[Tracked]) -> tuple[list[Tensor], list[str], list[Tensor]]:
+    """The leaves of all of these values, their names, and the parameters that they stand for; each once."""
+    found = {
+        id(leaf): (leaf, name, p)
+        for t in tracked
+        for leaf, name, p in zip(t.made.leaves, t.made.names, t.made.parameters, strict=True)
+    }
+    leaves, names, parameters = zip(*found.values(), strict=True)
+    return list(leaves), list(names), list(parameters)
 
 
 def refusal(tracked: list[Tracked], func: Any, how: str) -> UnsupportedModuleError:

@@ -199,12 +199,18 @@ def _holds_rows(x: Tensor, w: Any) -> bool:
 def _einsum(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The batch's letter, first in an activation and in the result, goes in front of the tracked operand's."""
     spec, operands = args[0], args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
-    if not isinstance(spec, str) or "->" not in spec or "." in spec or len(operands) != 2:
+    if not isinstance(spec, str) or "->" not in spec or len(operands) != 2:
         return NotImplemented
     inputs, out = spec.replace(" ", "").split("->")
     terms = inputs.split(",")
     at = next(i for i, t in enumerate(operands) if is_tracked(t))
     t, x = operands[at], operands[1 - at]
+    if "..." in terms[1 - at]:  # its dimensions get letters
+        free = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in spec]
+        letters = "".join(free[: x.dim() - len(terms[1 - at]) + 3])
+        terms[1 - at], out = terms[1 - at].replace("...", letters), out.replace("...", letters)
+    if "." in "".join((*terms, out)):
+        return NotImplemented
     if is_tracked(x) or not out or terms[1 - at][0] != out[0] or out[0] in terms[at] or x.shape[0] != t.rows:
         return NotImplemented
     terms[at] = out[0] + terms[at]

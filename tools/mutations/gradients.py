@@ -12,11 +12,14 @@ EXPERTS = ("tests/rules/test_experts.py", "tests/kernels/test_experts.py")
 PREPARE = ("tests/test_prepare.py", "tests/test_prepare_refusals.py", "tests/test_prepare_spending.py")
 ESCAPES = ("tests/clipping/test_escapes.py",)
 LOSSES, HEADS = ("tests/models/test_losses.py",), ("tests/models/test_heads.py",)
+TWO_KINDS = ("tests/clipping/test_beside_the_loss.py::test_a_matrix_that_is_a_norms_weight_too",)
+TENSORS = ("tests/clipping/test_parameters_as_tensors.py",)
 
 _LINEAR, _EMBEDDING = "dpft/kernels/linear.py", "dpft/kernels/embedding.py"
 _EXPERTS = "dpft/kernels/experts.py"
 _GRAM, _PROBE = "dpft/kernels/gram.py", "dpft/clipping/probe.py"
 _WEIGHTED, _FACTORS = "dpft/kernels/weighted.py", "dpft/clipping/factors.py"
+_TRACKED = "dpft/rules/tracked.py"
 _LOSSES, _TARGETS = "dpft/models/losses.py", "dpft/models/targets.py"
 _PASSES, _BOUNDARY, _GUARD = "dpft/clipping/passes.py", "dpft/clipping/boundary.py", "dpft/clipping/guard.py"
 
@@ -54,6 +57,46 @@ GRADIENT_MUTATIONS = (
         "norms <= LARGEST_NORM",
         "norms == norms",
         ESCAPES,
+    ),
+    Mutation(
+        "two_kinds_of_uses_dropped",
+        "of a matrix that is used entry by entry, too, one pass forgets the second gradient",
+        _PASSES,
+        "self._kept[key].add(self._vectors.pop(key))",
+        "self._vectors.pop(key)",
+        TWO_KINDS,
+    ),
+    Mutation(
+        "two_kinds_of_uses_apart",
+        "the norms of both are added instead of their gradients",
+        _PASSES,
+        "more = {key for key, kinds in self._kinds.items() if len(kinds) > 1} | both",
+        "more = {key for key, kinds in self._kinds.items() if len(kinds) > 1}",
+        TWO_KINDS,
+    ),
+    Mutation(
+        "augmented_lost",
+        "what is written into a plain tensor is tracked under the result's name alone",
+        _TRACKED,
+        "if isinstance(first, Tensor) and writes:",
+        "if False:",
+        TENSORS,
+    ),
+    Mutation(
+        "stale_values_kept",
+        "a value that a site has used is changed in place",
+        _TRACKED,
+        "first.direct or first.shared or",
+        "first.direct or",
+        TENSORS,
+    ),
+    Mutation(
+        "outliers_of_the_batch",
+        "LLM.int8() with outliers is taken for a layer whose rows are apart",
+        "dpft/rules/cover.py",
+        "if threshold > 0:",
+        "if threshold < 0:",
+        ("tests/models/test_quantised.py",),
     ),
     Mutation(
         "vectors_not_in_norm",
