@@ -15,7 +15,7 @@ class RowConvolution(torch.autograd.Function):
     """A convolution by filters that are the same for all rows of the batch, with their gradient for each row.
 
     ``x [N, C, *space]``, N a multiple of B; ``each [B, d, C / groups, *window]``, views of one tensor, whose gradient
-    is per row. The values are those of torch's convolution. ``settings``: stride, padding, dilation (one number for each
+    is per row. The values are those of torch's convolution. ``settings``: stride, padding, dilation (a number for each
     dimension of the window) and groups.
     """
 

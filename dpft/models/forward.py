@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,7 +17,7 @@ from dpft.clipping.guard import guard_parameters
 from dpft.clipping.state import ClipState
 from dpft.errors import ClippingError, UnsupportedModuleError
 from dpft.models.head import joined
-from dpft.models.isolation import RowCheck
+from dpft.models.isolation import RowCheck, is_due
 from dpft.models.losses import WAY_OUT, ExampleLosses, LossError, PerExampleLosses, loss_of, with_loss
 from dpft.models.rows import row_of
 from dpft.models.targets import several_rows, targets_of
@@ -79,7 +80,7 @@ def clipped_forward(
             examples = shape[0] if groups is None else groups.examples
             choice = state.choose(device, examples, state.seq_len).strategy
             if choice == "per_example":
-                return _forward_each(state, plain, args, kwargs, weights, shape[0], groups)
+                return _forward_each(state, model, plain, args, kwargs, weights, shape[0], groups)
             if choice == "two_pass":
                 refuse_unsaved_rng(state, model)
         run = functools.partial(_run, state, plain)
@@ -93,7 +94,7 @@ def clipped_forward(
             if choice is None or isinstance(error, LossError) or not _may_run_one_by_one(state):
                 raise
             state.run_one_by_one(f"Not together, since {error}")
-            return _forward_each(state, plain, args, kwargs, weights, shape[0], groups)
+            return _forward_each(state, model, plain, args, kwargs, weights, shape[0], groups)
         if choice is None or _has_no_loss(out, targets):
             _hold_weights(state, weights)
             _refuse_own_loss(out, kwargs)
@@ -315,8 +316,23 @@ def _row_tokens(args: tuple[Any, ...], kwargs: dict[str, Any], shape: torch.Size
     return shape[-1] if choices else shape[1] if len(shape) in (2, 3) else 0
 
 
+def _checking(
+    state: ClipState,
+    model: nn.Module,
+    plain: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    due: bool,
+) -> AbstractContextManager[RowCheck | None]:
+    """The check by value of a row that is run alone, where one is due."""
+    if not due:
+        return nullcontext()
+    return RowCheck.of_row(state, model, functools.partial(_run, state, plain), args, kwargs)
+
+
 def _forward_each(
     state: ClipState,
+    model: nn.Module,
     plain: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -331,11 +347,17 @@ def _forward_each(
     losses: list[Tensor] = []
     logits: dict[Any, list[Tensor]] = {}
     out: Any = None
+    largest = batch if state.engine is None else state.engine.max_batch_size
+    checked = random.SystemRandom().randrange(batch) if is_due(state, largest) else None
     for i in range(batch):
         row = {k: row_of(v, i, batch, k) for k, v in kwargs.items()}
-        targets = targets_of(row)
-        with _expecting(state, row), _catching(state, row, 1):
-            out = plain(*(row_of(a, i, batch) for a in args), **row)
+        given, targets = tuple(row_of(a, i, batch) for a in args), targets_of(row)
+        with (
+            _checking(state, model, plain, given, row, i == checked) as check,
+            _expecting(state, row),
+            _catching(state, row, 1),
+        ):
+            out = plain(*given, **row)
         if i == 0 and _has_no_loss(out, targets):
             _hold_weights(state, weights)
             return plain(*args, **kwargs)
@@ -346,6 +368,8 @@ def _forward_each(
                 "the losses from its outputs, and call dpft.clipped_loss(model, losses)."
             )
         losses.append(loss.reshape(()))
+        if check is not None and loss.numel() == 1:
+            check.compare(with_loss(out, loss.reshape(1)))
         for name, found in _logits_of(out):
             logits.setdefault(name, []).append(found.detach())  # lazy ones stay lazy
     if groups is not None:

@@ -39,6 +39,13 @@ MESSAGE = (
 )
 
 
+def is_due(state: ClipState, largest: int) -> bool:
+    """Whether the next forward, of batches of at most ``largest`` rows, is to be checked by value."""
+    if state.isolation == "off" or state.clipping == "none" or largest < 2:
+        return False
+    return state.isolation == "every_step" or state.backwards + 1 >= 2 * state.isolated_at
+
+
 class RowCheck:
     """The check of one forward: enter it around the forward, then :meth:`compare` its output.
 
@@ -78,16 +85,27 @@ class RowCheck:
 
         Due are the forwards of backward 1, 2, 4, 8, ... of batches of more than one row; where ranks share a model,
         on all of them or on none. Where the forward draws random numbers, every second one after the first is left
-        out (:meth:`compare`). Rows that are run one by one (``per_example``) need none.
+        out (:meth:`compare`).
         """
         largest = batch if state.engine is None else state.engine.max_batch_size
-        number = state.backwards + 1
-        due = largest > 1 and (state.isolation == "every_step" or number >= 2 * state.isolated_at)
-        if state.isolation == "off" or state.clipping == "none" or state.strategy == "per_example" or not due:
+        if not is_due(state, largest):
             return cls(state, model, None, args, kwargs, batch)
+        number = state.backwards + 1
         state.isolated_at = number
         state.isolations += 1
         return cls(state, model, run, args, kwargs, batch)
+
+    @classmethod
+    def of_row(
+        cls, state: ClipState, model: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> RowCheck:
+        """A check of a row that is run one by one anyway: that its padding does not matter, and of the buffers.
+
+        How far it is padded depends on the longest row beside it.
+        """
+        state.isolated_at = state.backwards + 1
+        state.isolations += 1
+        return cls(state, model, run, args, kwargs, 1)
 
     def __enter__(self) -> RowCheck:
         self._before = random_states(self._device) if self._run is not None else []
