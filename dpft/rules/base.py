@@ -219,7 +219,8 @@ def per_example(t: Tensor, host: Host, site: str, feature_dims: int = 1) -> Tens
     lead, features = t.shape[: t.dim() - feature_dims], t.shape[t.dim() - feature_dims :]
     rows: Tensor | None = None
     if lead and (lead[0] == batch_size or batch_size == 1):
-        rows = t.reshape(batch_size, lead.numel() // batch_size, *features)
+        tokens = lead[1:].numel() if lead[0] == batch_size else lead.numel()
+        rows = t.reshape(batch_size, tokens, *features)
     elif site in host.flattening and is_flattened(lead, batch_size):
         rows = t.reshape(batch_size, lead[0] // batch_size, *features)
     if rows is not None:

@@ -84,7 +84,10 @@ def entry_of(kind: str) -> zoo.Entry:
 ENTRIES = {kind: entry_of(kind) for kind in LACKING}
 
 
-@pytest.mark.parametrize("checkpointing", ["off", "non-reentrant", "reentrant"])
+CHECKPOINTED = [pytest.param(how, marks=pytest.mark.slow) for how in ("non-reentrant", "reentrant")]
+
+
+@pytest.mark.parametrize("checkpointing", ["off", *CHECKPOINTED])
 @pytest.mark.parametrize("kind", LACKING)
 def test_exact(kind: str, checkpointing: str) -> None:
     if kind != "selection" and checkpointing == "reentrant":

@@ -45,6 +45,7 @@ def costs(strategy: str, implementation: str) -> tuple[int, int]:
     return counter.get_total_flops(), meter.peak
 
 
+@pytest.mark.slow  # figures, which a change of the rule moves and nothing else
 @pytest.mark.parametrize(("strategy", "flops"), [("one_pass", 1.10), ("two_pass", 1.55)])
 def test_costs(strategy: str, flops: float) -> None:
     """Of plain training: FLOPs are those of the loop over experts, as the counter does not know grouped products."""

@@ -70,7 +70,7 @@ RULE_MUTATIONS = (
     ),
     # parameters that are used as plain tensors
     Mutation(
-        "rows_in_any_order",
+        "order_of_tokens_unseen",
         "a first dimension that the batch divides is taken for its tokens, and nobody looks at their order",
         "dpft/clipping/strategies.py",
         "        if anywhere:",
