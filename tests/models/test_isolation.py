@@ -59,8 +59,8 @@ MIXINGS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_mixing_through_detached_values_is_refused(mixing: str, dtype: torch.dtype) -> None:
     model = zoo.LLAMA.build().to(dtype)
     model.get_submodule("model.layers.0").register_forward_hook(hidden(MIXINGS[mixing]))
-    # In bf16 a row that is little changed may pass once; the check is made again and again.
-    assert refused(dpft.wrap(model, isolation="every_step"), zoo.token_batch(4, 9))
+    # In bf16 only the one row that is changed most may be seen: 0.75^48 = 1e-6 is the chance that it is never drawn.
+    assert refused(dpft.wrap(model, isolation="every_step"), zoo.token_batch(4, 9), times=48)
 
 
 def test_the_check_by_gradients_does_not_see_it() -> None:
@@ -217,7 +217,7 @@ def test_rows_that_run_one_by_one(mixing: str) -> None:
     dpft.wrap(model, strategy="per_example", isolation="every_step")
     padding = mixing in ("a convolution over padding", "a mean over padding", "the padded length")
     if mixing not in ("detached batch deviation", "capacity"):  # of one row there is none; over its padding, perhaps
-        assert refused(model, zoo.token_batch(4, 9)) == padding
+        assert refused(model, zoo.token_batch(4, 9), times=48 if padding else 4) == padding
 
 
 def test_rows_that_run_one_by_one_change_no_buffer() -> None:
