@@ -109,7 +109,7 @@ def test_backward_reads_nothing(
         training.optimizer.step()
         training.optimizer.zero_grad()
     training.close()
-    powers = {1, 2, 4, 8, 16, 32} if strategy != "per_example" else set()
+    powers = {1, 2, 4, 8, 16, 32}
     assert len(counts) > 8
     checks = 1 + 2 + sum(plain.values())
     assert all(extra <= checks * (number in powers) for number, extra in counts), counts

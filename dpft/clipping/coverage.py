@@ -102,7 +102,9 @@ def foreign_leaves(names: dict[int, str]) -> dict[int, tuple[Tensor, Tensor | No
     """
     found: dict[int, tuple[Tensor, Tensor | None, int]] = {}
     for value in gc.get_objects():
-        if isinstance(value, nn.Parameter) and value.requires_grad and id(value) not in names:
+        if issubclass(type(value), Tensor) and isinstance(value, nn.Parameter) and value.requires_grad:
+            if id(value) in names:
+                continue
             grad = value.grad
             found[id(value)] = (value, grad, -1 if grad is None else grad._version)
     return found

@@ -85,10 +85,10 @@ class RowCheck:
 
         Due are the forwards of backward 1, 2, 4, 8, ... of batches of more than one row; where ranks share a model,
         on all of them or on none. Where the forward draws random numbers, every second one after the first is left
-        out (:meth:`compare`).
+        out (:meth:`compare`). Rows that are run one by one have a check of their own (:meth:`of_row`).
         """
         largest = batch if state.engine is None else state.engine.max_batch_size
-        if not is_due(state, largest):
+        if state.strategy == "per_example" or not is_due(state, largest):
             return cls(state, model, None, args, kwargs, batch)
         number = state.backwards + 1
         state.isolated_at = number

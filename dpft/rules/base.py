@@ -190,8 +190,8 @@ def check_rows(host: Host, lead: torch.Size, *sites: str) -> None:
 def has_rows(host: Host, lead: torch.Size, *sites: str) -> bool:
     """Whether a tensor is one that :func:`check_rows` accepts; if it is flattened, that is noted for the backward."""
     batch = host.batch_size if host.active is None else rows_of_pass(host.active)
-    if batch is None or batch == 1 or (lead and lead[0] == batch):
-        return True  # all rows of a batch of one are its example's
+    if batch is None or batch < 2 or (lead and lead[0] == batch):
+        return True  # all rows of a batch of one are its example's; an empty batch has none
     if len(lead) != 1 or lead[0] == 0 or lead[0] % batch:
         return False
     row_tokens = host.row_tokens if host.active is None else host.active.row_tokens

@@ -229,4 +229,4 @@ def test_a_backward_inside_of_a_backward(strategy: str) -> None:
     factors = (bound / norms).clamp(max=1)
     for k, p in enumerate(model.parameters()):
         expected = sum(f * each[k] for f, each in zip(factors, grads, strict=True))
-        torch.testing.assert_close(p.grad.double(), expected, rtol=1e-4, atol=1e-6)  # type: ignore[union-attr]  # as above
+        torch.testing.assert_close(p.grad.double(), expected, rtol=1e-4, atol=1e-6)  # type: ignore[union-attr]  # all are trained

@@ -344,7 +344,6 @@ EXACT = [
 _ROWS = "first dimension is not the batch"
 
 REFUSED = [
-    (head("XLNet, classes", hf.XLNetForSequenceClassification, _xlnet, classes), _ROWS),
     (head("XLNet, tags", hf.XLNetForTokenClassification, _xlnet, tags), _ROWS),
     (head("Electra, masked selection", hf.ElectraForPreTraining, _electra, replaced), "a selection of tokens"),
     (

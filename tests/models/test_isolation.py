@@ -199,14 +199,33 @@ def test_with_dropout_it_is_rarer() -> None:
     assert rows == [1] + [size for step in range(2, 21) for size in ([4, 4, 1] if step in checked else [4])]
 
 
-@pytest.mark.parametrize("options", [{"strategy": "per_example"}, {"isolation": "off"}, {"clipping": "none"}])
+@pytest.mark.parametrize("options", [{"isolation": "off"}, {"clipping": "none"}])
 def test_where_it_is_not_needed(options: dict[str, Any]) -> None:
     model = zoo.LLAMA.build()
     calls: list[int] = []
     model.get_submodule("model.layers.0").register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
     dpft.wrap(model, **options)
     model(**zoo.token_batch(4, 9))
-    assert calls == ([1] * 4 if options.get("strategy") == "per_example" else [4])
+    assert calls == [4]
+
+
+@pytest.mark.parametrize("mixing", MIXINGS)
+def test_rows_that_run_one_by_one(mixing: str) -> None:
+    """They cannot act on each other, but by the padding that the longest of them gives the others."""
+    model = zoo.LLAMA.build()
+    model.get_submodule("model.layers.0").register_forward_hook(hidden(MIXINGS[mixing]))
+    dpft.wrap(model, strategy="per_example", isolation="every_step")
+    padding = mixing in ("a convolution over padding", "a mean over padding", "the padded length", "capacity")
+    if mixing != "detached batch deviation":  # of one row there is none
+        assert refused(model, zoo.token_batch(4, 9)) == padding
+
+
+def test_rows_that_run_one_by_one_change_no_buffer() -> None:
+    model = zoo.LLAMA.build()
+    model.register_buffer("seen", torch.zeros(()))
+    model.register_forward_hook(lambda module, args, out: module.seen.add_(1))
+    with pytest.raises(dpft.ClippingError, match="changed the buffers"):
+        dpft.wrap(model, strategy="per_example")(**zoo.token_batch(4, 9))
 
 
 def test_one_row_needs_none() -> None:

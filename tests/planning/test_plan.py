@@ -96,22 +96,6 @@ def test_the_choice_is_the_fastest_that_fits() -> None:
         assert found.plain.time_ratio == found.plain.memory_ratio == 1
 
 
-def test_a_layer_without_a_rule_leaves_per_example() -> None:
-    class Scaled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.ones(4, 64))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x * self.scale.mean(0)
-
-    model: Any = llama(1)
-    model.model.norm = Scaled()
-    found = planned(model, 2, 16)
-    assert found.choice == "per_example" and list(found.predictions) == ["per_example"]
-    assert "model.norm.scale" in found.reason and str(found)
-
-
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_the_model_is_only_read(wrapped: bool) -> None:
     """Values, gradients, hooks, mode, configuration, wrapping and random numbers are as before; hooks do not run."""

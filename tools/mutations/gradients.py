@@ -8,7 +8,6 @@ GRADIENTS = ("tests/clipping/test_gradients.py",)
 SENSITIVITY = ("tests/clipping/test_sensitivity.py::test_adversarial_example", *GRADIENTS)
 ROBUST = ("tests/clipping/test_robustness.py", *GRADIENTS)
 KERNELS = ("tests/kernels",)
-EXPERTS = ("tests/rules/test_experts.py", "tests/kernels/test_experts.py")
 PREPARE = ("tests/test_prepare.py", "tests/test_prepare_refusals.py", "tests/test_prepare_spending.py")
 ESCAPES = ("tests/clipping/test_escapes.py",)
 LOSSES, HEADS = ("tests/models/test_losses.py",), ("tests/models/test_heads.py",)
@@ -16,7 +15,6 @@ TWO_KINDS = ("tests/clipping/test_beside_the_loss.py::test_a_matrix_that_is_a_no
 TENSORS = ("tests/clipping/test_parameters_as_tensors.py",)
 
 _LINEAR, _EMBEDDING = "dpft/kernels/linear.py", "dpft/kernels/embedding.py"
-_EXPERTS = "dpft/kernels/experts.py"
 _GRAM, _PROBE = "dpft/kernels/gram.py", "dpft/clipping/probe.py"
 _WEIGHTED, _FACTORS = "dpft/kernels/weighted.py", "dpft/clipping/factors.py"
 _TRACKED = "dpft/rules/tracked.py"
@@ -358,63 +356,5 @@ GRADIENT_MUTATIONS = (
         "isinstance(other, int | float)",
         "True",
         LOSSES,
-    ),
-    # mixtures of experts
-    Mutation(
-        "segments_split_late",
-        "the first pair of an example counts as the one's before",
-        _EXPERTS,
-        "example, firsts)",
-        "example, firsts, right=True)",
-        EXPERTS,
-    ),
-    Mutation(
-        "segments_not_masked",
-        "the pairs behind a segment count in its norm",
-        _EXPERTS,
-        "yield which, x[index].masked_fill_(behind, 0), g[index].masked_fill_(behind, 0)",
-        "yield which, x[index], g[index]",
-        EXPERTS,
-    ),
-    Mutation(
-        "experts_norms_not_summed",
-        "an example's norm is that of one expert",
-        _EXPERTS,
-        "return sq.view(routing.experts, routing.examples).sum(0)",
-        "return sq.view(routing.experts, routing.examples).amax(0)",
-        EXPERTS,
-    ),
-    Mutation(
-        "experts_factors_of_others",
-        "a pair is weighted by another example's factor",
-        _EXPERTS,
-        "scales = factors[routing.example_of].unsqueeze(1)",
-        "scales = factors[routing.example_of.flip(0)].unsqueeze(1)",
-        EXPERTS,
-    ),
-    Mutation(
-        "pairs_not_in_order",
-        "the pairs of an expert are not sorted by example",
-        _EXPERTS,
-        "chosen, order = torch.sort(flat, stable=True)",
-        "chosen, order = torch.sort(flat, stable=True)\n"
-        "    order = order[(chosen * len(order) - torch.arange(len(order))).argsort()]",
-        EXPERTS,
-    ),
-    Mutation(
-        "no_expert_has_a_bias",
-        "slots that a mask has taken out get the last expert's bias",
-        _EXPERTS,
-        "        t[self.on_host[-1] :] = 0",
-        "        pass",
-        EXPERTS,
-    ),
-    Mutation(
-        "selected_tokens_accepted",
-        "a selection of tokens that the batch divides is taken for all of them",
-        "dpft/rules/experts.py",
-        "if not is_whole_batch(host, tokens):",
-        "if tokens % rows:",
-        EXPERTS,
     ),
 )

@@ -30,7 +30,7 @@ TRAINER_MUTATIONS = (
     Mutation(
         "first_row_of_a_vector",
         "the gradient of a norm's weight is that of an example's first row",
-        "dpft/rules/norm.py",
+        "dpft/rules/parameter.py",
         "else grad.sum(1)",
         "else grad[:, 0]",
         GROUPS,
