@@ -236,6 +236,9 @@ def notes(row: dict[str, Any]) -> list[str]:
     one = row["strategies"]["one_pass"]
     if one["status"] == REFUSED:
         found.append("lacks " + ", ".join(kinds(row)) if one.get("lacking") else escaped(why(one)))
+    auto = row["strategies"]["auto"]
+    if auto["status"] == REFUSED and "reason" in auto:  # another one
+        found.append(f"auto: {escaped(why(auto))}")
     if "others" in row and row["others"]["status"] != EXACT:
         found.append(f"the others: {row['others']['status'].lower()} {escaped(why(row['others']))}")
     if row.get("depends_on"):

@@ -23,7 +23,7 @@ from tools.models.command import main
 from tools.models.lists import LISTS, subjects
 from tools.models.oracle import Expected, compare, dependence, expected
 from tools.models.quantised import QUANTISATIONS, QuantisedBase
-from tools.models.report import is_bad, markdown, section_of, summary, trimmed
+from tools.models.report import is_bad, markdown, notes, section_of, summary, trimmed
 from tools.models.shrink import kept_layers, shrunk
 
 LLAMA = Family("llama", "causal_lm", "LlamaForCausalLM")
@@ -275,6 +275,10 @@ def test_a_row_is_trimmed_of_what_says_nothing() -> None:
     row = trimmed(made_up(one_pass=REFUSED, two_pass=REFUSED, auto=WRONG))
     assert row["strategies"]["one_pass"]["lacking"] and row["strategies"]["one_pass"]["reason"] == "why"
     assert row["strategies"]["two_pass"] == {"status": REFUSED}
+    assert notes(row)[0] == "lacks Own.scale"
+    other = made_up(one_pass=REFUSED, auto=REFUSED)
+    other["strategies"]["auto"]["reason"] = "Another. With advice."
+    assert notes(trimmed(other))[:2] == ["lacks Own.scale", "auto: Another"]
     assert (row["strategies"]["auto"]["where"], row["strategies"]["auto"]["error"]) == ("a.weight", 0.5)
     assert "where" not in row["strategies"]["per_example"] and "where" not in row
 
