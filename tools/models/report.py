@@ -46,7 +46,11 @@ def words(head: str) -> str:
 
 
 def trimmed(row: dict[str, Any]) -> dict[str, Any]:
-    """A row without what says nothing: empty fields, where an error of rounding is, the reason of one-pass again."""
+    """A row without what says nothing: empty fields, each error of rounding, the reason of one-pass again.
+
+    Returns:
+        The row with ``largest_error``, of the strategies that are exact.
+    """
     row = {key: value for key, value in row.items() if key != "where" and value not in ("", [], None)}
     if row["status"] != CHECKED:
         return row
@@ -61,7 +65,8 @@ def trimmed(row: dict[str, Any]) -> dict[str, Any]:
             found[strategy].pop("lacking", None)
     if found["auto"].get("chose") == "one_pass":
         found["auto"].pop("explain", None)
-    row["strategies"] = found
+    errors = [result["error"] for result in row["strategies"].values() if result["status"] == EXACT]
+    row |= {"strategies": found, **({"largest_error": max(errors)} if errors else {})}
     if "others" in row:
         row["others"] = _trimmed(row["others"])
         row["others"].pop("chose", None)
@@ -69,7 +74,7 @@ def trimmed(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _trimmed(found: dict[str, Any]) -> dict[str, Any]:
-    drop = ("where",) if found["status"] == EXACT else ()
+    drop = ("where", "error") if found["status"] == EXACT else ()
     return {key: value for key, value in found.items() if key not in drop and value not in ("", [], None)}
 
 
