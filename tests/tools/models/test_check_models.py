@@ -280,7 +280,8 @@ def test_a_row_is_trimmed_of_what_says_nothing() -> None:
     other["strategies"]["auto"]["reason"] = "Another. With advice."
     assert notes(trimmed(other))[:2] == ["lacks Own.scale", "auto: Another"]
     assert (row["strategies"]["auto"]["where"], row["strategies"]["auto"]["error"]) == ("a.weight", 0.5)
-    assert row["strategies"]["per_example"] == {"status": EXACT} and row["largest_error"] == 0.5
+    assert row["strategies"]["per_example"].keys().isdisjoint({"error", "where", "chose"})
+    assert row["largest_error"] == 0.5
 
 
 def test_mistakes_on_the_command_line_are_found(capsys: pytest.CaptureFixture[str]) -> None:
