@@ -22,6 +22,7 @@ from tools.models.checking import CHECKED, CRASH, EXACT, NOT_BUILT, REFUSED, STR
 from tools.models.command import main
 from tools.models.lists import LISTS, subjects
 from tools.models.oracle import Expected, compare, dependence, expected
+from tools.models.precision import DOUBLE, SINGLE, Precision
 from tools.models.quantised import QUANTISATIONS, QuantisedBase
 from tools.models.report import is_bad, markdown, notes, section_of, summary, trimmed
 from tools.models.shrink import kept_layers, shrunk
@@ -96,12 +97,18 @@ def test_what_is_right_is_exact(batch: dict[str, Tensor], right: Expected, strat
     assert found["chose"] == ("one_pass" if strategy == "auto" else strategy)
 
 
+@pytest.mark.parametrize("precision", [DOUBLE, SINGLE], ids=lambda precision: precision.name)
 def test_a_planted_mistake_is_wrong_and_its_parameter_is_named(
-    batch: dict[str, Tensor], right: Expected, monkeypatch: pytest.MonkeyPatch
+    batch: dict[str, Tensor], precision: Precision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    dtype = getattr(torch, precision.name)
+    right = expected(build_model(LLAMA).to(dtype), batch, precision)
+    assert judge(build_model(LLAMA).to(dtype), batch, right, "one_pass", precision)["status"] == EXACT
+    mistake = 2 * precision.tolerance
+
     def grow(p: Tensor) -> None:
         assert p.grad is not None
-        p.grad *= 1 + 2e-6
+        p.grad *= 1 + mistake
 
     def scaled(model: nn.Module, max_grad_norm: float, strategy: Any) -> nn.Module:
         model = REAL_WRAP(model, max_grad_norm, strategy)
@@ -109,9 +116,9 @@ def test_a_planted_mistake_is_wrong_and_its_parameter_is_named(
         return model
 
     monkeypatch.setattr(checking, "wrap_any", scaled)
-    found = judge(build_model(LLAMA), batch, right, "one_pass")
+    found = judge(build_model(LLAMA).to(dtype), batch, right, "one_pass", precision)
     assert (found["status"], found["where"]) == (WRONG, PLANTED)
-    assert found["error"] == pytest.approx(2e-6, rel=0.01)
+    assert found["error"] == pytest.approx(mistake, rel=0.05)
 
 
 def test_a_norm_that_is_wrong_and_a_gradient_that_is_missing_are_wrong(right: Expected) -> None:
