@@ -1,12 +1,13 @@
-"""Which models of transformers dpft trains exactly: every family, built small, against one example at a time.
+"""Which models dpft trains exactly: every family of transformers and adapter of PEFT, built small.
 
-    python tools/check_models.py --json docs/models.json --markdown docs/models.md
-    python tools/check_models.py --list heads --jobs 4 --markdown docs/models_heads.md
+    python tools/check_models.py --list all --json docs/models.json --markdown docs/models.md
+    python tools/check_models.py --list adapters --only DoRA "LoRA on nf4"
     python tools/check_models.py --only llama mixtral gpt_oss
 
 No network, no weights: a family's configuration class, made small. Each strategy (one_pass, two_pass, per_example,
 auto) is EXACT (norms and the clipped sum of every parameter within 1e-6 of plain autograd in float64, one example at a
-time and without padding), REFUSED by dpft, WRONG, or a CRASH. A family runs in a process of its own with a time limit.
+time and without padding), REFUSED by dpft, WRONG, or a CRASH. Each runs in a process of its own with a time limit.
+Quantised bases are compared in float32, within 1e-5; bitsandbytes and torchao are optional.
 
 Exit status: 0, or 1 where something is WRONG or a CRASH, 2 for a mistake on the command line.
 """

@@ -22,26 +22,20 @@ from tests import oracle, zoo
 from tests.clipping.against_oracle import FLOAT32_LIMIT, OF_PLAIN
 from tests.memory_meter import MemoryMeter
 from tests.models.heads import own_losses
+from tools.models import quantised
+from tools.models.building import NotBuiltError
 
-BASES = ("nf4", "fp4", "int8", "torchao int8", "torchao fp8")
+WITH_OUTLIERS = "int8, with outliers"
+BASES = [name for name in quantised.QUANTISATIONS if name != WITH_OUTLIERS]
 STRATEGIES = ("one_pass", "two_pass", "per_example", "auto")
 
 
-def quantisation(base: str, **more: Any) -> Any:
+def quantisation(base: str) -> Any:
     """A config of transformers; skips the test where the library is missing."""
-    if base.startswith("torchao"):
-        found = pytest.importorskip("torchao.quantization", reason="torchao is optional")
-        configs = {"torchao int8": found.Int8WeightOnlyConfig, "torchao fp8": found.Float8WeightOnlyConfig}
-        return hf.TorchAoConfig(configs[base]())
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional")
-    if base == "int8":
-        return hf.BitsAndBytesConfig(load_in_8bit=True, **{"llm_int8_threshold": 0.0, **more})
-    return hf.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=base,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
+    try:
+        return quantised.quantisation(base)
+    except NotBuiltError as error:
+        pytest.skip(str(error))
 
 
 def qlora(folder: Path, config: Any, checkpointing: bool = False, **sizes: Any) -> nn.Module:
@@ -123,9 +117,8 @@ def test_flops_and_memory_of_a_step(checkpointing: bool, tmp_path: Path) -> None
         measured[strategy] = counter.get_total_flops(), meter.peak
     flops, peak = (measured["one_pass"][k] / measured["plain"][k] for k in (0, 1))
     print(f"{flops:.4f} x the FLOPs, {peak:.4f} x the memory")
-    assert (
-        0.95 < flops <= 1.01
-    )  # a checkpoint recomputes less: a site has saved its tensors before its product, f"{flops:.4f} x"
+    # a checkpoint recomputes less: a site has saved its tensors before its product
+    assert 0.95 < flops <= 1.01, f"{flops:.4f} x"
     assert peak <= 1.02, f"{peak:.4f} x"
 
 
@@ -154,6 +147,6 @@ def test_outliers_of_the_batch_are_run_one_by_one() -> None:
 
 def test_the_outliers_of_bitsandbytes_are_found(tmp_path: Path) -> None:
     """The attribute that is read is the one that it has."""
-    model = qlora(tmp_path, quantisation("int8", llm_int8_threshold=6.0))
+    model = qlora(tmp_path, quantisation(WITH_OUTLIERS))
     with pytest.raises(dpft.UnsupportedModuleError, match=r"14 layers quantise .*layers\.0\.self_attn\.q_proj"):
         dpft.wrap(model, strategy="one_pass")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,10 @@ def cpu_name() -> str:
     return next(names, platform.machine())
 
 
-def versions() -> dict[str, str | None]:
-    """Of the libraries that are compared; None where one is not installed, "unknown" for a bare folder."""
+def versions(libraries: Sequence[str] = LIBRARIES) -> dict[str, str | None]:
+    """Of libraries; None where one is not installed, "unknown" for a bare folder."""
     found: dict[str, str | None] = {}
-    for name in LIBRARIES:
+    for name in libraries:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -15,7 +15,8 @@ from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tools.models.exceptions import CODEBOOKS, FIELDS, IMAGES, NOT_TRAINED
+from tools.models.exceptions import CODEBOOKS, FIELDS, IMAGES, LENGTHS, NOT_TRAINED
+from tools.models.precision import DOUBLE
 from tools.models.shrink import FIRST_TOKEN, VOCAB, shrunk
 
 HEADS = {
@@ -26,10 +27,7 @@ HEADS = {
     "token_classification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
     "question_answering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
 }
-LISTS = {
-    **{head: (head,) for head in HEADS},
-    "heads": ("sequence_classification", "masked_lm", "seq2seq_lm"),
-}
+ROWS = (12, 9, 6)
 CLASSES = 3
 TARGETS = 5  # tokens of a text that an encoder-decoder is to write
 MOST_WEIGHTS = 20_000_000
@@ -46,17 +44,31 @@ class Family:
     """A model type with a head.
 
     Attributes:
-        model_type: transformers' name.
+        name: transformers' model type.
         head: of :data:`HEADS`.
         class_name: of the model.
     """
 
-    model_type: str
+    name: str
     head: str
     class_name: str
 
+    precision = DOUBLE
+
     def __str__(self) -> str:
-        return self.model_type if self.head == "causal_lm" else f"{self.model_type}/{self.head}"
+        return self.name if self.head == "causal_lm" else f"{self.name}/{self.head}"
+
+    def build(self) -> nn.Module:
+        """:func:`build_model`."""
+        return build_model(self)
+
+    def lengths(self) -> list[int]:
+        """Tokens of the rows."""
+        return list(LENGTHS.get(self.name, ROWS))
+
+    def make_batch(self, config: Any, lengths: list[int], seed: int = 1) -> dict[str, Tensor]:
+        """:func:`build_batch`."""
+        return build_batch(self, config, lengths, seed)
 
 
 def families(head: str) -> list[Family]:
@@ -74,10 +86,10 @@ def build_config(family: Family) -> PreTrainedConfig:
     Raises:
         NotBuiltError: there is none.
     """
-    if family.model_type in NOT_TRAINED:
-        raise NotBuiltError(NOT_TRAINED[family.model_type])
-    cls = CONFIG_MAPPING[family.model_type]
-    exceptions = dict(FIELDS.get(family.model_type, {}))
+    if family.name in NOT_TRAINED:
+        raise NotBuiltError(NOT_TRAINED[family.name])
+    cls = CONFIG_MAPPING[family.name]
+    exceptions = dict(FIELDS.get(family.name, {}))
     fields = cls.__dataclass_fields__
     if family.head == "causal_lm" and "is_decoder" in fields:
         exceptions.setdefault("is_decoder", True)
@@ -167,12 +179,12 @@ def build_batch(family: Family, config: Any, lengths: list[int], seed: int = 1) 
     if family.head == "sequence_classification" and isinstance(end, int):  # some are read off at the end of the text
         ids[torch.arange(rows), mask.sum(1) - 1] = end
     batch = {"input_ids": ids, "attention_mask": mask}
-    if family.model_type in IMAGES:
+    if family.name in IMAGES:
         batch["pixel_values"] = torch.randn(rows, 3, 8, 8, generator=generator, dtype=torch.float64)
     writes = family.head == "seq2seq_lm" and getattr(config, "is_encoder_decoder", False)
     if family.head == "causal_lm" or (family.head == "seq2seq_lm" and not writes):
         labels = ids.masked_fill(mask == 0, -100)
-        return {**batch, "labels": labels[..., None] if family.model_type in CODEBOOKS else labels}
+        return {**batch, "labels": labels[..., None] if family.name in CODEBOOKS else labels}
     if family.head == "sequence_classification":
         return {**batch, "labels": torch.arange(rows) % CLASSES}
     if family.head == "token_classification":

@@ -1,4 +1,4 @@
-"""One family in a process of its own: each strategy beside the oracle, its cost, and what lacks a rule."""
+"""One row of the table in a process of its own: each strategy beside the oracle, its cost, and what lacks a rule."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ import transformers
 from torch import Tensor, nn
 
 import dpft
-from tools.benchmarks.oracle import Float64
 from tools.common.meter import Meter
-from tools.models.building import Family, NotBuiltError, build_batch, build_model
-from tools.models.exceptions import LENGTHS
-from tools.models.oracle import TOLERANCE, Expected, compare, dependence, expected, loss_of
+from tools.models.building import NotBuiltError
+from tools.models.lists import PEFT, Subject
+from tools.models.oracle import Expected, compare, dependence, expected, loss_of
+from tools.models.precision import DOUBLE, Precision
 
 STRATEGIES = ("one_pass", "two_pass", "per_example", "auto")
 EXACT, WRONG, REFUSED, CRASH = "EXACT", "WRONG", "REFUSED", "CRASH"
 CHECKED, NOT_BUILT, PLAIN_FAILS = "checked", "not built", "plain fails"
-ROWS = (12, 9, 6)
 COST_ROWS, COST_TOKENS = 4, 32
 # Backward 3: without the isolation checks, which run in backward 1, 2, 4, 8 and so on.
 STEPS_BEFORE = 2
@@ -31,53 +30,53 @@ Make = Callable[[], nn.Module]
 _LACKS = re.compile(r"^  (\S+): (\w+)(.*)$", re.MULTILINE)
 
 
-def check(model_type: str, head: str, class_name: str) -> dict[str, Any]:
-    """Everything about a family, as JSON."""
+def check(subject: Subject) -> dict[str, Any]:
+    """Everything about a row, as JSON."""
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
-    family = Family(model_type, head, class_name)
-    result: dict[str, Any] = {"model_type": model_type, "head": head, "class": class_name}
+    precision = subject.precision
+    result: dict[str, Any] = {"name": subject.name, "head": subject.head, "class": subject.class_name}
     try:
-        model = build_model(family)
+        model = subject.build()
     except NotBuiltError as error:
         return {**result, "status": NOT_BUILT, "reason": str(error)}
     except Exception as error:  # whatever a library raises is a result
         return {**result, "status": NOT_BUILT, "reason": last_line(error), "where": where(error)}
-    result["frozen"] = sum(not p.requires_grad for p in model.parameters())
+    if subject.head not in PEFT:  # an adapter's base is frozen by design
+        result["frozen"] = sum(not p.requires_grad for p in model.parameters())
     result["parameters"] = sum(p.requires_grad for p in model.parameters())
-    result["weights"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    lengths = list(LENGTHS.get(model_type, ROWS))
+    lengths = subject.lengths()
     try:
-        batch = build_batch(family, model.config, lengths)
-        result |= conduct(model, batch)
-        make = functools.partial(_another, family, result["mode"])
-        if result["dependence"] > TOLERANCE and result["dependence_unpadded"] <= TOLERANCE:
-            batch = build_batch(family, model.config, [lengths[0]] * len(lengths))
-        right = expected(model, batch)
+        batch = subject.make_batch(model.config, lengths)
+        result |= conduct(model, batch, precision)
+        make = functools.partial(_another, subject, result["mode"])
+        if result["depends_on"] == "padding":
+            batch = subject.make_batch(model.config, [max(lengths)] * len(lengths))
+        right = expected(model, batch, precision)
     except Exception as error:
         return {**result, "status": PLAIN_FAILS, "reason": last_line(error), "where": where(error)}
     result |= {"status": CHECKED, "without_gradient": sorted(n for n, g in right.sums.items() if not g.any())}
-    result["strategies"] = {strategy: judge(make(), batch, right, strategy) for strategy in STRATEGIES}
+    result["strategies"] = {strategy: judge(make(), batch, right, strategy, precision) for strategy in STRATEGIES}
     lacking = result["strategies"]["one_pass"].get("lacking", [])
     if lacking:
-        result["others"] = judge_others(make, batch, {path for path, _ in lacking})
-    result["cost"] = cost(family, make, result["strategies"])
+        result["others"] = judge_others(make, batch, {path for path, _ in lacking}, precision)
+    result["cost"] = cost(subject, make, result["strategies"])
     return result
 
 
-def conduct(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
+def conduct(model: nn.Module, batch: Mapping[str, Tensor], precision: Precision = DOUBLE) -> dict[str, Any]:
     """How the plain model treats its rows; a model whose training forward is random is put into eval mode.
 
     Returns:
-        ``mode``; ``dependence`` and ``dependence_unpadded``: how far outputs of a row alone are from those in a batch
-        with padding, and in one of equal rows.
+        ``mode``; ``depends_on``: what beside a row changes its outputs, ``rows`` (whatever their lengths),
+        ``padding`` (not in a batch of equal rows; so is a batch that has no padding because the model's must not), or
+        nothing.
     """
-    mode = "train"
-    with torch.no_grad(), Float64():
+    with torch.no_grad(), precision.context():
         first, second = (loss_of(model, batch) for _ in range(2))
     if first != second:
         model.eval()
-        mode = "eval"
+    mode = "train" if model.training else "eval"
     tokens = batch["attention_mask"].shape[1]
     longest = int(batch["attention_mask"].sum(1).argmax())
     equal = {name: value[longest : longest + 1].repeat_interleave(3, 0) for name, value in batch.items()}
@@ -85,10 +84,17 @@ def conduct(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:
     for i in range(1, 3):
         order = torch.randperm(tokens, generator=generator)
         equal["input_ids"][i] = equal["input_ids"][i, order]
-    return {"mode": mode, "dependence": dependence(model, batch), "dependence_unpadded": dependence(model, equal)}
+    depends_on = ""
+    if dependence(model, equal, precision) > precision.tolerance:
+        depends_on = "rows"
+    elif batch["attention_mask"].all() or dependence(model, batch, precision) > precision.tolerance:
+        depends_on = "padding"
+    return {"mode": mode, "depends_on": depends_on}
 
 
-def judge(model: nn.Module, batch: Mapping[str, Tensor], right: Expected, strategy: str) -> dict[str, Any]:
+def judge(
+    model: nn.Module, batch: Mapping[str, Tensor], right: Expected, strategy: str, precision: Precision = DOUBLE
+) -> dict[str, Any]:
     """A strategy's status, with what belongs to it; the model is wrapped.
 
     Returns:
@@ -98,7 +104,7 @@ def judge(model: nn.Module, batch: Mapping[str, Tensor], right: Expected, strate
     """
     try:
         wrap_any(model, right.max_grad_norm, strategy)
-        with Float64():
+        with precision.context():
             model(**batch).loss.backward()
         stats = dpft.stats(model)
     except dpft.DPFTError as error:
@@ -112,8 +118,8 @@ def judge(model: nn.Module, batch: Mapping[str, Tensor], right: Expected, strate
     except Exception as error:
         return {"status": CRASH, "reason": last_line(error), "at": where(error)}
     sums = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    worst, parameter = compare(stats.norms, sums, right)
-    found = {"status": EXACT if worst <= TOLERANCE else WRONG, "error": worst, "where": parameter}
+    worst, parameter = compare(stats.norms, sums, right, precision.small)
+    found = {"status": EXACT if worst <= precision.tolerance else WRONG, "error": worst, "where": parameter}
     found["chose"] = stats.strategy
     if strategy == "auto":
         found["explain"] = dpft.explain(model, *batch["input_ids"].shape).splitlines()[0]
@@ -125,7 +131,7 @@ def wrap_any(model: nn.Module, max_grad_norm: float, strategy: Any) -> nn.Module
     return dpft.wrap(model, max_grad_norm=max_grad_norm, strategy=strategy)
 
 
-def judge_others(make: Make, batch: Mapping[str, Tensor], lacking: set[str]) -> dict[str, Any]:
+def judge_others(make: Make, batch: Mapping[str, Tensor], lacking: set[str], precision: Precision) -> dict[str, Any]:
     """One-pass where the parameters without a rule are frozen: does anything else stand in its way?"""
 
     def frozen() -> nn.Module:
@@ -136,18 +142,18 @@ def judge_others(make: Make, batch: Mapping[str, Tensor], lacking: set[str]) -> 
         return model
 
     try:
-        right = expected(frozen(), batch)
+        right = expected(frozen(), batch, precision)
     except Exception as error:
         return {"status": PLAIN_FAILS, "reason": last_line(error)}
-    return judge(frozen(), batch, right, "one_pass")
+    return judge(frozen(), batch, right, "one_pass", precision)
 
 
-def _another(family: Family, mode: str) -> nn.Module:
+def _another(subject: Subject, mode: str) -> nn.Module:
     """The same model again: a copy would hold what the forwards of some have left in it."""
-    return build_model(family).train(mode == "train")
+    return subject.build().train(mode == "train")
 
 
-def cost(family: Family, make: Make, strategies: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+def cost(subject: Subject, make: Make, strategies: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
     """FLOPs of a private step over those of a plain one, with rows of equal length: one-pass, or what ``auto`` chose.
 
     Returns:
@@ -158,18 +164,18 @@ def cost(family: Family, make: Make, strategies: Mapping[str, Mapping[str, Any]]
         return None
     try:
         model = make()
-        batch = build_batch(family, model.config, [COST_TOKENS] * COST_ROWS, seed=3)
-        plain = step_flops(model, batch)
-        private = step_flops(wrap_any(make(), 1.0, chosen), batch)
+        batch = subject.make_batch(model.config, [COST_TOKENS] * COST_ROWS, seed=3)
+        plain = step_flops(model, batch, subject.precision)
+        private = step_flops(wrap_any(make(), 1.0, chosen), batch, subject.precision)
     except Exception as error:
         return {"strategy": chosen, "reason": last_line(error)}
     return {"strategy": strategies[chosen].get("chose"), "flops": private, "plain_flops": plain}
 
 
-def step_flops(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
+def step_flops(model: nn.Module, batch: Mapping[str, Tensor], precision: Precision) -> int:
     """FLOPs of a forward and a backward, after :data:`STEPS_BEFORE` others."""
     meter = Meter([])
-    with Float64():
+    with precision.context():
         for _ in range(STEPS_BEFORE):
             model(**batch).loss.mean().backward()
         with meter:

@@ -1,4 +1,4 @@
-"""A clipped sum by its definition: plain autograd, float64, one example alone and without padding; no code of dpft."""
+"""A clipped sum by its definition: plain autograd, one example alone and without padding; no code of dpft."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tools.benchmarks.oracle import Float64
 from tools.models.building import alone
+from tools.models.precision import DOUBLE, Precision
 
 Batch = Mapping[str, Tensor]
-# The largest relative error that counts as exact. A parameter whose gradient is much smaller than the whole is held to
-# this share of the whole: what cancels to zero (the bias of keys) is rounding, of any relative size.
-TOLERANCE, SMALL = 1e-6, 1e-6
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     return loss
 
 
-def expected(model: nn.Module, batch: Batch) -> Expected:
+def expected(model: nn.Module, batch: Batch, precision: Precision = DOUBLE) -> Expected:
     """Norms and clipped sum of the examples of a batch, each of which is run alone, without padding.
 
     C is the geometric mean of the two smallest norms, so one example is not clipped and the others are.
@@ -48,7 +45,7 @@ def expected(model: nn.Module, batch: Batch) -> Expected:
     for i in range(len(batch["input_ids"])):
         # Not autograd.grad: the reversible layers of Reformer call backward in their own, which fills .grad.
         model.zero_grad()
-        with Float64():
+        with precision.context():
             loss_of(model, alone(batch, i)).backward()
         gradients.append({n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()})
     model.zero_grad()
@@ -67,15 +64,18 @@ def norm_of(gradients: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([g.double().norm() for g in gradients.values()]).norm()
 
 
-def compare(norms: Tensor, sums: Mapping[str, Tensor], right: Expected) -> tuple[float, str]:
+def compare(
+    norms: Tensor, sums: Mapping[str, Tensor], right: Expected, small: float = DOUBLE.small
+) -> tuple[float, str]:
     """The largest relative error, and what has it: a parameter, or ``norms``.
 
     Args:
         norms: ``[B]`` of the examples.
         sums: of every parameter; one that is missing is zero.
         right: what they should be.
+        small: the share of the whole that a parameter's gradient is held to where it is smaller.
     """
-    floor = SMALL * norm_of(right.sums)
+    floor = small * norm_of(right.sums)
     worst, where = float(((norms.double() - right.norms).abs() / right.norms).nan_to_num(float("inf")).max()), "norms"
     for name, expected_sum in right.sums.items():
         got = sums.get(name)
@@ -96,10 +96,10 @@ def first_output(out: Any) -> Tensor:
 
 
 @torch.no_grad()
-def dependence(model: nn.Module, batch: Batch) -> float:
+def dependence(model: nn.Module, batch: Batch, precision: Precision = DOUBLE) -> float:
     """How far the outputs of a row in its batch are from those of the row alone, relative to the largest of them."""
     largest = 0.0
-    with Float64():
+    with precision.context():
         together = first_output(model(**batch))
         for i in range(len(together)):
             single = first_output(model(**alone(batch, i)))[0]
