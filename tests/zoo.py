@@ -140,11 +140,9 @@ def gemma3(attention: str) -> nn.Module:
     return from_config(hf.Gemma3ForCausalLM, config, attention)
 
 
-def frozen_routers(model: nn.Module) -> nn.Module:
-    """Routers frozen, whose weight has no rule; experts with generic weights and biases, which loop over experts."""
+def generic_experts(model: nn.Module) -> nn.Module:
+    """Experts with generic weights and biases, which loop over experts."""
     for name, module in model.named_modules():
-        if "router" in type(module).__name__.lower():
-            module.requires_grad_(False)
         if name.endswith("experts"):
             for p in module.parameters():
                 nn.init.normal_(p, std=0.12)
@@ -155,7 +153,15 @@ def frozen_routers(model: nn.Module) -> nn.Module:
 def qwen3_moe(attention: str) -> nn.Module:
     experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
     config = hf.Qwen3MoeConfig(**_sizes(head_dim=8, **experts))
-    return frozen_routers(from_config(hf.Qwen3MoeForCausalLM, config, attention))
+    return generic_experts(from_config(hf.Qwen3MoeForCausalLM, config, attention))
+
+
+def hybrid(attention: str) -> nn.Module:
+    """Qwen3.5: a gated delta net, whose mixer reads its convolution's filters, and a layer of attention."""
+    linear = {f"linear_{name}_head_dim": 8 for name in ("key", "value")} | {"linear_num_key_heads": 2}
+    kinds = {"layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4}
+    config = hf.Qwen3_5TextConfig(**_sizes(head_dim=8, **linear, **kinds))
+    return from_config(hf.Qwen3_5ForCausalLM, config, attention)
 
 
 def gpt2(attention: str) -> nn.Module:

@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import has_torch_function
 
 from dpft.engines import zero_layout
 from dpft.engines.deepspeed_config import NO_LEAF_MODULES
@@ -157,6 +159,7 @@ def launch(
         if kind != "zero3":
             plugin.deepspeed_config["zero_optimization"]["overlap_comm"] = False
         prepared, _ = accelerator.prepare(model, optimizer)
+        _let_linear_be_seen()
         if kind != "zero3":
             zero_layout.skip_reduction(prepared)
         bare = accelerator.unwrap_model(prepared)
@@ -172,3 +175,21 @@ def launch(
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _let_linear_be_seen() -> None:
+    """ZeRO-3 replaces ``F.linear`` by a custom autograd function, which reports to no torch function.
+
+    A rule that reads parameters as tracked tensors would refuse the model: these get torch's own.
+    """
+    replaced, native = F.linear, torch._C._nn.linear
+    if replaced is native or getattr(replaced, "_dpft_reports", False):
+        return
+
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        seen = has_torch_function((input, weight, bias))
+        found: Tensor = native(input, weight, bias) if seen else replaced(input, weight, bias)
+        return found
+
+    setattr(linear, "_dpft_reports", True)  # noqa: B010  # a function has no such attribute to mypy
+    setattr(F, "linear", linear)  # noqa: B010  # as DeepSpeed does

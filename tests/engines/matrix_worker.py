@@ -86,6 +86,12 @@ def experts() -> nn.Module:
     return model
 
 
+def hybrid() -> nn.Module:
+    model: Any = rounded(zoo.seeded(zoo.hybrid)("sdpa"))
+    model._no_split_modules = ["Qwen3_5DecoderLayer"]  # FSDP's policy looks for that of images too, which it lacks
+    return model
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama": plain_llama,
     "tied": tied_llama,
@@ -93,6 +99,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "lora": with_lora,
     "gpt2": gpt2,
     "experts": experts,
+    "hybrid": hybrid,
 }
 
 
@@ -346,7 +353,7 @@ def run_matrix(bench: Bench) -> None:
 
 def run_situations(bench: Bench) -> None:
     for strategy in ("one_pass", "two_pass"):
-        for name in ("tied", "frozen embedding", "lora", "gpt2", "experts"):
+        for name in ("tied", "frozen embedding", "lora", "gpt2", "experts", "hybrid"):
             bench.sum(f"{name}, {strategy}", name, "float32", strategy, 5, 2, False)
         bench.sum(f"a rank without an example, {strategy}", "llama", "float32", strategy, 1, 2, False)
         bench.sum(f"five physical batches, {strategy}", "llama", "float32", strategy, 9, 1, False)

@@ -248,6 +248,11 @@ def _dinov2() -> Any:
     return hf.Dinov2Config(**IMAGE, num_labels=3)
 
 
+def _siglip() -> Any:
+    sizes = {name: value for name, value in IMAGE.items() if "prob" not in name}
+    return hf.SiglipConfig(vision_config=sizes, text_config={"vocab_size": VOCAB, "hidden_size": 16}, num_labels=3)
+
+
 def _llava() -> Any:
     sizes = {name: value for name, value in IMAGE.items() if "prob" not in name}
     vision, text = hf.CLIPVisionConfig(**sizes, projection_dim=16), hf.LlamaConfig(**DECODER)
@@ -337,6 +342,7 @@ EXACT = [
     head("Whisper, sounds", hf.WhisperForAudioClassification, _whisper, classes, sounds),
     head("ViT", hf.ViTForImageClassification, _vit, classes, pixels),
     head("Dinov2", hf.Dinov2ForImageClassification, _dinov2, classes, pixels),
+    head("Siglip", hf.SiglipForImageClassification, _siglip, classes, pixels),
     head("DebertaV2, distances", hf.DebertaV2ForTokenClassification, _deberta(**_RELATIVE), tags),
     head("Llava", hf.LlavaForConditionalGeneration, _llava, following, image_and_text),
 ]

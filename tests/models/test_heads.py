@@ -51,6 +51,32 @@ def test_what_is_refused_is_exact_one_by_one(entry: zoo.Entry, why: str, strateg
     check(case_of(entry), strategy=strategy)
 
 
+@pytest.mark.parametrize("frozen", ["", "vision_tower"])
+def test_several_images_in_a_row(frozen: str) -> None:
+    """Which row an image belongs to, only its text knows: in physical batches of one."""
+    text = {name: value[:1] for name, value in ENTRIES["Llava"].batch().items() if name != "pixel_values"}
+    two = {name: torch.cat([value[:, :4], value], 1) for name, value in text.items()} | heads.pixels(2)
+
+    def build(attention: str) -> torch.nn.Module:
+        model = ENTRIES["Llava"].build(attention)
+        for name, p in model.named_parameters():
+            p.requires_grad_(not frozen or frozen not in name)
+        return model
+
+    plain = build("sdpa").double()
+    with oracle.Float64():
+        plain(**{name: v.double() if v.is_floating_point() else v for name, v in two.items()}).loss.backward()
+    exact = oracle.grads_of(plain)
+    norm = torch.stack([g.square().sum() for g in exact.values()]).sum().sqrt()
+    for strategy in ("one_pass", "two_pass", "auto"):
+        model = dpft.wrap(build("sdpa"), strategy=strategy, max_grad_norm=float(norm) / 2)  # type: ignore[arg-type]  # a parameter
+        model(**two).loss.backward()
+        assert oracle.relative_error(oracle.grads_of(model), {n: g / 2 for n, g in exact.items()}) <= FLOAT32_LIMIT
+    several = {name: torch.cat([value, value]) for name, value in two.items()}
+    with pytest.raises(dpft.ClippingError, match="physical batches of one"):
+        dpft.wrap(build("sdpa"))(**several)
+
+
 def test_lora_with_a_trained_head() -> None:
     """PEFT's copy of the classifier, and factors in the layers below."""
     peft = pytest.importorskip("peft")

@@ -59,10 +59,10 @@ def nemotron_h(attention: str) -> nn.Module:
 
 
 def with_frozen_parts(build: Any) -> Any:
-    """The same with what has no rule frozen: routers and attention sinks."""
+    """The same with generic experts."""
 
     def built(attention: str = "sdpa") -> nn.Module:
-        model = zoo.frozen_routers(build(attention))
+        model = zoo.generic_experts(build(attention))
         for module in model.modules():
             if hasattr(module, "sinks"):
                 module.sinks.requires_grad_(False)
