@@ -32,6 +32,7 @@ from dpft.rules.head import HeadUse
 from dpft.rules.linear import LinearRule
 from dpft.rules.plain_parameters import TrackedRule
 from dpft.rules.registry import find_rule
+from dpft.rules.row_by_row import GradSampleRule, RowByRowRule
 from dpft.rules.tracked import Tracked, leaves_of
 
 _STATE, _SITE, _HEAD, _LOSS = "_dpft_state", "_dpft_site", "_dpft_head", "_dpft_loss_owner"
@@ -130,6 +131,9 @@ def wrap(
     uses = [use for module, site_rule, keys in sites for use in site_rule.uses(module, keys)]
     state = ClipState(clipping, fixed or strategy, rule, memory, uses, parameters, impl=impl)
     state.isolation = isolation
+    state.generic = any(
+        isinstance(site_rule, TrackedRule | GradSampleRule | RowByRowRule) for _, site_rule, _ in sites
+    )
     if alone:
         state.run_one_by_one(_reason(missing) if missing else _reason_of_mixing(mixed))
     if clipping != "none":

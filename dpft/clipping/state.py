@@ -98,6 +98,7 @@ class ClipState:
         clipping: the mode.
         strategy: as requested; ``"auto"`` is decided per batch shape.
         one_by_one: why ``"auto"`` has become ``"per_example"``; None if it has not.
+        generic: whether a rule finds only in a forward whether it covers what the model does.
         rule: the clip function with C.
         memory: bytes that one-pass may keep beyond one gradient; None depends on the device's free memory.
         uses: the trainable matrices, one entry per module that uses one.
@@ -160,6 +161,7 @@ class ClipState:
     weights_used: bool = False
     groups: Groups | None = None
     one_by_one: str | None = None
+    generic: bool = False
     engine: Engine | None = None
     decided: Choice | None = None
     head: Head | None = None

@@ -192,7 +192,7 @@ def weighted_sum_(
         grad.masked_fill_((factors == 0).view(-1, *[1] * (grad.dim() - 1)), 0)
     if len(grad) == 1:
         return grad[0].to(wide).mul_(scales[0]).to(dtype)
-    flat = grad.view(len(grad), -1)
+    flat = grad.reshape(len(grad), -1)
     if not on_gpu(grad) and grad.dtype == wide:
         return (scales @ flat).view(grad.shape[1:]).to(dtype)
     # A GPU may round the operands of a product (TF32). A few columns at a time: the scaled copy is small.

@@ -70,8 +70,8 @@ class Predictor:
         state = get_state(wrap(self.twin, loss_chunk=self.loss_chunk))
         self.uncovered, uses = state.one_by_one or "", state.uses
         unwrap(self.twin)
-        if not self.uncovered:
-            try:  # a rule may find only in a forward that it does not cover what the model does
+        if state.generic and not self.uncovered:
+            try:
                 simulate(self.twin, 2, min(self.seq_len, SHORT), "one_pass", loss_chunk=self.loss_chunk)
             except DPFTError as error:
                 self.uncovered = f"Not together, since {error}"

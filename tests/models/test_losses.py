@@ -153,6 +153,23 @@ def test_a_selection_that_fits_by_luck_is_refused() -> None:
         model(x=torch.randn(2, 3, 6), labels=labels)
 
 
+def test_a_total_that_begins_with_zero() -> None:
+    """MusicGen's: a sum over codebooks, by an augmented assignment."""
+
+    def summed(x: Tensor, y: Tensor) -> Tensor:
+        total = torch.zeros([])
+        for shift in (0.0, 1.0):
+            total += flat(x + shift * x.square(), y)
+        return total / 2
+
+    x, labels = batch()
+    model = dpft.wrap(Tagger(summed))
+    model(x=x, labels=labels).loss.backward()
+    with torch.no_grad():
+        alone = torch.stack([model(x=x[i : i + 1], labels=labels[i : i + 1]).loss for i in range(len(x))])
+    torch.testing.assert_close(model(x=x, labels=labels).loss, alone.mean())
+
+
 def test_labels_by_position_are_refused() -> None:
     x, labels = batch()
     with pytest.raises(dpft.ClippingError, match="by keyword"):
