@@ -184,6 +184,7 @@ class _Kept:
     def add(self, grad: Tensor) -> None:
         """Add per-example gradients ``[B, *shape]``, float32 or wider, of another kind of use."""
         self.check()
+        grad = grad.contiguous()  # that of a transposed weight is transposed: the sum views it flat
         if self.grad is not None:
             grad.add_(self.grad)
         for use, x, g, _ in self.pairs:

@@ -102,6 +102,37 @@ def test_exact(use: Any, first: bool, strategy: str) -> None:
     check(case, strategy=strategy)
 
 
+class Tied(nn.Module):
+    """MobileBERT's: the head reads a table, transposed, beside a matrix of its own, and calls neither layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 4)
+        self.decoder, self.dense = nn.Linear(4, 7, bias=False), nn.Linear(7, 2, bias=False)
+        self.decoder.weight = self.table.weight
+        self.wide = nn.Linear(4, 6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.wide(self.table(ids).tanh())
+        x = x.matmul(torch.cat([self.decoder.weight.t(), self.dense.weight], 0))
+        return x.tanh().flatten(1).square().sum(1)
+
+
+@both
+@pytest.mark.parametrize("rows", [1, ROWS])
+def test_a_table_that_a_head_reads_transposed(rows: int, strategy: str) -> None:
+    """Its per-example gradients are transposed in memory; those that are released are as the parameter is."""
+    entry = zoo.Entry(
+        "tied",
+        zoo.seeded(lambda a: Tied()),
+        lambda **_: {"ids": torch.randint(0, 7, (rows, 5), generator=torch.Generator().manual_seed(0))},
+        lambda model, batch: model(batch["ids"]),
+        causal=False,
+    )
+    model = check(make_case(entry, entry.batch()), strategy=strategy)
+    assert all(p.grad is not None and p.grad.is_contiguous() for p in model.parameters())
+
+
 def a_view_is_written(layer: Any, x: Tensor) -> Tensor:
     dense = torch.zeros(4, 4, dtype=x.dtype)
     dense[0].copy_(layer.v)

@@ -34,7 +34,8 @@ def operation_flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     """FLOPs of one operation by torch's formulas, with the CPU's attention, which its table lacks.
 
     Attention is counted with as many heads of keys and values as of queries: grouped ones are used that often, and
-    the formulas of torch 2.11 refuse them.
+    the formulas of torch 2.11 refuse them. The gradient of a grouped convolution's filter is counted once: torch's
+    formula takes every channel of the input with every one of the output.
     """
     packet = func.overloadpacket
     if packet in ATTENTION:
@@ -43,6 +44,12 @@ def operation_flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     if packet in ATTENTION_BACKWARD:
         gradient, query, key, value = (tensor.shape for tensor in args[:4])
         return int(sdpa_backward_flop_count(gradient, query, _with_heads(key, query), _with_heads(value, query)))
+    if packet == _ATEN.convolution_backward:
+        *others, groups, (of_input, of_filter, _) = args
+        formula = flop_registry[packet]
+        return int(formula(*others, groups, [of_input, False, False], out_val=out)) + (
+            int(formula(*others, groups, [False, of_filter, False], out_val=out)) // groups
+        )
     if packet in flop_registry:
         return int(flop_registry[packet](*args, **kwargs, out_val=out))
     return 0

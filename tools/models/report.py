@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from textwrap import shorten
 from typing import Any
 
 from tools.models.building import HEADS
@@ -12,6 +13,7 @@ from tools.models.lists import PEFT
 from tools.models.precision import DOUBLE, SINGLE
 
 SHORT = {"one_pass": "one-pass", "two_pass": "two-pass", "per_example": "per-example", "auto": "auto"}
+REASON = 240  # characters
 ORDER = (EXACT, REFUSED, WRONG, CRASH)
 BAD = (WRONG, CRASH)
 CAUSAL, OTHER_HEADS, ADAPTERS = "Causal language models", "Other heads", "Adapters and quantised bases"
@@ -109,13 +111,13 @@ def counted(statuses: Iterable[str]) -> str:
 
 
 def why(found: dict[str, Any]) -> str:
-    """What belongs to a status other than exact; the first sentence of a reason."""
+    """What belongs to a status other than exact; of a reason the first sentence, or its beginning."""
     if found["status"] == WRONG:
         return f"relative error {found['error']:.1e} in {found['where']}"
     at = f" ({found['at']})" if found.get("at") else ""
     reason = found["reason"].partition(". ")[0].rstrip(".")
     module = f" [{found['module']}]" if found.get("module", "") not in reason else ""
-    return f"{reason}{module}{at}"
+    return f"{shorten(reason, REASON, placeholder=' ...')}{module}{at}"
 
 
 def is_bad(row: dict[str, Any]) -> bool:
@@ -168,7 +170,8 @@ def markdown(report: dict[str, Any]) -> str:
         "more than they would at a real one; of one-pass where it is exact, else of what `auto` chose.",
         "- *padding*: in plain torch, padding beside a row changes what is computed of it; it is checked on rows of "
         "one length. *rows*: the rows beside it do, whatever their lengths.",
-        "- *without gradient*: trainable parameters that no text reaches; of these the comparison proves nothing.",
+        "- *without gradient*: trainable parameters that no text reaches; of these the comparison proves nothing. "
+        "*frozen*: parameters of images and sounds, and those that the model itself does not train.",
         "",
         "## Summary",
         "",
@@ -253,7 +256,7 @@ def notes(row: dict[str, Any]) -> list[str]:
     if row.get("without_gradient"):
         found.append(f"{len(row['without_gradient'])} of {row['parameters']} without gradient")
     if row.get("frozen"):
-        found.append(f"{row['frozen']} of images and sounds frozen")
+        found.append(f"{row['frozen']} frozen")
     return found
 
 
@@ -265,7 +268,7 @@ def not_checked(rows: Sequence[dict[str, Any]]) -> list[str]:
         those = [row for row in rows if row["status"] == status]
         if those:
             lines += ["", f"### {title}", ""]
-            lines += [f"- {name_of(row)}: {escaped(row['reason'])}" for row in those]
+            lines += [f"- {name_of(row)}: {escaped(why(row))}" for row in those]
     return lines
 
 

@@ -1,4 +1,4 @@
-"""tools/common/meter.py: FLOPs of attention whose keys and values have fewer heads than its queries."""
+"""tools/common/meter.py: FLOPs of attention whose keys and values have fewer heads, and of grouped convolutions."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tools.common import meter
 from tools.common.meter import Meter
@@ -39,3 +40,17 @@ def test_grouped_heads_count_as_often_as_they_are_used(monkeypatch: pytest.Monke
     product = 2 * 2 * 4 * 32 * 32 * 16
     assert attention_flops(2) == attention_flops(4) == (2 + 5) * product
     assert seen == [{4}] * 4
+
+
+@pytest.mark.parametrize("groups", [1, 4, 8])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_grouped_convolution_costs_as_much_for_each_gradient_as_forward(groups: int, transposed: bool) -> None:
+    kind = nn.ConvTranspose1d if transposed else nn.Conv1d
+    layer = kind(8, 8, 4, groups=groups)
+    x = torch.randn(2, 8, 32, requires_grad=True)
+    with Meter([]) as forward:
+        out = layer(x)
+    assert forward.flops == 2 * 2 * (32 if transposed else 29) * 4 * 8 * 8 // groups
+    with Meter([]) as backward:
+        out.sum().backward()
+    assert backward.flops == 2 * forward.flops
