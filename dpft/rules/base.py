@@ -184,12 +184,17 @@ def check_rows(host: Host, lead: torch.Size, *sites: str) -> None:
         ClippingError: at once, not in the backward.
     """
     if not has_rows(host, lead, *sites):
-        raise _not_the_batch(lead, host.batch_size or 0, sites[0])
+        raise _not_the_batch(lead, known_rows(host) or 0, sites[0])
+
+
+def known_rows(host: Host) -> int | None:
+    """Rows of the running forward, or of the pass that recomputes it; None outside of both."""
+    return host.batch_size if host.active is None else rows_of_pass(host.active)
 
 
 def has_rows(host: Host, lead: torch.Size, *sites: str) -> bool:
     """Whether a tensor is one that :func:`check_rows` accepts; if it is flattened, that is noted for the backward."""
-    batch = host.batch_size if host.active is None else rows_of_pass(host.active)
+    batch = known_rows(host)
     if batch is None or batch < 2 or (lead and lead[0] == batch):
         return True  # all rows of a batch of one are its example's; an empty batch has none
     if len(lead) != 1 or lead[0] == 0 or lead[0] % batch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import functools
 import inspect
 from collections.abc import Iterator
 from types import CodeType
@@ -77,8 +78,10 @@ def _read_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                     yield ".".join(chain[start:]), parameter
 
 
-def _chains(code: CodeType) -> Iterator[list[str]]:
+@functools.cache  # layers of a model share their code
+def _chains(code: CodeType) -> list[list[str]]:
     """The attributes that code reads of each other, ``[a, b, c]`` for ``x.a.b.c``: every beginning of each chain."""
+    found: list[list[str]] = []
     chain: list[str] = []
     instructions = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "EXTENDED_ARG")]
     for instruction, after in zip(instructions, [*instructions[1:], None], strict=True):
@@ -87,10 +90,11 @@ def _chains(code: CodeType) -> Iterator[list[str]]:
             continue
         chain.append(str(instruction.argval))
         if after is None or after.argval not in ("dtype", "device", "shape"):
-            yield list(chain)
+            found.append(list(chain))
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
-            yield from _chains(inner)
+            found += _chains(inner)
+    return found
 
 
 def refuse_mixing(model: nn.Module) -> None:

@@ -20,6 +20,7 @@ from dpft.rules.base import (
     forward_batch_size,
     full_shape,
     has_rows,
+    known_rows,
     per_example,
     running_pass,
 )
@@ -61,7 +62,7 @@ def _same_for_all(host: Host, ids: Tensor, key: str) -> bool:
     So are their embeddings, until they meet a row. Ids ``[B]`` in a model with more dimensions are taken for positions
     of as many tokens; if they are one id of each row, the function that adds them to the rows refuses them.
     """
-    rows = host.batch_size
+    rows = known_rows(host)
     if rows is None or rows == 1 or is_broadcast(ids, rows):
         return False
     if ids.dim() <= 1 and host.input_dim > 1:

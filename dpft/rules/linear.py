@@ -19,6 +19,7 @@ from dpft.rules.base import (
     check_rows,
     full_shape,
     has_rows,
+    known_rows,
     per_example,
     running_pass,
 )
@@ -69,7 +70,7 @@ class _Site:
 def linear_site(host: Host, keys: dict[str, str], x: Tensor, w: Tensor, b: Tensor | None, transposed: bool) -> Tensor:
     """Apply a linear map through a site node; under autocast in autocast's dtype, as ``F.linear`` would."""
     out_features, in_features = w.shape[::-1] if transposed else w.shape
-    same = not x.requires_grad and host.batch_size not in x.shape[:-1]
+    same = not x.requires_grad and known_rows(host) not in x.shape[:-1]
     if same and not has_rows(host, x.shape[:-1], *keys.values()):
         return _of_all_rows(host, keys, x, w, b, transposed)
     check_rows(host, x.shape[:-1], *keys.values())

@@ -230,7 +230,9 @@ def test_a_batch_of_one(kind: str) -> None:
 
 @norm_strategies
 @pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", ["scan", "router", "class token", "read by the module around", "recurrent", "tables"])
+@pytest.mark.parametrize(
+    "kind", ["scan", "router", "class token", "read by the module around", "recurrent", "tables", "shared ids"]
+)
 def test_checkpointed(kind: str, reentrant: bool, strategy: str) -> None:
     def change(model: nn.Module) -> None:
         inside = model.middle
