@@ -118,6 +118,8 @@ class Host(Protocol):
     flattening: set[str]
     """Names of the parameters whose layers were given ``[B * T, ...]``."""
     impl: Impl
+    engine: Any
+    """What several processes train with; None: one process."""
 
     def hold(self, weight: Tensor) -> AbstractContextManager[None]:
         """A context in which a weight's values are available; an engine may have sharded them."""

@@ -76,7 +76,8 @@ def embedding_site(host: Host, keys: dict[str, str], ids: Tensor, w: Tensor, pad
     if _same_for_all(host, ids, use.key):
         return computed(host, [use.key], [w], lambda table: F.embedding(ids, table, padding_idx))
     ids = ids.long()  # int32 is allowed, too
-    if is_broadcast(ids, forward_batch_size(host, 1)) and ids.numel() >= w.shape[0]:
+    whole = is_broadcast(ids, forward_batch_size(host, 1)) and ids.numel() >= w.shape[0]
+    if whole and not (host.engine is not None and host.engine.sharded):  # ZeRO-3's hooks hide what a module returns
         # A whole table, of a prompt that all rows begin with: its gradients are as small as the output's. As a value
         # of parameters alone it keeps its shape, which the model may repeat for each row.
         return computed(host, [use.key], [w], lambda table: F.embedding(ids, table, padding_idx))
