@@ -82,7 +82,7 @@ class Job:
 
     def _run(self, scale: Tensor) -> list[Tensor | None] | None:
         if self.strategy == "per_example":
-            others = self._others(any(may_accumulate(loss) for loss in self.losses))
+            others = self._others(lambda: any(may_accumulate(loss) for loss in self.losses))
             alone = run_per_example(self, scale)
             refuse_strays(others)
             return alone
@@ -96,7 +96,7 @@ class Job:
                 "gradients. Use gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
             )
         self.probe = self._probe()
-        others = self._others(self.reentrant)
+        others = self._others(lambda: self.reentrant)
         grads = None
         if self.strategy == "one_pass":
             grads = run_one_pass(self, scale)
@@ -105,13 +105,13 @@ class Job:
         refuse_strays(others)
         return grads
 
-    def _others(self, accumulates: bool) -> dict[int, Any]:
+    def _others(self, accumulates: Callable[[], bool]) -> dict[int, Any]:
         """Parameters that are not the model's, where one may be given a gradient that nothing has seen.
 
         As rarely as the isolation check: it looks at every object of the process.
         """
-        look = accumulates and self.state.engine is None and self.state.backwards & (self.state.backwards - 1) == 0
-        return foreign_leaves({id(p): n for n, p in self.state.parameters.items()}) if look else {}
+        due = self.state.engine is None and self.state.backwards & (self.state.backwards - 1) == 0
+        return foreign_leaves({id(p): n for n, p in self.state.parameters.items()}) if due and accumulates() else {}
 
     def traverse(self, running: Pass, losses: Tensor, seeds: Tensor, retain_graph: bool) -> None:
         """One backward pass over the graph, in which the sites report to ``running``."""
