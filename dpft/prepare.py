@@ -16,6 +16,7 @@ from dpft.clipping.state import Clipping, ClipState, Isolation
 from dpft.clipping.strategy_choice import Choice, Strategy, allowance, choose_for_all, free_memory
 from dpft.engines.engine import SENDS_AT_ONCE, Kind, launch
 from dpft.engines.ranks import Ranks
+from dpft.engines.sequence import SequenceGroup, check_spread, sequence_size
 from dpft.engines.requirements import check_accelerator, check_model, check_prepared, dataset_mark, versions, watch
 from dpft.engines.shared_ledger import SharedLedger
 from dpft.errors import EngineError, LedgerError, PrivacyConfigError
@@ -125,6 +126,13 @@ def prepare(
                 "clipping='none' bounds nothing, so no noise makes it private; pass noise_multiplier=0 to say that "
                 "this run is not private, or choose another clipping."
             )
+        if (size := sequence_size(accelerator)) != 1 and (
+            clipping != "flash" or strategy not in ("auto", "one_pass") or max_physical_batch_size not in (1, "auto")
+        ):
+            raise EngineError(
+                f"sp_size is {size}, where a backward is one-pass, of one example; got clipping={clipping!r}, "
+                f"strategy={strategy!r}, max_physical_batch_size={max_physical_batch_size!r}. Use 'flash', 'auto', 1."
+            )
         if clipping == "none" and kind != "single":
             raise EngineError("clipping='none' runs in one process; to compare on several, train without dpft.")
         return kind
@@ -154,6 +162,10 @@ def prepare(
         "the setting",
     )
     schedule = ranks.together(lambda: privacy.resolve(len(dataset)))
+    # Made only where all ranks have passed the checks, as it makes process groups.
+    sequence = SequenceGroup(ranks, size) if (size := sequence_size(accelerator)) != 1 else None
+    if max_physical_batch_size == "auto" and sequence is not None:
+        max_physical_batch_size = 1
     if max_physical_batch_size == "auto":
         _check_whole("seq_len", seq_len, 1)
         assert seq_len is not None
@@ -193,6 +205,7 @@ def prepare(
             model,
             optimizer,
             run,
+            sequence=sequence,
             noise=GaussianNoise(
                 secret=None if test_seed is None else _test_secret(test_seed, run),
                 stream=ranks.rank,
@@ -202,8 +215,9 @@ def prepare(
                 make_sampler(
                     schedule,
                     len(dataset),
-                    rank=ranks.rank,
-                    world_size=ranks.world,
+                    # the ranks of one sequence draw the same examples
+                    rank=ranks.rank if sequence is None else sequence.data_rank,
+                    world_size=ranks.world if sequence is None else sequence.data_world,
                     shared_seed=ranks.from_first(draw_seed()),
                     first_step=run.steps,
                     test_seed=test_seed,
@@ -237,6 +251,7 @@ def _assemble(
     optimizer: torch.optim.Optimizer,
     run: PrivacyRun,
     *,
+    sequence: SequenceGroup | None,
     noise: GaussianNoise,
     batches: PhysicalBatchSampler,
     loader: dict[str, Any],
@@ -273,16 +288,20 @@ def _assemble(
         stepped = accelerator.prepare_optimizer(private)
     else:
         prepared, bare, engine, private, stepped = launch(
-            accelerator, kind, model, optimizer, ranks, batches.max_physical_batch_size, make
+            accelerator, kind, model, optimizer, ranks, batches.max_physical_batch_size, make, sequence
         )
         ranks.together(lambda: check_prepared(accelerator, kind, prepared))
         engine.still = watch(kind, prepared, private.inner)
         state.engine = engine
-        if state.strategy == "auto":
+        if sequence is not None:
+            state.decided = Choice("one_pass", f"one_pass: the tokens of an example are spread over {sequence.size} ranks")
+        elif state.strategy == "auto":
             state.decided = _agreed_strategy(state, kind, ranks, engine.max_batch_size)
     guard.model = bare
     state.parameters = {name: p for name, p in bare.named_parameters() if p.requires_grad}
     guard.optimizer = private
+    if sequence is not None:
+        check_spread(sequence, bare)
     run.on_load = guard.start
     accelerator.register_for_checkpointing(run)
     return prepared, stepped, private_loader

@@ -104,7 +104,8 @@ def clip_boundary(
             "example: 1, or 0 for a padding row"
         )
     weights = weights.detach().to(detached.device)
-    value = mean_loss(detached, weights)
+    spread = None if state.engine is None else state.engine.spread
+    value = mean_loss(detached if spread is None else spread.total(detached), weights)
     leaves = state.engine.leaves() if state.engine is not None and strategy == "per_example" else {}
     groups, state.groups = (None if strategy == "per_example" else state.groups), None
     if groups is not None and groups.examples != len(detached):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dpft.clipping.deferred_checks import DeferredChecks
 from dpft.clipping.factors import ClipRule
 from dpft.clipping.passes import BookKeeping, Trace
+from dpft.clipping.spread import Spread
 from dpft.clipping.strategy_choice import Choice, Strategy, choose_strategy
 from dpft.errors import WrapError
 from dpft.kernels.impl import Impl
@@ -23,8 +24,27 @@ Isolation = Literal["every_step", "default", "off"]
 Clipping = Literal["flash", "ghost", "fast", "per_sample", "none"]
 
 
+class Split(Protocol):
+    """Where the tokens of an example are spread over ranks (sequence parallelism)."""
+
+    def split(self, kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor | None]:
+        """A forward's arguments for this rank's tokens, and the share ``[1]`` of the example's predicted tokens that
+        these are; None without labels. A collective of the ranks of the example."""
+        ...
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over the ranks of the example. A collective."""
+        ...
+
+
 class Engine(Protocol):
     """What the clipped backward needs from an engine that trains one model on several processes."""
+
+    spread: Spread | None
+    """Sums the parts of an example's gradient, where its tokens are spread over ranks; None: one rank has them all."""
+
+    sequence: Split | None
+    """Splits the tokens, where they are."""
 
     sharded: bool
     """Whether parameters are sharded between their uses, so that each traversal of the graph is a collective."""
@@ -67,8 +87,8 @@ class Engine(Protocol):
 class Head(Protocol):
     """The head of a causal LM that computes its losses in chunks."""
 
-    def expecting(self, labels: Any) -> AbstractContextManager[None]:
-        """A context in which the head's forward computes its losses with these labels."""
+    def expecting(self, labels: Any, shifted: bool = False) -> AbstractContextManager[None]:
+        """A context in which the head's forward computes its losses with these labels, which may be shifted already."""
         ...
 
 

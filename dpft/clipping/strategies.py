@@ -20,6 +20,7 @@ from dpft.clipping.coverage import check_coverage, foreign_leaves, may_accumulat
 from dpft.clipping.factors import row_weights
 from dpft.clipping.passes import BookKeeping, KeepPass, NormPass, Trace, WeightedPass, grad_dtype, sum_dtype
 from dpft.clipping.probe import ProbePass, Watched, draw_seeds, drew_since, mixed_examples, random_states
+from dpft.clipping.spread import Spread, SpreadPass
 from dpft.clipping.state import ClipState, ClipStats
 from dpft.errors import ClippingError
 from dpft.kernels.linear import Method, sq_norm
@@ -98,7 +99,9 @@ class Job:
         self.probe = self._probe()
         others = self._others(lambda: self.reentrant)
         grads = None
-        if self.strategy == "one_pass":
+        if self.state.engine is not None and self.state.engine.spread is not None:
+            run_spread(self, self.state.engine.spread, scale)
+        elif self.strategy == "one_pass":
             grads = run_one_pass(self, scale)
         else:
             run_two_pass(self, scale)
@@ -222,6 +225,24 @@ def run_one_pass(job: Job, scale: Tensor) -> list[Tensor | None] | None:
         # The sum is a collective: this rank takes part even if it did not use the parameter.
         engine.add(name, _nothing(p, losses.device) if grad is None else grad)
     return None
+
+
+def run_spread(job: Job, spread: Spread, scale: Tensor) -> None:
+    """One example whose tokens are spread over ranks: see :mod:`dpft.clipping.spread`."""
+    assert isinstance(job.losses, Tensor)
+    if job.strategy != "one_pass" or job.batch_size != 1 or job.groups is not None:
+        raise ClippingError(
+            f"under sequence parallelism a backward is one_pass, of one example of one row; got {job.strategy} and "
+            f"{job.batch_size} examples. Set max_physical_batch_size=1, and leave strategy at 'auto'."
+        )
+    running = SpreadPass(spread, job.trace, job.losses.device)
+    losses, job.losses = job.losses, ()
+    job.state.holds = running.holds
+    job.traverse(running, losses, torch.ones_like(losses), retain_graph=False)
+    shapes = {name: full_shape(p) for name, p in job.state.parameters.items()}
+    running.finish(shapes)
+    factors = job.factors(running.sq) * scale.to(running.sq)
+    running.release(factors, list(shapes))
 
 
 def _nothing(parameter: Tensor, device: torch.device) -> Tensor:

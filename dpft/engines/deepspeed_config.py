@@ -216,7 +216,7 @@ def check_engine(engine: Any, stage: int, world: int) -> None:
         "the optimiser": (type(zero).__name__, expected),
         "the loss scale": (float(getattr(zero, "loss_scale", 1.0)), 1.0),
         "the optimiser's clip_grad": (float(getattr(zero, "clip_grad", 0.0) or 0.0), 0.0),
-        "the number of data-parallel ranks": (int(engine.dp_world_size), world),
+        "the number of ranks that share the parameters": (int(engine.seq_dp_world_size), world),
         "training_dataloader": (engine.training_dataloader, None),
         "lr_scheduler": (engine.lr_scheduler, None),
         "the leaf modules": ([n for n, m in engine.module.named_modules() if getattr(m, "_z3_leaf", False)], []),

@@ -15,6 +15,7 @@ from torch.overrides import has_torch_function
 from dpft.engines import zero_layout
 from dpft.engines.deepspeed_config import NO_LEAF_MODULES
 from dpft.engines.ranks import Ranks, limit_waiting
+from dpft.engines.sequence import SequenceGroup, SpreadSums, use_ulysses
 from dpft.engines.sums import ClippedSums, ReplicatedSums, ShardedSums
 from dpft.engines.zero import ZeroOptimizer, ZeroSums
 from dpft.optimizer import DPOptimizer
@@ -34,15 +35,26 @@ class TrainingEngine:
         reentrant: see the protocol.
         max_batch_size: see the protocol.
         sums: the clipped sums.
+        sequence: see the protocol.
+        spread: see the protocol.
         still: called once per backward, before any step; raises if the optimiser that steps is not the one that
             :func:`launch` set up.
     """
 
-    def __init__(self, kind: Kind, model: nn.Module, ranks: Ranks, sums: ClippedSums, max_batch_size: int) -> None:
+    def __init__(
+        self,
+        kind: Kind,
+        model: nn.Module,
+        ranks: Ranks,
+        sums: ClippedSums,
+        max_batch_size: int,
+        sequence: SequenceGroup | None = None,
+    ) -> None:
         self.kind, self.ranks, self.sums, self.max_batch_size = kind, ranks, sums, max_batch_size
         self.sharded = kind in ("fsdp2", "zero3")
         self.reentrant = kind in ("ddp", "fsdp2")
         self._model = model
+        self.sequence, self.spread = sequence, None if sequence is None else SpreadSums(sums, sequence)
         self._leaves: dict[str, Tensor] | None = None
         self.still: Callable[[], None] = lambda: None
 
@@ -117,6 +129,7 @@ def launch(
     ranks: Ranks,
     max_batch_size: int,
     make: Callable[..., DPOptimizer],
+    sequence: SequenceGroup | None = None,
 ) -> tuple[nn.Module, nn.Module, TrainingEngine, DPOptimizer, Any]:
     """Prepare model and optimiser under an engine of several processes (or of one shard).
 
@@ -128,12 +141,15 @@ def launch(
         ranks: the processes.
         max_batch_size: rows of the largest physical batch.
         make: ``make(cls, optimizer, sums)`` -> the private optimiser.
+        sequence: the group among which the tokens of an example are split; None: one rank has them all.
 
     Returns:
         The prepared model, the bare one inside it, the engine, the private optimiser, and the object on which the loop
         calls ``step``.
     """
     if kind == "fsdp2":
+        if sequence is not None:
+            use_ulysses(accelerator, model)
         private = make(DPOptimizer, optimizer, None)
         prepared, stepped = accelerator.prepare(model, private)
         bare = accelerator.unwrap_model(prepared)
@@ -170,7 +186,7 @@ def launch(
         sums = zero_sums
         private = stepped = make(ZeroOptimizer, zero_layout.innermost(zero), zero_sums)
     limit_waiting(getattr(accelerator.init_handler, "timeout", None))
-    return prepared, bare, TrainingEngine(kind, bare, ranks, sums, max_batch_size), private, stepped
+    return prepared, bare, TrainingEngine(kind, bare, ranks, sums, max_batch_size, sequence), private, stepped
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -24,7 +24,9 @@ from torch import nn
 
 from dpft.engines import deepspeed_config
 from dpft.engines.engine import Kind, kind_of
+from dpft.engines.sequence import sequence_size
 from dpft.errors import EngineError
+from dpft.models.causal_lm import find_causal_lm
 from dpft.rules.experts import match_experts, runs_eagerly
 
 _TYPES = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED")  # of accelerate.utils.DistributedType
@@ -134,15 +136,40 @@ def _check_loading(accelerator: Any) -> None:
 
 def _check_parallelism(accelerator: Any) -> None:
     config = getattr(accelerator.state, "parallelism_config", None)
-    for name, what in (("tp_size", "tensor"), ("cp_size", "context"), ("sp_size", "sequence")):
-        size = getattr(config, name, 1) or 1
-        if size != 1:
-            raise EngineError(
-                f"ParallelismConfig.{name} is {size}; expected 1: under {what} parallelism no rank sees a whole "
-                "example's gradient, and norms do not add up over its parts."
-            )
+    if (getattr(config, "tp_size", 1) or 1) != 1:
+        raise EngineError(
+            f"ParallelismConfig.tp_size is {config.tp_size}; expected 1: under tensor parallelism no rank has a whole "
+            "layer's gradient, and it has not been shown that the norms would be exact."
+        )
+    if (getattr(config, "cp_size", 1) or 1) != 1:
+        raise EngineError(
+            f"ParallelismConfig.cp_size is {config.cp_size}; expected 1: torch's ring attention runs on GPUs alone, "
+            "where dpft has not been tested with it. Use sp_size (Ulysses), which splits the same tokens."
+        )
+    if (size := sequence_size(accelerator)) != 1:
+        _check_sequence(accelerator, config, size)
     if getattr(accelerator.state, "megatron_lm_plugin", None) is not None:
         raise EngineError("Megatron-LM is not supported. Use FSDP version 2 or DeepSpeed ZeRO.")
+
+
+def _check_sequence(accelerator: Any, config: Any, size: int) -> None:
+    from accelerate.utils import DistributedType
+
+    world, kind = accelerator.num_processes, accelerator.distributed_type
+    if kind not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise EngineError(
+            f"ParallelismConfig.sp_size is {size} with distributed_type {kind.value}; expected FSDP or DEEPSPEED. "
+            "Launch with recipes/accelerate/sp2_zero3.yaml or sp2_fsdp2.yaml."
+        )
+    if world % size:
+        raise EngineError(f"ParallelismConfig.sp_size is {size}; expected a divisor of the {world} processes.")
+    if kind == DistributedType.DEEPSPEED and config.data_parallel_size != world // size:
+        raise EngineError(
+            f"ParallelismConfig has dp_replicate_size x dp_shard_size = {config.data_parallel_size}; expected "
+            f"{world // size}: {world} processes, {size} for each sequence. Set dp_shard_size."
+        )
+    if not config.sp_handler.sp_seq_length_is_variable:
+        raise EngineError("sp_seq_length_is_variable is false; expected true: examples have lengths of their own.")
 
 
 def _check_fsdp(plugin: Any) -> None:
@@ -215,6 +242,8 @@ def check_model(accelerator: Any, kind: Kind, model: nn.Module, optimizer: Any) 
             f"{kinds[0]}.step needs a closure, which evaluates the gradient more than once; each would be a release. "
             "Use torch.optim.AdamW."
         )
+    if sequence_size(accelerator) != 1:
+        _check_splittable(accelerator, model)
     if kind.startswith("zero"):
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         if deepspeed_config.replaces_optimizer(config) and kinds[0] not in _OFFLOADED:
@@ -222,6 +251,34 @@ def check_model(accelerator: Any, kind: Kind, model: nn.Module, optimizer: Any) 
                 f"with offload_optimizer Accelerate replaces {kinds[0]} by DeepSpeedCPUAdam. Use "
                 "torch.optim.AdamW, or set zero_force_ds_cpu_optimizer to false in the DeepSpeed configuration."
             )
+
+
+def _check_splittable(accelerator: Any, model: nn.Module) -> None:
+    """Refuse a model whose tokens cannot be split over ranks, as far as its configuration says so."""
+    config = getattr(model, "config", None)
+    config = getattr(config, "get_text_config", lambda: config)()
+    if config is None or find_causal_lm(model) is None:
+        raise EngineError("sp_size needs a causal LM of transformers: its losses are those of single tokens.")
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+        kinds = ["full_attention"] if window is None else ["sliding_attention"]
+    others = sorted({str(kind) for kind in kinds} - {"full_attention"})
+    if others:
+        raise EngineError(
+            f"the model has layers of {others}: Ulysses drops their masks, so they would attend to everything, and a "
+            "recurrent state would start anew on each rank. Train it without sp_size."
+        )
+    handler = accelerator.state.parallelism_config.sp_handler
+    implementation = getattr(config, "_attn_implementation", None)
+    if handler.sp_attn_implementation is None:
+        handler.sp_attn_implementation = implementation
+    if handler.sp_attn_implementation != implementation or implementation in (None, "eager", "flex_attention"):
+        raise EngineError(
+            f"sp_attn_implementation is {handler.sp_attn_implementation!r} and the model's attention is "
+            f"{implementation!r}; expected 'sdpa' or a flash attention for both. Load the model with "
+            "attn_implementation='sdpa'."
+        )
 
 
 def _check_bare(model: nn.Module) -> None:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import abc
 import functools
 from collections import deque
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,25 @@ BUCKET = 1 << 25
 IN_FLIGHT = 2
 
 
+class Piece(Protocol):
+    """Elements of one parameter that one rank updates."""
+
+    @property
+    def rank(self) -> int:
+        """The owner."""
+        ...
+
+    @property
+    def start(self) -> int:
+        """The first element, in the parameter flattened."""
+        ...
+
+    @property
+    def numel(self) -> int:
+        """Their number."""
+        ...
+
+
 class ClippedSums(abc.ABC):
     """Float32 (or float64) sums over ranks and physical batches, and their noise.
 
@@ -39,7 +58,10 @@ class ClippedSums(abc.ABC):
     Attributes:
         owned: number of elements to which this rank adds noise.
         total: number of elements of all parameters: the sum of ``owned`` over all ranks.
+        spread: whether they come as shares, by :meth:`accumulate`, and not by :meth:`add`.
     """
+
+    spread = False
 
     def __init__(self, parameters: dict[str, nn.Parameter], ranks: Ranks) -> None:
         self.parameters, self.ranks = parameters, ranks
@@ -68,6 +90,22 @@ class ClippedSums(abc.ABC):
     def add(self, name: str, grad: Tensor) -> None:
         """Add this rank's part, of the whole shape, float32 or float64; the caller gives up ``grad``. A collective."""
 
+    def equal_parts(self, name: str) -> int | None:
+        """n, where rank r owns the elements r n to (r + 1) n of the flat parameter; None where :meth:`pieces` says it.
+
+        Raises:
+            EngineError: shares cannot be added to sums of this kind.
+        """
+        raise EngineError(f"{type(self).__name__} takes whole gradients only: sp_size needs FSDP2 or DeepSpeed ZeRO.")
+
+    def pieces(self, name: str) -> Sequence[Piece]:
+        """The elements of one parameter by their owner, where the parts are not equal."""
+        raise NotImplementedError
+
+    def accumulate(self, name: str, own: Tensor) -> None:
+        """Add to this rank's part of the sum, from its first element on; there may be padding after the last."""
+        raise NotImplementedError
+
     @abc.abstractmethod
     def release(self, noise: GaussianNoise, std: float, divisor: float) -> None:
         """``(sum + N(0, std^2)) / divisor``, each element noised once. A collective.
@@ -84,7 +122,7 @@ class ClippedSums(abc.ABC):
     def discard(self) -> None:
         """Drop the sums of a logical batch."""
 
-    def _later(self, work: Any, then: Callable[[], None]) -> None:
+    def later(self, work: Any, then: Callable[[], None]) -> None:
         """Let a collective run while the next gradient is computed; ``then`` uses its result."""
         self._travelling.append((work, then))
         while len(self._travelling) > IN_FLIGHT:
@@ -119,7 +157,7 @@ class ClippedSums(abc.ABC):
                 work.wait()
         self._released = False
 
-    def _check_new(self, name: str, grad: Tensor) -> None:
+    def check_new(self, name: str, grad: Tensor) -> None:
         if self._released:
             raise EngineError(
                 "a gradient came after its logical batch was released, whose noise is drawn already; it was not "
@@ -159,7 +197,7 @@ class ReplicatedSums(ClippedSums):
         return part, max(0, min(part, numel - self.ranks.rank * part))
 
     def add(self, name: str, grad: Tensor) -> None:
-        self._check_new(name, grad)
+        self.check_new(name, grad)
         if name in self._sums:
             self._sums[name].add_(grad)
         else:
@@ -187,7 +225,7 @@ class ReplicatedSums(ClippedSums):
             flat = self._flatten(names)
             own = flat.new_empty(flat.numel() // self.ranks.world)
             work = dist.reduce_scatter_tensor(own, flat, async_op=True)
-            self._later(work, functools.partial(finish, names, flat, own))
+            self.later(work, functools.partial(finish, names, flat, own))
         self.settle()
         self._check_noised(noised)
 
@@ -246,7 +284,7 @@ class ShardedSums(ClippedSums):
     def add(self, name: str, grad: Tensor) -> None:
         from torch.distributed.tensor import DTensor, Partial
 
-        self._check_new(name, grad)
+        self.check_new(name, grad)
         p: Any = self.parameters[name]
         whole = DTensor.from_local(grad, p.device_mesh, [Partial("sum")] * p.device_mesh.ndim, run_check=False)
         shard = whole.redistribute(p.device_mesh, p.placements, async_op=True)
@@ -260,7 +298,25 @@ class ShardedSums(ClippedSums):
             else:
                 self._sums[name] = local.clone() if local.data_ptr() == grad.data_ptr() else local
 
-        self._later(None, arrived)
+        self.later(None, arrived)
+
+    def equal_parts(self, name: str) -> int | None:
+        from torch.distributed.tensor import Shard
+
+        p: Any = self.parameters[name]
+        if tuple(p.placements) != (Shard(0),) or p.device_mesh.mesh.tolist() != list(range(self.ranks.world)):
+            raise EngineError(
+                f"{name!r} is sharded as {p.placements} over {p.device_mesh}; expected, with sp_size, Shard(0) over "
+                "all ranks in their order."
+            )
+        rows = -(-p.shape[0] // self.ranks.world)  # as torch.chunk divides them
+        return rows * (p.numel() // max(1, p.shape[0]))
+
+    def accumulate(self, name: str, own: Tensor) -> None:
+        p: Any = self.parameters[name]
+        local = p.to_local()
+        mine = own[: local.numel()].view(local.shape).to(local.device)
+        self._sums[name] = self._sums[name].add_(mine) if name in self._sums else mine.clone()
 
     def release(self, noise: GaussianNoise, std: float, divisor: float) -> None:
         self._released = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dpft.engines.ranks import Ranks
-from dpft.engines.sums import ClippedSums
+from dpft.engines.sums import ClippedSums, Piece
 from dpft.engines.zero_layout import Layout
 from dpft.errors import EngineError
 from dpft.noise import GaussianNoise
@@ -33,7 +33,7 @@ class ZeroSums(ClippedSums):
         self._count_owned(sum(f.numel for f in mine))
 
     def add(self, name: str, grad: Tensor) -> None:
-        self._check_new(name, grad)
+        self.check_new(name, grad)
         if self.layout.stage == 1:
             self._whole[name] = self._whole[name].add_(grad) if name in self._whole else grad
         else:
@@ -48,20 +48,28 @@ class ZeroSums(ClippedSums):
                 flat = torch.nn.functional.pad(flat, (0, part * world - flat.numel()))
             own = torch.empty(part, dtype=flat.dtype, device=flat.device)
             work = dist.reduce_scatter_tensor(own, flat, async_op=True)
-            self._later(work, lambda: self._accumulate(name, own))
+            self.later(work, lambda: self.accumulate(name, own))
             return
         for f in parts:
             piece = flat[f.start : f.start + f.numel]
             work = dist.reduce(piece, dst=f.rank, async_op=True)
             if f.rank == rank:
-                self._later(work, lambda piece=piece: self._accumulate(name, piece))  # type: ignore[misc]  # bound now
+                self.later(work, lambda piece=piece: self.accumulate(name, piece))  # type: ignore[misc]  # bound now
             else:
-                self._later(work, lambda piece=piece: None)  # type: ignore[misc]  # kept alive until it is sent
+                self.later(work, lambda piece=piece: None)  # type: ignore[misc]  # kept alive until it is sent
 
-    def _accumulate(self, name: str, piece: Tensor) -> None:
+    def accumulate(self, name: str, piece: Tensor) -> None:
         own = self._own(name)
         if own is not None:
             own.add_(piece[: own.numel()].to(own.device))
+
+    def equal_parts(self, name: str) -> int | None:
+        if self.layout.stage < 3:
+            return None
+        return int(self.parameters[name].ds_tensor.ds_numel)  # type: ignore[attr-defined]  # ZeRO-3's attribute
+
+    def pieces(self, name: str) -> Sequence[Piece]:
+        return self.layout.fragments[name]
 
     def _own(self, name: str) -> Tensor | None:
         """This rank's part of one parameter's sum: a view into the buffer of its flat partition."""
@@ -77,7 +85,7 @@ class ZeroSums(ClippedSums):
 
     def release(self, noise: GaussianNoise, std: float, divisor: float) -> None:
         self._released = True
-        for name, shape in self.shapes.items() if self.layout.stage == 1 else ():
+        for name, shape in self.shapes.items() if self.layout.stage == 1 and not self.spread else ():
             held = self._whole.pop(name, None)
             if held is None:
                 held = torch.zeros(shape, dtype=torch.float32, device=self.ranks.device)

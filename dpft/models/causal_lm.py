@@ -46,12 +46,14 @@ def per_example_causal_lm_losses(
     Returns:
         ``[B]`` float32; 0, with a zero gradient, for an example without any unmasked token.
     """
-    if shift_labels is None:
-        if labels is None:
-            raise ClippingError("the loss function was called without labels; expected labels [B, T]")
-        losses = losses_of(logits, labels) if ignore_index == IGNORE_INDEX else None
+    if labels is None and shift_labels is None:
+        raise ClippingError("the loss function was called without labels; expected labels [B, T]")
+    if ignore_index == IGNORE_INDEX:
+        losses = losses_of(logits, labels if shift_labels is None else shift_labels)
         if losses is not None:
             return losses
+    if shift_labels is None:
+        assert labels is not None
         shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     targets = shift_labels.to(logits.device)
     if logits.shape[:-1] != targets.shape:

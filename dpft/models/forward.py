@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dpft.clipping.boundary import clip_boundary, mean_loss
 from dpft.clipping.coverage import check_coverage
 from dpft.clipping.guard import guard_parameters
-from dpft.clipping.state import ClipState
+from dpft.clipping.state import ClipState, Split
 from dpft.errors import ClippingError, UnsupportedModuleError
 from dpft.models.head import joined
 from dpft.models.isolation import RowCheck, is_due
@@ -44,10 +44,22 @@ def clipped_forward(
             computed per example.
     """
     weights, groups = kwargs.pop("example_weight", None), _take_groups(args, kwargs)
+    # In eval mode every rank runs the whole example: attention is then that of the rank alone.
+    split = state.engine.sequence if state.engine is not None and model.training else None
+    share: Tensor | None = None
+    if split is not None:
+        args, kwargs, share = _split(split, state, args, kwargs)
+    elif state.engine is not None and state.engine.sequence is not None and torch.is_grad_enabled():
+        raise ClippingError(
+            "the model is in eval mode, in which the tokens of an example are not spread over ranks. Call "
+            "model.train() to train it, and use torch.no_grad() to evaluate it."
+        )
     if not torch.is_grad_enabled():
         with _expecting(state, kwargs):
             out = plain(*args, **kwargs)
         losses = _of_rows(out, kwargs)
+        if losses is not None and split is not None:
+            losses = split.total(losses * share)
         return out if losses is None else with_loss(out, mean_loss(_of_examples(losses, groups), weights))
     state.check_parameters(model)
     refuse_compiled(state, model)
@@ -102,9 +114,29 @@ def clipped_forward(
             return out
         check.compare(out)
         losses = _of_examples(_example_losses(out, shape[0], targets), groups)
+        if share is not None:
+            losses = losses * share
         return with_loss(out, clip_boundary(state, losses, weights, choice))
     finally:
         state.end()
+
+
+def _split(
+    split: Split, state: ClipState, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
+    """The arguments of a forward for this rank's tokens, and the share of the example's loss that is theirs.
+
+    Raises:
+        ClippingError: losses that are not those of a causal LM, of tokens by tokens.
+    """
+    kwargs.pop("num_items_in_batch", None)
+    if args or targets_of(kwargs).keys() - {"labels"} or (targets_of(kwargs) and state.catches_losses):
+        raise ClippingError(
+            "under sequence parallelism a model takes its inputs by keyword, and its only targets are the labels of a "
+            f"causal LM; got {len(args)} positional arguments and {', '.join(sorted(targets_of(kwargs))) or 'none'}."
+        )
+    mine, share = split.split(kwargs)
+    return args, mine, share
 
 
 def _may_run_one_by_one(state: ClipState) -> bool:
@@ -161,9 +193,10 @@ def _run(state: ClipState, plain: Callable[..., Any], *args: Any, **kwargs: Any)
 
 def _expecting(state: ClipState, kwargs: dict[str, Any]) -> AbstractContextManager[None]:
     """A context in which the head computes its losses with the call's labels, if it can."""
-    if state.head is None or kwargs.get("shift_labels") is not None or state.groups is not None:
+    if state.head is None or state.groups is not None:
         return nullcontext()
-    return state.head.expecting(kwargs.get("labels"))
+    ready = kwargs.get("shift_labels")
+    return state.head.expecting(kwargs.get("labels") if ready is None else ready, shifted=ready is not None)
 
 
 def _catching(state: ClipState, kwargs: dict[str, Any], batch: int) -> AbstractContextManager[Any]:

@@ -228,6 +228,7 @@ class Head:
         chunk: tokens per chunk.
         direct: whether, as far as is known, the loss gets the head's logits unchanged.
         labels: of the running forward.
+        shifted: whether position t of these is the token that position t predicts.
     """
 
     state: ClipState
@@ -235,15 +236,17 @@ class Head:
     chunk: int | Literal["auto"]
     direct: bool
     labels: Tensor | None = None
+    shifted: bool = False
 
     @contextmanager
-    def expecting(self, labels: Any) -> Iterator[None]:
+    def expecting(self, labels: Any, shifted: bool = False) -> Iterator[None]:
         """A context in which the head computes its losses with these labels ``[B, T]``; None: it runs unchanged."""
-        previous, self.labels = self.labels, labels if isinstance(labels, Tensor) else None
+        previous = self.labels, self.shifted
+        self.labels, self.shifted = labels if isinstance(labels, Tensor) else None, shifted
         try:
             yield
         finally:
-            self.labels = previous
+            self.labels, self.shifted = previous
 
     def forward(self, module: nn.Module, plain: Callable[[Tensor], Tensor], h: Tensor) -> Tensor:
         """The head's forward: lazy logits with their losses, or the output of ``plain``."""
@@ -256,7 +259,7 @@ class Head:
         device = h.device.type
         x = h.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else h
         chunk = auto_chunk(h.device) if self.chunk == "auto" else self.chunk
-        targets = shifted(labels.to(h.device))
+        targets = labels.to(h.device) if self.shifted else shifted(labels.to(h.device))
         shape = (*h.shape[:2], w.shape[0])
         if not torch.is_grad_enabled():
             with torch.autocast(device, enabled=False):
