@@ -1,6 +1,6 @@
 """All that one launch of an engine tests, in the same ranks: a launch imports for longer than a case takes.
 
-    accelerate launch --config_file ... engine_worker.py OUTPUT_FOLDER all|matrix|hybrid [disagree]
+    accelerate launch --config_file ... engine_worker.py OUTPUT_FOLDER all|matrix|hybrid|sequence [disagree]
 
 ``all`` is the matrix and its situations (``matrix_worker.py``), and then what two ranks refuse: ``disagree`` is for
 ``refusals_worker.py``.

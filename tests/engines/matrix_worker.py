@@ -36,8 +36,8 @@ STEPS = {"examples": 12, "batch": 5, "steps": 5, "seed": 11}
 class Examples:
     """N examples of the zoo's token batch, one dictionary each."""
 
-    def __init__(self, number: int, seed: int = 3) -> None:
-        self.batch = zoo.token_batch(number, TOKENS, seed=seed)
+    def __init__(self, number: int, seed: int = 3, tokens: int = TOKENS) -> None:
+        self.batch = zoo.token_batch(number, tokens, seed=seed)
 
     def __len__(self) -> int:
         return len(self.batch["input_ids"])
@@ -104,13 +104,19 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 class Bench:
-    """Runs cases in one process of one launch; Accelerate's state is made anew for each."""
+    """Runs cases in one process of one launch; Accelerate's state is made anew for each.
 
-    def __init__(self, output: Path, hybrid: bool = False) -> None:
-        self.output, self.hybrid, self.offload = output, hybrid, False
+    Args:
+        output: folder for what is judged.
+        hybrid: HSDP, two replicas of two shards.
+        sequence: over how many ranks the tokens of an example are spread.
+    """
+
+    def __init__(self, output: Path, hybrid: bool = False, sequence: int = 1) -> None:
+        self.output, self.hybrid, self.offload, self.sequence = output, hybrid, False, sequence
         sums.BUCKET = 3000  # so that a tiny model fills several
         self.results: dict[str, Any] = {}
-        self._exact: dict[tuple[str, int], PerExample] = {}
+        self._exact: dict[tuple[str, int, int], PerExample] = {}
         self._plain: dict[tuple[str, int], float] = {}
         self._count = 0
         self.deepspeed = False
@@ -120,6 +126,8 @@ class Bench:
         """Ends what the last case has left, so that an Accelerator can be made anew."""
         if self.deepspeed:
             self._last.destroy()  # its hooks and process groups would stay
+        if self.sequence > 1:
+            forget_ulysses()
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
 
@@ -128,6 +136,10 @@ class Bench:
         options: dict[str, Any] = {"mixed_precision": "bf16" if precision == "bf16" else "no"}
         if self.hybrid:
             options["parallelism_config"] = ParallelismConfig(dp_replicate_size=2, dp_shard_size=2)
+        if self.sequence > 1:
+            world = int(os.environ["WORLD_SIZE"])
+            sharded = world if os.environ.get("ACCELERATE_USE_FSDP") == "true" else world // self.sequence
+            options["parallelism_config"] = ParallelismConfig(sp_size=self.sequence, dp_shard_size=sharded)
         accelerator = make_accelerator(**options)
         if self.offload:
             from torch.distributed.fsdp import CPUOffloadPolicy
@@ -161,6 +173,8 @@ class Bench:
             "target_delta": 1e-5,
         }
         settings.update(options.pop("privacy", {}))
+        if self.sequence > 1:
+            options["max_physical_batch_size"] = 1
         accelerator = self.accelerator(precision)
         self._count += 1
         prepared = dpft.prepare(
@@ -188,19 +202,24 @@ class Bench:
         loader.privacy.close()
         return counts[:-1]
 
-    def exact(self, name: str, number: int) -> PerExample:
-        if (name, number) not in self._exact:
+    def exact(self, name: str, number: int, tokens: int = TOKENS) -> PerExample:
+        key = (name, number, tokens)
+        if key not in self._exact:
             model: Any = MODELS[name]()
             if name == "experts":
                 model.set_experts_implementation("eager")  # the other refuses float64
-            self._exact[name, number] = oracle(model, Examples(number).batch)
-        return self._exact[name, number]
+            if self.sequence > 1:
+                model.set_attn_implementation("eager")  # the other exchanges tokens with the other ranks
+            self._exact[key] = oracle(model, Examples(number, tokens=tokens).batch)
+        return self._exact[key]
 
     def plain(self, name: str, number: int) -> float:
         """Plain PyTorch's relative error of the same sum in bf16."""
         if (name, number) not in self._plain:
             exact = self.exact(name, number)
-            model = MODELS[name]().to(torch.bfloat16)
+            model: Any = MODELS[name]().to(torch.bfloat16)
+            if self.sequence > 1:
+                model.set_attn_implementation("eager")
             factors = exact.factors(CLIP)
             self._plain[name, number] = plain_error(model, Examples(number).batch, exact, factors=factors)
         return self._plain[name, number]
@@ -215,9 +234,10 @@ class Bench:
         physical: int,
         ckpt: Any,
         num_workers: int = 0,
+        tokens: int = TOKENS,
     ) -> None:
         """One logical batch of all examples: the clipped sum that reached the optimiser, against the oracle."""
-        model, examples = MODELS[name](), Examples(number)
+        model, examples = MODELS[name](), Examples(number, tokens=tokens)
         if precision == "bf16 weights":
             model = model.to(torch.bfloat16)
         before = {n: p.detach().clone().float() for n, p in trainable(model).items()}
@@ -240,7 +260,7 @@ class Bench:
         release = {n: (before[n] - after[n]) / RATE * number for n in before}
         self.note(
             title,
-            error=relative_error(release, self.exact(name, number).clipped_sum(CLIP)),
+            error=relative_error(release, self.exact(name, number, tokens).clipped_sum(CLIP)),
             limit=1e-5 if precision == "float32" else 2 * self.plain(name, number),
             physical=counts,
         )
@@ -313,6 +333,64 @@ def full_parameters(accelerator: Accelerator, model: nn.Module) -> dict[str, Ten
     return full
 
 
+def forget_ulysses() -> None:
+    """Ends the registration of DeepSpeed's attention, which is meant to be made once in a process."""
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    parallel_state_sp._release_sequence_parallel_groups()
+    ALL_ATTENTION_FUNCTIONS._local_mapping.pop("sdpa", None)
+
+
+class Cropped(Examples):
+    """Once it is ``random``, each rank crops an example differently, as a random transformation in a dataset does."""
+
+    random = False
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        first = 1 + dist.get_rank() * self.random
+        return {name: value[first : first + 4] for name, value in super().__getitem__(i).items()}
+
+
+def check_refusals(bench: Bench) -> None:
+    """What a forward with its tokens spread over ranks refuses, on all of them, before anything is released."""
+    model = plain_llama()
+    wrong: dict[str, Callable[[dict[str, Tensor]], Any]] = {
+        "left padding": lambda b: {**b, "attention_mask": b["attention_mask"].flip(1)},
+        "two rows": lambda b: {name: torch.cat([value, value]) for name, value in b.items()},
+        "packed": lambda b: {**b, "position_ids": torch.arange(TOKENS)[None] % 3},
+        "a value that is not of tokens": lambda b: {**b, "token_type_ids": torch.zeros(1, 2)},
+    }
+    accelerator, prepared, _, loader = bench.private(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), Examples(3), test_seed=1
+    )
+    batch = next(b for b in loader if 0 < int(b["attention_mask"].sum()) < TOKENS)
+    for title, change in wrong.items():
+        bench.note(title, raised=raised(lambda change=change: prepared(**change(batch))))
+    prepared.eval()
+    bench.note("eval mode", raised=raised(lambda: prepared(**batch)))
+    with torch.no_grad():
+        evaluated = prepared(**batch).loss
+        prepared.train()
+        bench.note("without gradients", evaluated=float(evaluated), split=float(prepared(**batch).loss))
+    loader.privacy.close()
+    model, examples = plain_llama(), Cropped(3, tokens=9)
+    accelerator, prepared, _, loader = bench.private(
+        model, torch.optim.SGD(model.parameters(), lr=1.0), examples, test_seed=1
+    )
+    examples.random = True
+    bench.note("different examples", raised=raised(lambda: prepared(**next(iter(loader)))))
+    loader.privacy.close()
+
+
+def raised(act: Callable[[], Any]) -> str:
+    try:
+        act()
+    except dpft.DPFTError as error:
+        return str(error)
+    return ""
+
+
 def check_together(bench: Bench) -> None:
     """An error on one rank is that error on all, and nobody waits."""
     ranks = Ranks(torch.device("cpu"))
@@ -336,6 +414,26 @@ def run_hybrid(bench: Bench) -> None:
         bench.sum(f"sum, {strategy}", "llama", "float32", strategy, 9, 2, False)
     bench.sum("two ranks without an example", "tied", "float32", "one_pass", 2, 2, False)
     bench.noise("noise, float32", "float32")
+
+
+def run_sequence(bench: Bench) -> None:
+    """Tokens spread over ranks. Of 7 tokens a rank of two has 4 or 3, and of shorter examples perhaps none."""
+    for name, ckpt, tokens in (
+        ("llama", False, 96),
+        ("tied", "non-reentrant", 96),
+        ("lora", "non-reentrant", 96),
+        ("llama", "non-reentrant", TOKENS),
+        ("experts", False, TOKENS),
+        ("frozen embedding", False, TOKENS),
+    ):
+        bench.sum(f"{name}, {tokens}", name, "float32", "auto", 5, 1, ckpt, tokens=tokens)
+    bench.sum("an example on fewer ranks than there are", "llama", "float32", "auto", 1, 1, False)
+    bench.sum("bf16", "llama", "bf16", "auto", 5, 1, False, tokens=96)
+    bench.steps("steps, float32, one_pass", "float32", "one_pass")
+    bench.noise("noise, float32", "float32")
+    check_together(bench)
+    if dist.get_world_size() == bench.sequence:  # one sequence, of which no other rank waits for a refused forward
+        check_refusals(bench)
 
 
 def run_matrix(bench: Bench) -> None:
@@ -372,11 +470,13 @@ def run_situations(bench: Bench) -> None:
 
 
 def run(output: Path, which: str) -> Bench:
-    """``all``, ``matrix`` or ``hybrid``."""
+    """``all``, ``matrix``, ``hybrid`` or ``sequence``."""
     gc.freeze()  # what is imported stays: DeepSpeed collects garbage at every end of an engine
-    bench = Bench(output, which == "hybrid")
+    bench = Bench(output, which == "hybrid", sequence=2 if which == "sequence" else 1)
     if which == "hybrid":
         run_hybrid(bench)
+    elif which == "sequence":
+        run_sequence(bench)
     else:
         run_matrix(bench)
         if which == "all":
