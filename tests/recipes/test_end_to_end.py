@@ -82,7 +82,7 @@ def test_the_launched_demonstration_leaves_everything(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_killed_run_is_resumed_and_counts_what_it_spent(tmp_path: Path, records: str) -> None:
     """SIGKILL, at a moment that is not chosen; the checkpoint may be behind the ledger, which stands."""
-    output, planned = tmp_path / "run", 60  # it must not be over before a busy machine comes to kill it
+    output, planned = tmp_path / "run", 40  # it must not be over before a busy machine comes to kill it
     words = ["--dataset", records, "--output-dir", str(output), "--num-steps", str(planned), "--eval-every", "0"]
     words += [*SMALL, "--checkpoint-every", "3"]
     log = (tmp_path / "log").open("w")
