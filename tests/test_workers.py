@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import time
+from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +40,16 @@ def stopping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     On a busy machine a child may need longer to come so far: it would be given up before it has stopped, or reported.
     """
     files = [tmp_path / f"child_{i}.waiting" for i in range(2)]
-    real, stopped = dpft.workers.wait, 0
+    stopped = 0
 
     def wait(reports: list[Any], within: float) -> list[Any]:
         nonlocal stopped
         until = time.monotonic() + 30
         while time.monotonic() < until and sum(not file.exists() for file in files) == stopped:
-            if ready := real(reports, 0.01):
+            if ready := wait_for(reports, 0.01):
                 return ready
         stopped += 1
-        return real(reports, within)
+        return wait_for(reports, within)
 
     monkeypatch.setattr(dpft.workers, "REPORT_WITHIN", 0.5)
     monkeypatch.setattr(dpft.workers, "wait", wait)
