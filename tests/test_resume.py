@@ -29,6 +29,7 @@ from tests.training import Training, config, examples, tiny_llama, values
 
 KILLS = 8
 STEPS = 150
+MOST = 17  # releases of a life that is to be killed, and one more in which it waits: KILLS times as many are < STEPS
 BLOCK = 16
 
 # The parent imports once and forks a child for each life of the run, so that a kill costs no start of Python.
@@ -43,7 +44,8 @@ for line in sys.stdin:
     if child == 0:
         code = 1
         try:
-            test_resume.live(line.strip())
+            folder, most = line.rsplit(maxsplit=1)
+            test_resume.live(folder, most=int(most))
             code = 0
         except BaseException:
             import traceback
@@ -71,8 +73,12 @@ def warm() -> None:
     config(num_steps=STEPS).resolve(12).meter().at(1)
 
 
-def live(name: str, steps: int = STEPS) -> None:
-    """One life of a run: start or resume, train, save every few steps, until the end or the kill."""
+def live(name: str, steps: int = STEPS, most: int = STEPS) -> None:
+    """One life of a run: start or resume, train, save every few steps, until the end or the kill.
+
+    It waits for the kill within the release after ``most``, as it would end before where the machine is too busy to
+    kill it in time.
+    """
     folder = Path(name)
     states, started = checkpoints(folder), (folder / "side").exists()
     training = Training(
@@ -90,7 +96,7 @@ def live(name: str, steps: int = STEPS) -> None:
     def tell(**fields: Any) -> None:
         os.write(side, (json.dumps(fields) + "\n").encode())  # one write: whole, or not there
 
-    finite = bool(values(training.model).isfinite().all())
+    began, finite = training.run.steps, bool(values(training.model).isfinite().all())
     tell(start=training.run.steps, epsilon=training.run.epsilon(), finite=finite)
     step = training.inner.step
 
@@ -98,6 +104,8 @@ def live(name: str, steps: int = STEPS) -> None:
         """Says what is being released, at the last instant before it is."""
         blocks = [p.grad.flatten()[:BLOCK].tolist() for p in training.model.parameters() if p.grad is not None]
         tell(release=training.run.steps, blocks=blocks)
+        if training.run.steps - began > most:
+            time.sleep(600)
         step(*args)
 
     training.inner.step = spied  # type: ignore[method-assign]  # a spy takes its place
@@ -128,9 +136,9 @@ class Server:
                 return line
         raise AssertionError("the server died")
 
-    def start(self, folder: Path) -> int:
+    def start(self, folder: Path, most: int) -> int:
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{folder}\n")
+        self.process.stdin.write(f"{folder} {most}\n")
         self.process.stdin.flush()
         return int(self._line())
 
@@ -169,7 +177,7 @@ def test_sigkill_at_random_instants(tmp_path: Path, server: Server) -> None:
     counts: list[int] = []
     for kill in range(KILLS):
         known = lines(tmp_path)
-        child = server.start(tmp_path)
+        child = server.start(tmp_path, MOST)
         deadline = time.monotonic() + 120
         # One in four while it starts, the others some releases after; in the midst of whatever it is doing.
         started = 0 if kill % 4 == 3 else 1 + dice.randrange(10)
@@ -188,7 +196,7 @@ def test_sigkill_at_random_instants(tmp_path: Path, server: Server) -> None:
         assert not states or int(states[-1].name.split("-")[1]) <= count
         counts.append(count)
     assert 10 < counts[-1] < STEPS, "the kills came too early or too late to say anything"
-    server.start(tmp_path)
+    server.start(tmp_path, STEPS)
     assert server.end() == 0, "the resumed run did not finish"
 
     side = read_side(tmp_path)

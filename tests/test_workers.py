@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import time
+from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,25 @@ os.register_at_fork(after_in_child=stop_once_a_file)
 
 @pytest.fixture
 def stopping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    monkeypatch.setattr(dpft.workers, "REPORT_WITHIN", 0.5)
-    monkeypatch.setattr(dpft.workers, "fork_may_stop", lambda version: True)
+    """Two files, each of which stops one child. The limit of half a second begins where a child has stopped.
+
+    On a busy machine a child may need longer to come so far: it would be given up before it has stopped, or reported.
+    """
     files = [tmp_path / f"child_{i}.waiting" for i in range(2)]
+    stopped = 0
+
+    def wait(reports: list[Any], within: float) -> list[Any]:
+        nonlocal stopped
+        until = time.monotonic() + 30
+        while time.monotonic() < until and sum(not file.exists() for file in files) == stopped:
+            if ready := wait_for(reports, 0.01):
+                return ready
+        stopped += 1
+        return wait_for(reports, within)
+
+    monkeypatch.setattr(dpft.workers, "REPORT_WITHIN", 0.5)
+    monkeypatch.setattr(dpft.workers, "wait", wait)
+    monkeypatch.setattr(dpft.workers, "fork_may_stop", lambda version: True)
     for file in files:
         file.touch()
     monkeypatch.setattr(f"{__name__}.STOPPING", files)

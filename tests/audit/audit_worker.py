@@ -6,6 +6,7 @@ accelerate launch --config_file ... audit_worker.py OUTPUT_FOLDER
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from accelerate import Accelerator
 from dpft import GaussianNoise
 from dpft.audit import WhiteBoxAudit, white_box
 from tests.engines.on_cpu import make_accelerator
+from tests.fixed_draws import fixed_draws
 from tools.auditing import subject
 
 
@@ -32,17 +34,18 @@ def fresh() -> Accelerator:
 
 
 def audited(**options: Any) -> WhiteBoxAudit:
-    return white_box(
-        fresh,
-        subject.model(),
-        subject.records(0),
-        subject.configuration(),
-        collate_fn=subject.collate,
-        steps=24,
-        canaries=8,
-        max_physical_batch_size=4,
-        **options,
-    )
+    with fixed_draws(int(os.environ["RANK"])):
+        return white_box(
+            fresh,
+            subject.model(),
+            subject.records(0),
+            subject.configuration(),
+            collate_fn=subject.collate,
+            steps=24,
+            canaries=8,
+            max_physical_batch_size=4,
+            **options,
+        )
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ launch costs more than all that is done here. Writes ``FOLDER/ENGINE/*.json``, a
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import json
 import os
+import socket
 import sys
 import time
 import traceback
@@ -22,7 +24,6 @@ import torch
 import torch.distributed as dist
 from accelerate.commands import launch as cli
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from accelerate.utils.other import get_free_port
 from torch import Tensor
 
 import dpft
@@ -170,11 +171,21 @@ def launch_environment(engine: str, processes: int, scratch: Path) -> dict[str, 
     return environment(scratch) | prepare_deepspeed_cmd_env(args)[1]
 
 
+def free_port() -> int:
+    """Below those that systems give to who asks for any: nobody else gets it before rank 0 has opened it."""
+    for port in range(20_000 + os.getpid() % 10_000, 32_000):
+        with contextlib.suppress(OSError), socket.socket() as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(("", port))
+            return port
+    raise RuntimeError("no port is free")
+
+
 def fork_ranks(folder: Path, engine: str, life: str, processes: int, before: str | None) -> bool:
     """Live one life; whether all ranks came to its end."""
     shared = launch_environment(engine, processes, folder)
     shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": str(get_free_port())}
+    shared |= {"MASTER_PORT": str(free_port())}
     children = []
     for rank in range(processes):
         child = os.fork()

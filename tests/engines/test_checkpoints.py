@@ -18,6 +18,7 @@ ROUNDING = 1e-6  # of a weight near 1 in float32, after one step on a sum that o
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(450)  # more than its process has
 def test_a_training_goes_on_with_any_number_of_processes(tmp_path: Path) -> None:
     """One test, because one process imports for all of them."""
     words = [sys.executable, "-m", "tests.engines.checkpoints_worker", str(tmp_path), *ENGINES]

@@ -335,10 +335,9 @@ for line in sys.stdin:
         print("dead", flush=True)
         continue
     ledger = None
-    for _ in range(200):  # until the parent has let go of its lock
+    while ledger is None:  # until the parent has let go of its lock, which a busy machine may keep it from for long
         try:
             ledger = Ledger.open(path, "resume", mechanism=mechanism)
-            break
         except LedgerError:
             time.sleep(0.005)
     out = os.open(path + ".seen", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -364,7 +363,7 @@ def test_sigkill_at_random_instants_never_loses_a_release(tmp_path: Path) -> Non
                 process.stdin.write(f"{path} {'resume' if kill else 'new'}\n")
                 process.stdin.flush()
                 child = int(process.stdout.readline())
-                deadline = time.monotonic() + 20
+                deadline = time.monotonic() + 60
                 while not seen.read_bytes():
                     assert time.monotonic() < deadline, "the child records nothing"
                     time.sleep(0.001)
