@@ -294,7 +294,9 @@ def _assemble(
         engine.still = watch(kind, prepared, private.inner)
         state.engine = engine
         if sequence is not None:
-            state.decided = Choice("one_pass", f"one_pass: the tokens of an example are spread over {sequence.size} ranks")
+            state.decided = Choice(
+                "one_pass", f"one_pass: the tokens of an example are spread over {sequence.size} ranks"
+            )
         elif state.strategy == "auto":
             state.decided = _agreed_strategy(state, kind, ranks, engine.max_batch_size)
     guard.model = bare

@@ -213,7 +213,9 @@ def clipped_loss(model: nn.Module, losses: Tensor | Sequence[Tensor], example_we
     state = get_state(model)
     state.check_parameters(model)
     if state.engine is not None and state.engine.sequence is not None:
-        raise ClippingError("under sequence parallelism the model computes its loss: pass labels [1, T] to its forward")
+        raise ClippingError(
+            "under sequence parallelism the model computes its loss: pass labels [1, T] to its forward"
+        )
     if example_weight is None and state.weights is not None:
         # The forward was given them: a padding row's loss must not count because the caller passed only losses.
         if len(state.weights) != len(losses):

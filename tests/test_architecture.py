@@ -49,6 +49,7 @@ LAYERS["__init__"] = set(LAYERS)
 # Benchmarks of kernels, simulated profiles and planted defects are of what stands behind the public names.
 INSIDE_TOOLS = {
     "tools.benchmarks.norm_times": frozenset({"kernels"}),
+    "tools.engines.worker": frozenset({"engines"}),
     "tools.memory.simulate": frozenset({"kernels", "planning"}),
     "tools.auditing.plants": frozenset({"clipping", "loader", "noise", "optimizer", "privacy", "run"}),
 }

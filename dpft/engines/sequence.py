@@ -297,7 +297,9 @@ def check_spread(sequence: SequenceGroup, model: nn.Module) -> None:
         EngineError: on all ranks.
     """
     device, vocabulary = sequence.ranks.device, model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    ids = torch.randint(0, vocabulary, (1, 4 * sequence.size + 3), generator=torch.Generator().manual_seed(0)).to(device)
+    ids = torch.randint(0, vocabulary, (1, 4 * sequence.size + 3), generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
     training, dropouts = model.training, _without_dropout(model)
     try:
         with torch.no_grad():

@@ -143,6 +143,12 @@ class PrivateMixin:
                     f"Trainer prepares {[type(o).__name__ for o in objects]}; expected a model and its optimiser. "
                     "Leave 'optimizer' and 'scheduler' out of the DeepSpeed configuration, and FSDP at version 2."
                 )
+            config = getattr(accelerator, "parallelism_config", None)
+            if max(getattr(config, name, 1) or 1 for name in ("sp_size", "cp_size")) > 1:
+                raise PrivacyConfigError(
+                    "ParallelismConfig spreads an example over ranks, where Trainer splits batches and computes the "
+                    "loss by itself. Use dpft.prepare in a loop of your own, or recipes/llama_dp.py."
+                )
             model, optimizer = objects
             dataset, collate = self._training_examples()
             options = {"ledger_path": Path(self.args.output_dir) / LEDGER} | self.privacy_options

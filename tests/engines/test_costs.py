@@ -11,7 +11,7 @@ from tests.engines.launching import ROOT, launch, succeed
 
 pytestmark = pytest.mark.slow
 WORKER = ROOT / "tools" / "engines/worker.py"
-SHAPES = {"width": 64, "layers": 2, "tokens": 16, "vocab": 64, "rows": 2}
+SHAPES = {"width": 64, "layers": 2, "tokens": 16, "vocab": 64, "rows": 2, "sequence": 1}
 EMBEDDING = 4 * 64 * 64  # bytes of the one weight of which a backward needs only the gradient
 LARGEST = 4 * 64 * 176  # bytes of the largest gradient, of an MLP's matrix
 VERDICTS = 1024  # bytes of counts and verdicts a step, which are no gradients

@@ -322,3 +322,56 @@ def test_a_compiling_backend(tmp_path: Path) -> None:
     accelerator = new_accelerator(dynamo_backend="eager")
     refused(accelerator, tmp_path / "ledger", "dynamo_backend")
     new_accelerator()
+
+
+# --- tokens of an example spread over ranks -------------------------------------------------------------------------
+
+
+def spread(world: int = 4, sp: int = 2, shard: int = 2, **handler: Any) -> Any:
+    """ZeRO-2 on ``world`` processes with ``sp_size``; Accelerate's own check of the numbers needs a launch."""
+    config = ParallelismConfig(sp_size=sp, dp_shard_size=shard)
+    for name, value in handler.items():
+        setattr(config.sp_handler, name, value)
+    accelerator = deepspeed()
+    accelerator.num_processes, accelerator.state.parallelism_config = world, config
+    return accelerator
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"sp": 3}, "divisor of the 4 processes"),
+        ({"shard": 1}, r"dp_replicate_size x dp_shard_size = 1; expected 2"),
+        ({"sp_seq_length_is_variable": False}, "sp_seq_length_is_variable is false"),
+    ],
+)
+def test_a_spread_that_does_not_fit_the_processes(
+    changes: dict[str, Any], match: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert requirements.check_accelerator(spread()) == "zero2"
+    with pytest.raises(EngineError, match=match):
+        requirements.check_accelerator(spread(**changes))
+
+
+def test_models_whose_tokens_cannot_be_split() -> None:
+    def check(model: Any, **handler: Any) -> None:
+        requirements.check_model(spread(**handler), "zero2", model, torch.optim.SGD(model.parameters(), lr=1.0))
+
+    check(zoo.seeded(zoo.llama)("sdpa"))
+    check(zoo.seeded(zoo.llama)("sdpa"), sp_attn_implementation="sdpa")
+    for model, handler, match in (
+        (zoo.seeded(zoo.llama)("eager"), {}, "attention is 'eager'"),
+        (zoo.seeded(zoo.llama)("sdpa"), {"sp_attn_implementation": "flash_attention_2"}, "'flash_attention_2' and"),
+        (zoo.seeded(zoo.gemma3)("sdpa"), {}, "sliding_attention"),
+        (zoo.seeded(zoo.hybrid)("sdpa"), {}, "linear_attention"),
+        (zoo.seeded(zoo.bert)("sdpa"), {}, "needs a causal LM"),
+    ):
+        with pytest.raises(EngineError, match=match):
+            check(model, **handler)
+
+
+def test_a_spread_is_of_one_example_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for options in ({"max_physical_batch_size": 2}, {"strategy": "two_pass"}, {"clipping": "ghost"}):
+        refused(spread(), tmp_path / "ledger", "a backward is one-pass, of one example", **options)

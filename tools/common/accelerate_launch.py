@@ -11,10 +11,10 @@ ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3", "zero2_offload")
 RANKS = 2
 
 
-def launch_command(engine: str, script: Path, *words: str) -> list[str]:
-    """The command line that runs ``script`` with ``words`` on two ranks under an engine of :data:`ENGINES`."""
+def launch_command(engine: str, script: Path, *words: str, ranks: int = RANKS) -> list[str]:
+    """The command line that runs ``script`` with ``words`` on ``ranks`` under an engine of :data:`ENGINES`."""
     return [
-        *(str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", str(RANKS)),
+        *(str(Path(sys.executable).with_name("accelerate")), "launch", "--num_processes", str(ranks)),
         *("--config_file", str(ROOT / "recipes" / "accelerate" / f"{engine}.yaml"), "--main_process_port", "0"),
         *(str(script), *words),
     ]

@@ -15,30 +15,36 @@ WORKER = Path(__file__).with_name("worker.py")
 STRATEGIES = ("plain", "one_pass", "two_pass", "per_example")
 
 
-TWO_WAYS = ("all_reduce",)
-
-
 GRADIENTS = ("all_reduce", "reduce_scatter", "reduce")
 
 
 LIMIT = 900.0  # seconds for one engine
 
 
-def cases() -> list[dict[str, Any]]:
-    """Every strategy; with checkpointing, and with four physical batches a logical one, those of the whole batch."""
+def cases(sequence: int = 1) -> list[dict[str, Any]]:
+    """Every strategy; with checkpointing, and with four physical batches a logical one, those of the whole batch.
+
+    Of tokens spread over ranks, the one strategy that there is.
+    """
+    if sequence > 1:
+        return [
+            {"strategy": s, "checkpointing": c, "physical": p}
+            for c, p in ((False, 1), (True, 1), (False, 4))
+            for s in STRATEGIES[:2]
+        ]
     once = [{"strategy": s, "checkpointing": False, "physical": 1} for s in STRATEGIES]
     again = [{"strategy": s, "checkpointing": True, "physical": 1} for s in STRATEGIES[:3]]
     return once + again + [{"strategy": s, "checkpointing": False, "physical": 4} for s in STRATEGIES[:3]]
 
 
-def launch(engine: str, options: dict[str, Any], scratch: Path) -> list[dict[str, Any]]:
+def launch(engine: str, options: dict[str, Any], scratch: Path, ranks: int = RANKS) -> list[dict[str, Any]]:
     """Run the worker under one engine; what each rank counted.
 
     Raises:
         RuntimeError: it failed; with the end of its output.
     """
     done = subprocess.run(
-        launch_command(engine, WORKER, json.dumps(options), str(scratch)),
+        launch_command(engine, WORKER, json.dumps(options), str(scratch), ranks=ranks),
         cwd=scratch,
         env={**launch_environment(scratch, cpu=True), "PYTHONWARNINGS": "ignore"},
         stdout=subprocess.PIPE,
@@ -49,24 +55,22 @@ def launch(engine: str, options: dict[str, Any], scratch: Path) -> list[dict[str
     )
     if done.returncode:
         raise RuntimeError(f"{engine} ended with status {done.returncode}:\n{done.stdout[-4000:]}")
-    return [json.loads((scratch / f"costs_{rank}.json").read_text()) for rank in range(RANKS)]
+    return [json.loads((scratch / f"costs_{rank}.json").read_text()) for rank in range(ranks)]
 
 
 def rows(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a case, of rank 0, in units of the parameters' bytes, and beside plain training of the same case."""
-    world, unit = ranks[0]["world"], 4 * ranks[0]["parameters"]
+    unit = 4 * ranks[0]["parameters"]
     made: list[dict[str, Any]] = []
     for facts, other in zip(ranks[0]["results"], ranks[1]["results"], strict=True):
         if facts["bytes"] != other["bytes"]:
             raise RuntimeError(f"the ranks counted different collectives: {facts['bytes']} and {other['bytes']}")
-        share = (world - 1) / world
-        wire = sum(n * share * (2 if kind in TWO_WAYS else 1) for kind, n in facts["bytes"].items())
         row = {
             **{key: facts[key] for key in ("strategy", "checkpointing", "physical", "traversals", "flops", "calls")},
             "payload": {kind: n / unit for kind, n in facts["bytes"].items()},
             "gathered": facts["bytes"].get("all_gather", 0) / unit,
             "reduced": sum(facts["bytes"].get(kind, 0) for kind in GRADIENTS) / unit,
-            "wire": wire / unit,
+            "wire": facts["wire"] / unit,
             "rest": facts["rest"] / unit,
             "peak": facts["peak"] / unit,
             "held_between": facts["held_between"] / unit,

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, ParallelismConfig
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -30,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import dpft
 from accelerate import Accelerator
+from dpft.engines.sequence import use_ulysses
 
 # The names that torch's operators of collectives begin with, in the order in which they are looked for.
 KINDS = {
@@ -71,6 +72,20 @@ def kind_of_collective(name: str) -> str | None:
     return next((kind for kind, starts in KINDS.items() if operator.startswith(starts)), None)
 
 
+def ranks_of(args: Any) -> int:
+    """Number of ranks of the group that a collective's arguments name."""
+    for value in args:
+        if isinstance(value, torch.ScriptObject) and "ProcessGroup" in str(value._type()):
+            return dist.ProcessGroup.unbox(value).size()
+        if isinstance(value, str) and value in _groups():
+            return _groups()[value].size()
+    raise TypeError(f"no process group among {args}")
+
+
+def _groups() -> dict[str, dist.ProcessGroup]:
+    return {name: group for group, name in dist.distributed_c10d._world.pg_names.items()}
+
+
 def size(value: Any) -> int:
     """Bytes of the tensors in it."""
     return sum(t.numel() * t.element_size() for t in tree_leaves(value) if isinstance(t, Tensor))
@@ -92,6 +107,8 @@ class Meter(TorchDispatchMode):
     Attributes:
         calls, payload: by kind of collective; the payload is the larger of what goes in and what comes out, so of an
             all-gather and a reduce-scatter the whole, not the part.
+        wire: bytes that a ring of the collective's own n ranks sends from each: 2 (n-1)/n of an all-reduce's payload,
+            (n-1)/n of the others'.
         flops: by torch's formulas.
         live, peak: bytes, now and at most.
     """
@@ -101,6 +118,7 @@ class Meter(TorchDispatchMode):
         self.live = self.peak = self.flops = 0
         self.calls: Counter[str] = Counter()
         self.payload: Counter[str] = Counter()
+        self.wire = 0.0
         self._sizes: dict[int, int] = {}
         self._alive: dict[int, Any] = {}
         self._elastic: set[int] = set()
@@ -113,7 +131,9 @@ class Meter(TorchDispatchMode):
         kind = kind_of_collective(func.name())
         if kind is not None:
             self.calls[kind] += 1
-            self.payload[kind] += max(size(part) for part in (*args, out))
+            payload, ranks = max(size(part) for part in (*args, out)), ranks_of(args)
+            self.payload[kind] += payload
+            self.wire += payload * (ranks - 1) / ranks * (2 if kind == "all_reduce" else 1)
         elif func.overloadpacket in (ATTENTION, ATTENTION_BACKWARD):
             self.flops += attention_flops(func, args)
         elif func.overloadpacket in flop_registry:
@@ -151,7 +171,7 @@ class Meter(TorchDispatchMode):
             self._measure(key)
             if self._sizes[key] == 0:
                 self._elastic.add(key)
-        self.peak, self.flops = self.live, 0
+        self.peak, self.flops, self.wire = self.live, 0, 0.0
         self.calls.clear()
         self.payload.clear()
         return self.live
@@ -211,7 +231,14 @@ def make_accelerator(options: dict[str, Any], plain: bool, physical: int) -> Acc
     GradientState._reset_state()
     use_cpu()
     accumulated = physical if plain else 1
-    accelerator = Accelerator(gradient_accumulation_steps=accumulated)
+    more: dict[str, Any] = {}
+    if options["sequence"] > 1:
+        world = int(os.environ["WORLD_SIZE"])
+        sharded = world if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true" else world // options["sequence"]
+        more["parallelism_config"] = ParallelismConfig(sp_size=options["sequence"], dp_shard_size=sharded)
+        more["parallelism_config"].sp_handler.sp_attn_implementation = "sdpa"
+        forget_ulysses()
+    accelerator = Accelerator(gradient_accumulation_steps=accumulated, **more)
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
         plugin.deepspeed_config.update(
@@ -232,11 +259,33 @@ def make_accelerator(options: dict[str, Any], plain: bool, physical: int) -> Acc
     return accelerator
 
 
+def forget_ulysses() -> None:
+    """Ends the last case's registration of DeepSpeed's attention, which is made once in a process."""
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    parallel_state_sp._release_sequence_parallel_groups()
+    ALL_ATTENTION_FUNCTIONS._local_mapping.pop("sdpa", None)
+
+
+def my_tokens(batch: Tensor, ranks: int) -> dict[str, Tensor]:
+    """The arguments of a forward for this rank's tokens, as DeepSpeed's loader for Ulysses makes them."""
+    if ranks == 1:
+        return {"input_ids": batch, "labels": batch}
+    part = batch.shape[1] // ranks
+    mine = slice(dist.get_rank() % ranks * part, (dist.get_rank() % ranks + 1) * part)
+    targets = nn.functional.pad(batch[:, 1:], (0, 1), value=-100)[:, mine].contiguous()
+    positions = torch.arange(batch.shape[1])[None, mine]
+    return {"input_ids": batch[:, mine], "position_ids": positions, "labels": targets, "shift_labels": targets}
+
+
 def run_plain(options: dict[str, Any], checkpointing: bool, physical: int) -> Generator[Any, None, None]:
     """Training as Accelerate's users know it; yields after each physical batch whether it ended a logical one."""
     model, count = build(options, checkpointing)
     yield count
     accelerator = make_accelerator(options, True, physical)
+    if options["sequence"] > 1 and accelerator.state.deepspeed_plugin is None:
+        use_ulysses(accelerator, model)  # as Accelerate does under DeepSpeed
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
     rows = options["rows"]
     examples = Examples(rows * physical, options["tokens"], options["vocab"])
@@ -244,7 +293,7 @@ def run_plain(options: dict[str, Any], checkpointing: bool, physical: int) -> Ge
         for i in range(physical):
             batch = torch.stack([examples[k]["input_ids"] for k in range(rows * i, rows * (i + 1))])
             with accelerator.accumulate(model):
-                accelerator.backward(model(input_ids=batch, labels=batch).loss)
+                accelerator.backward(model(**my_tokens(batch, options["sequence"])).loss)
                 optimizer.step()
                 optimizer.zero_grad()
             yield i + 1 == physical
@@ -257,7 +306,7 @@ def run_private(
     model, count = build(options, checkpointing)
     yield count
     accelerator = make_accelerator(options, False, physical)
-    number = options["rows"] * physical * accelerator.num_processes
+    number = options["rows"] * physical * accelerator.num_processes // options["sequence"]
     privacy = dpft.PrivacyConfig(
         noise_multiplier=1.0,
         max_grad_norm=1.0,
@@ -314,6 +363,7 @@ def measure(
             "physical": batches,
             "calls": dict(meter.calls),
             "bytes": dict(meter.payload),
+            "wire": meter.wire,
             "flops": meter.flops,
             "traversals": count[0],
             "rest": rest,
@@ -341,6 +391,8 @@ def check_counter(options: dict[str, Any]) -> None:
         dist.reduce_scatter_tensor(part, whole, async_op=True).wait()
     expected = {"all_reduce": 1, "broadcast": 1, "reduce": 1, "all_gather": 2 * world, "reduce_scatter": world}
     assert meter.payload == {kind: 4000 * times for kind, times in expected.items()}, meter.payload
+    twice = sum(expected.values()) + expected["all_reduce"]
+    assert abs(meter.wire - 4000 * twice * (world - 1) / world) < 1e-6, meter.wire
 
 
 def main(options: dict[str, Any], output: Path) -> None:
