@@ -31,6 +31,10 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "ledger.jsonl"
 
 
+def sgd(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=1.0)
+
+
 # --- the training is the same ----------------------------------------------------------------------------------------
 
 
@@ -158,7 +162,7 @@ def test_noise_reaches_every_element_once_with_its_deviation(path: Path, secure:
     training = on_host(
         path,
         model=model,
-        make=lambda ps: torch.optim.SGD(ps, lr=1.0),
+        make=sgd,
         test_seed=None,
         changes={
             "sample_rate": 1e-9,
@@ -182,6 +186,17 @@ def test_noise_reaches_every_element_once_with_its_deviation(path: Path, secure:
     count = len(list(model.parameters()))
     assert len(seen) == 2 * count == 2 * len({address for address, _, _ in seen})
     assert {(dtype, device) for _, dtype, device in seen} == {(torch.float32, "cpu")}
+
+
+def test_a_parameter_that_no_example_used_gets_nothing_but_noise(path: Path) -> None:
+    """Two-pass delivers nothing for it; its memory has what was there before."""
+    model = tiny_llama()
+    model.extra = nn.Linear(3, 3)
+    before = model.extra.weight.detach().clone()
+    training = on_host(path, model=model, strategy="two_pass", make=sgd, changes=QUIET)
+    host(training)._host_sums._sums["extra.weight"].fill_(7.0)
+    training.train(2)
+    assert torch.equal(model.extra.weight.detach(), before)
 
 
 def test_an_element_without_noise_stops_the_release(path: Path) -> None:
