@@ -14,12 +14,14 @@ from torch import nn
 
 from dpft.clipping.state import Clipping, ClipState, Isolation
 from dpft.clipping.strategy_choice import Choice, Strategy, allowance, choose_for_all, free_memory
+from dpft.engines.agreement import dataset_mark, described, versions, weights
 from dpft.engines.engine import SENDS_AT_ONCE, Kind, launch
+from dpft.engines.host import check_sums_device
 from dpft.engines.ranks import Ranks
+from dpft.engines.requirements import check_accelerator, check_model, check_prepared, watch
 from dpft.engines.sequence import SequenceGroup, check_spread, sequence_size
-from dpft.engines.requirements import check_accelerator, check_model, check_prepared, dataset_mark, versions, watch
-from dpft.engines.shared_ledger import SharedLedger
-from dpft.errors import EngineError, LedgerError, PrivacyConfigError
+from dpft.engines.shared_ledger import SharedLedger, open_ledger
+from dpft.errors import EngineError, PrivacyConfigError
 from dpft.loader import PrivateDataLoader, check_dataset
 from dpft.noise import GaussianNoise
 from dpft.optimizer import DPOptimizer
@@ -27,10 +29,7 @@ from dpft.planning.hardware import measure
 from dpft.planning.plan import plan as predict
 from dpft.planning.result import Plan
 from dpft.privacy.config import PrivacyConfig
-from dpft.privacy.ledger import Ledger
 from dpft.privacy.sampler import PhysicalBatchSampler, draw_seed, make_sampler
-from dpft.privacy.schedule import PrivacySchedule
-from dpft.rules.base import full_shape
 from dpft.run import LoopGuard, PrivacyRun, check_optimizer
 from dpft.wrap import get_state, unwrap, wrap
 
@@ -54,6 +53,7 @@ def prepare(
     num_workers: int = 0,
     static_shapes: bool = False,
     isolation: Isolation = "default",
+    sums_device: Literal["cpu"] | None = None,
     test_seed: int | None = None,
 ) -> tuple[nn.Module, Any, PrivateDataLoader]:
     """Make a training loop private.
@@ -89,6 +89,8 @@ def prepare(
         num_workers: worker processes of the DataLoader.
         static_shapes: pad every physical batch to ``max_physical_batch_size`` rows.
         isolation: as :func:`dpft.wrap`; the report says where it is ``"off"``.
+        sums_device: ``"cpu"`` keeps the clipped sums and the optimiser in host memory, with float32 masters of the
+            parameters; one process only. None: in ``.grad``, on the model's device.
         test_seed: fixes sampling and noise, for tests only: the run is then not private, and the report says so.
 
     Returns:
@@ -108,6 +110,7 @@ def prepare(
         kind = check_accelerator(accelerator)
         check_model(accelerator, kind, model, optimizer)
         check_dataset(dataset)
+        check_sums_device(sums_device, kind, clipping, optimizer)
         if max_physical_batch_size != "auto":
             _check_whole("max_physical_batch_size", max_physical_batch_size, 1)
         elif clipping != "flash" or strategy != "auto":
@@ -150,13 +153,14 @@ def prepare(
             "seq_len": seq_len,
             "static_shapes": static_shapes,
             "isolation": isolation,
+            "sums_device": sums_device,
             "num_workers": num_workers,
             "continue_ledger": continue_ledger,
             "test_seed": test_seed,
             "number of examples": len(dataset),
             "order of the examples": ranks.together(lambda: dataset_mark(dataset, key)) if ranks.world > 1 else "",
-            "parameters": _described(model),
-            "weights": _weights(accelerator, model) if kind == "fsdp2" else None,
+            "parameters": described(model),
+            "weights": weights(accelerator, model) if kind == "fsdp2" else None,
             **versions(),
         },
         "the setting",
@@ -170,7 +174,8 @@ def prepare(
         _check_whole("seq_len", seq_len, 1)
         assert seq_len is not None
         largest = math.ceil(schedule.expected_batch_size / ranks.world)  # more would be padding
-        planned = ranks.together(lambda: _planned_batch(model, optimizer, seq_len, kind, ranks, loss_chunk))
+        on_host = sums_device == "cpu"
+        planned = ranks.together(lambda: _planned_batch(model, optimizer, seq_len, kind, ranks, loss_chunk, on_host))
         max_physical_batch_size = int(ranks.minimum(min(planned.batch_size, largest)))
         memory = planned.allowance if memory is None else memory  # so that the strategy is the planned one
     wrap(
@@ -196,7 +201,7 @@ def prepare(
     try:
         ranks.together(lambda: check_optimizer(optimizer.param_groups, get_state(model)))
         path = Path(ledger_path or Path(accelerator.project_dir or ".") / "privacy_ledger.jsonl")
-        ledger = SharedLedger(ranks, lambda: _open_ledger(path, privacy, schedule, clipping, test_seed is not None))
+        ledger = SharedLedger(ranks, lambda: open_ledger(path, privacy, schedule, clipping, test_seed is not None))
         run = PrivacyRun(schedule, ledger, clipping, test_seed is not None, continue_ledger, isolation != "off")
         return _assemble(
             accelerator,
@@ -206,6 +211,7 @@ def prepare(
             optimizer,
             run,
             sequence=sequence,
+            on_host=sums_device == "cpu",
             noise=GaussianNoise(
                 secret=None if test_seed is None else _test_secret(test_seed, run),
                 stream=ranks.rank,
@@ -252,6 +258,7 @@ def _assemble(
     run: PrivacyRun,
     *,
     sequence: SequenceGroup | None,
+    on_host: bool,
     noise: GaussianNoise,
     batches: PhysicalBatchSampler,
     loader: dict[str, Any],
@@ -281,7 +288,7 @@ def _assemble(
             check=guard.check,
         )
 
-    if kind == "single":
+    if kind == "single" and not on_host:
         prepared = accelerator.prepare_model(model)
         bare = accelerator.unwrap_model(prepared)
         private = make(DPOptimizer, optimizer, None)
@@ -297,7 +304,7 @@ def _assemble(
             state.decided = Choice(
                 "one_pass", f"one_pass: the tokens of an example are spread over {sequence.size} ranks"
             )
-        elif state.strategy == "auto":
+        elif state.strategy == "auto" and kind != "single":
             state.decided = _agreed_strategy(state, kind, ranks, engine.max_batch_size)
     guard.model = bare
     state.parameters = {name: p for name, p in bare.named_parameters() if p.requires_grad}
@@ -310,7 +317,13 @@ def _assemble(
 
 
 def _planned_batch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, seq_len: int, kind: Kind, ranks: Ranks, loss_chunk: Any
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    seq_len: int,
+    kind: Kind,
+    ranks: Ranks,
+    loss_chunk: Any,
+    on_host: bool,
 ) -> Plan:
     """The plan of the physical batch with the least predicted time per example that fits where training will run.
 
@@ -318,7 +331,8 @@ def _planned_batch(
         UnsupportedModuleError: a model that cannot be planned; give a number then.
     """
     stateless = isinstance(optimizer, torch.optim.SGD) and not any(g["momentum"] for g in optimizer.param_groups)
-    states: Literal["adamw", "sgd"] = "sgd" if stateless else "adamw"
+    # With sums and optimiser in host memory the plan has one gradient too many on the device: on the safe side.
+    states: Literal["adamw", "sgd"] = "sgd" if stateless or on_host else "adamw"
     there = [p for p in model.parameters() if p.device.type == ranks.device.type]  # the others still have to be moved
     memory = free_memory(ranks.device) + sum(p.numel() * p.element_size() for p in there)
     return predict(
@@ -346,22 +360,6 @@ def _agreed_strategy(state: ClipState, kind: Kind, ranks: Ranks, max_batch_size:
     )
 
 
-def _described(model: nn.Module) -> list[tuple[str, list[int], str, bool]]:
-    return [(name, list(full_shape(p)), str(p.dtype), p.requires_grad) for name, p in model.named_parameters()]
-
-
-def _weights(accelerator: Any, model: nn.Module) -> dict[str, float]:
-    """Sums of the trainable parameters that have values on this rank, to be compared between ranks.
-
-    FSDP2 takes each shard from its own rank, so adapters that were initialised differently on each rank would be
-    mixed. The other engines broadcast rank 0's parameters, and so does FSDP2's ``cpu_ram_efficient_loading``.
-    """
-    if accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
-        return {}
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad and p.device.type != "meta"]
-    return {name: float(p.detach().sum(dtype=torch.float64)) for name, p in named}
-
-
 def _test_secret(seed: int, run: PrivacyRun) -> bytes:
     # It includes the count, so that a resumed test does not repeat the noise of the run that it resumes.
     return seed.to_bytes(16, "big", signed=True) + run.steps.to_bytes(8, "big")
@@ -370,32 +368,3 @@ def _test_secret(seed: int, run: PrivacyRun) -> bytes:
 def _check_whole(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise PrivacyConfigError(f"{name} is {value!r}; expected a whole number >= {least}")
-
-
-def _open_ledger(path: Path, privacy: PrivacyConfig, schedule: PrivacySchedule, clipping: str, seeded: bool) -> Ledger:
-    # They also decide whether the releases are private; one ledger must not mix private and other releases.
-    conditions = {"clipped": clipping != "none", "seeded": seeded}
-    content = Ledger.read(path) if path.exists() and path.stat().st_size > 0 else None
-    resume = content is not None and content.count > 0
-    if content is not None and resume:
-        others = [mechanism for mechanism, count in content.events if count and mechanism != schedule.mechanism]
-        if others:
-            raise LedgerError(
-                f"the ledger {path} has releases of another mechanism ({others[0]}) than the one planned "
-                f"({schedule.mechanism}). Resume with the configuration of the run that wrote it, or choose another "
-                "ledger_path for a new run."
-            )
-        before = {name: (content.header.get("config") or {}).get(name) for name in conditions}
-        if before != conditions:
-            raise LedgerError(
-                f"the ledger {path} was written under {before} and this run is {conditions}: clipped or not, "
-                "with a known test seed or not, cannot be mixed. Choose another ledger_path."
-            )
-    return Ledger.open(
-        path,
-        "resume" if resume else "new",
-        mechanism=schedule.mechanism,
-        config=privacy.to_dict() | conditions,
-        fingerprint=privacy.fingerprint(),
-        schedule=schedule.to_dict(),
-    )

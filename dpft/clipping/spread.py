@@ -10,7 +10,7 @@ example at a time, and sends no more than plain training does.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from dpft.kernels.linear import sq_norm
 from dpft.kernels.weighted import weighted_vector
 from dpft.rules.base import MatrixUse, full_shape
 from dpft.rules.groups import Groups
+
+if TYPE_CHECKING:
+    from dpft.clipping.strategies import Job
 
 IN_FLIGHT = 2
 
@@ -135,3 +138,21 @@ class SpreadPass:
             if share is not None:
                 share = weighted_vector(share.unsqueeze(0), factors, False).to(share.dtype)
             self._spread.add_share(name, share)
+
+
+def run_spread(job: Job, spread: Spread, scale: Tensor) -> None:
+    """One example whose tokens are spread over ranks: see the module."""
+    assert isinstance(job.losses, Tensor)
+    if job.strategy != "one_pass" or job.batch_size != 1 or job.groups is not None:
+        raise ClippingError(
+            f"under sequence parallelism a backward is one_pass, of one example of one row; got {job.strategy} and "
+            f"{job.batch_size} examples. Set max_physical_batch_size=1, and leave strategy at 'auto'."
+        )
+    running = SpreadPass(spread, job.trace, job.losses.device)
+    losses, job.losses = job.losses, ()
+    job.state.holds = running.holds
+    job.traverse(running, losses, torch.ones_like(losses), retain_graph=False)
+    shapes = {name: full_shape(p) for name, p in job.state.parameters.items()}
+    running.finish(shapes)
+    factors = job.factors(running.sq) * scale.to(running.sq)
+    running.release(factors, list(shapes))

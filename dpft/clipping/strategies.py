@@ -20,7 +20,7 @@ from dpft.clipping.coverage import check_coverage, foreign_leaves, may_accumulat
 from dpft.clipping.factors import row_weights
 from dpft.clipping.passes import BookKeeping, KeepPass, NormPass, Trace, WeightedPass, grad_dtype, sum_dtype
 from dpft.clipping.probe import ProbePass, Watched, draw_seeds, drew_since, mixed_examples, random_states
-from dpft.clipping.spread import Spread, SpreadPass
+from dpft.clipping.spread import run_spread
 from dpft.clipping.state import ClipState, ClipStats
 from dpft.errors import ClippingError
 from dpft.kernels.linear import Method, sq_norm
@@ -113,7 +113,7 @@ class Job:
 
         As rarely as the isolation check: it looks at every object of the process.
         """
-        due = self.state.engine is None and self.state.backwards & (self.state.backwards - 1) == 0
+        due = self.state.alone and self.state.backwards & (self.state.backwards - 1) == 0
         return foreign_leaves({id(p): n for n, p in self.state.parameters.items()}) if due and accumulates() else {}
 
     def traverse(self, running: Pass, losses: Tensor, seeds: Tensor, retain_graph: bool) -> None:
@@ -142,7 +142,7 @@ class Job:
         and whenever their number is four times that at the last. Such a step keeps the graph, as a two-pass step does.
         """
         state = self.state
-        largest = self.batch_size if state.engine is None else state.engine.max_batch_size
+        largest = state.largest_batch(self.batch_size)
         rarer = 2 if state.probed_at == 1 else 4
         if largest < 2 or (state.probed_at > 0 and state.backwards < rarer * state.probed_at):
             return None
@@ -225,24 +225,6 @@ def run_one_pass(job: Job, scale: Tensor) -> list[Tensor | None] | None:
         # The sum is a collective: this rank takes part even if it did not use the parameter.
         engine.add(name, _nothing(p, losses.device) if grad is None else grad)
     return None
-
-
-def run_spread(job: Job, spread: Spread, scale: Tensor) -> None:
-    """One example whose tokens are spread over ranks: see :mod:`dpft.clipping.spread`."""
-    assert isinstance(job.losses, Tensor)
-    if job.strategy != "one_pass" or job.batch_size != 1 or job.groups is not None:
-        raise ClippingError(
-            f"under sequence parallelism a backward is one_pass, of one example of one row; got {job.strategy} and "
-            f"{job.batch_size} examples. Set max_physical_batch_size=1, and leave strategy at 'auto'."
-        )
-    running = SpreadPass(spread, job.trace, job.losses.device)
-    losses, job.losses = job.losses, ()
-    job.state.holds = running.holds
-    job.traverse(running, losses, torch.ones_like(losses), retain_graph=False)
-    shapes = {name: full_shape(p) for name, p in job.state.parameters.items()}
-    running.finish(shapes)
-    factors = job.factors(running.sq) * scale.to(running.sq)
-    running.release(factors, list(shapes))
 
 
 def _nothing(parameter: Tensor, device: torch.device) -> Tensor:
@@ -393,7 +375,7 @@ def _example_gradient(state: ClipState, loss: Tensor, parameters: list[Tensor]) 
     for p in parameters:
         p.grad = None
     try:
-        if state.engine is None and may_accumulate(loss):
+        if state.alone and may_accumulate(loss):
             # What a backward inside of a backward computes can only be found in .grad.
             torch.autograd.backward(loss)
             return [p.grad for p in parameters]

@@ -7,17 +7,11 @@ exists, :func:`watch` before each step.
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import inspect
 import os
-import pickle
-import platform
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -135,7 +129,7 @@ def _check_loading(accelerator: Any) -> None:
 
 
 def _check_parallelism(accelerator: Any) -> None:
-    config = getattr(accelerator.state, "parallelism_config", None)
+    config: Any = getattr(accelerator.state, "parallelism_config", None)
     if (getattr(config, "tp_size", 1) or 1) != 1:
         raise EngineError(
             f"ParallelismConfig.tp_size is {config.tp_size}; expected 1: under tensor parallelism no rank has a whole "
@@ -356,56 +350,3 @@ def watch(kind: Kind, prepared: Any, guarded: torch.optim.Optimizer) -> Callable
             )
 
     return check
-
-
-def versions() -> dict[str, str]:
-    """Versions that must be the same on all ranks.
-
-    Another random generator would give one example to two ranks; another accountant would calibrate another noise.
-    """
-    names = ("accelerate", "deepspeed", "dp-accounting", "dpft", "numpy", "scipy", "torch", "transformers")
-    found = {}
-    for name in names:
-        try:
-            found[f"version of {name}"] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[f"version of {name}"] = "not installed"
-    found["version of python"] = ".".join(platform.python_version_tuple()[:2])
-    return found
-
-
-def dataset_mark(dataset: Any, key: bytes, count: int = 16) -> str:
-    """A keyed digest of some examples in their order, to be compared between ranks.
-
-    Each rank draws indices of its own examples. If the ranks order the examples differently (an unseeded shuffle or
-    split on each rank), one example could be in the batches of two ranks and count twice.
-
-    Args:
-        dataset: with ``len`` and indexing.
-        key: the same on all ranks and new in each run, so that the digest says nothing about the examples.
-        count: number of examples to read, spread over the dataset.
-
-    Returns:
-        Eight characters; ``"random"`` where an example read twice is not the same, so that nothing can be compared.
-    """
-    places = sorted({int(i) for i in np.linspace(0, len(dataset) - 1, count)})
-    marks = []
-    for _ in range(2):
-        digest = hmac.new(key, digestmod=hashlib.sha256)
-        for i in places:
-            digest.update(_bytes(dataset[i]))
-        marks.append(digest.hexdigest()[:8])
-    return marks[0] if marks[0] == marks[1] else "random"
-
-
-def _bytes(item: Any) -> bytes:
-    if isinstance(item, torch.Tensor):
-        return str((item.dtype, item.shape, item.tolist())).encode()
-    if isinstance(item, dict):
-        return b"".join(_bytes(name) + _bytes(item[name]) for name in sorted(item, key=str))
-    if isinstance(item, list | tuple):
-        return b"".join(_bytes(part) for part in item)
-    try:
-        return pickle.dumps(item)
-    except Exception:
-        return type(item).__name__.encode()

@@ -15,6 +15,7 @@ Both steps together send (W - 1) / W of the gradient's bytes, as one reduce-scat
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -130,7 +131,7 @@ class SequenceGroup:
                 given[name] = F.pad(cut, (0, 0) * (value.dim() - 2) + (0, padding))[:, mine]
             else:
                 raise EngineError(
-                    f"{name!r} of shape {list(value.shape)} is not one value for each of {tokens.shape[1]} tokens, and "
+                    f"{name!r} of shape {list(value.shape)} is not one value for each of {tokens.shape[1]} tokens; it "
                     "cannot be split over the ranks of a sequence. Leave it out, or train without sp_size."
                 )
         given["position_ids"] = torch.arange(part * self.size, device=tokens.device)[None, mine]
@@ -276,7 +277,7 @@ class SpreadSums:
             start += piece.numel
             work = dist.reduce(sent, group=group, group_dst=piece.rank // size, async_op=True)
             mine = piece.rank == self._sequence.ranks.rank
-            self._sums.later(work, (lambda sent=sent: self._sums.accumulate(name, sent)) if mine else _nothing)
+            self._sums.later(work, functools.partial(self._sums.accumulate, name, sent) if mine else _nothing)
 
 
 def _nothing() -> None:
@@ -296,7 +297,7 @@ def check_spread(sequence: SequenceGroup, model: nn.Module) -> None:
     Raises:
         EngineError: on all ranks.
     """
-    device, vocabulary = sequence.ranks.device, model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    device, vocabulary = sequence.ranks.device, model.get_input_embeddings().num_embeddings  # type: ignore[operator]  # a method of every model of transformers
     ids = torch.randint(0, vocabulary, (1, 4 * sequence.size + 3), generator=torch.Generator().manual_seed(0)).to(
         device
     )

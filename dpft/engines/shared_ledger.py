@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from dpft.engines.ranks import Ranks
+from dpft.errors import LedgerError
 from dpft.privacy.accountant import Event
+from dpft.privacy.config import PrivacyConfig
 from dpft.privacy.ledger import Ledger, LedgerContent
+from dpft.privacy.schedule import PrivacySchedule
 
 
 class SharedLedger:
@@ -81,3 +84,37 @@ class SharedLedger:
         """Close the file and release its lock. May be called more than once."""
         if self._file is not None:
             self._file.close()
+
+
+def open_ledger(path: Path, privacy: PrivacyConfig, schedule: PrivacySchedule, clipping: str, seeded: bool) -> Ledger:
+    """Open a run's ledger: a new one, or to resume one of the same mechanism.
+
+    Raises:
+        LedgerError: it has releases of another mechanism, or made under other conditions.
+    """
+    # They also decide whether the releases are private; one ledger must not mix private and other releases.
+    conditions = {"clipped": clipping != "none", "seeded": seeded}
+    content = Ledger.read(path) if path.exists() and path.stat().st_size > 0 else None
+    resume = content is not None and content.count > 0
+    if content is not None and resume:
+        others = [mechanism for mechanism, count in content.events if count and mechanism != schedule.mechanism]
+        if others:
+            raise LedgerError(
+                f"the ledger {path} has releases of another mechanism ({others[0]}) than the one planned "
+                f"({schedule.mechanism}). Resume with the configuration of the run that wrote it, or choose another "
+                "ledger_path for a new run."
+            )
+        before = {name: (content.header.get("config") or {}).get(name) for name in conditions}
+        if before != conditions:
+            raise LedgerError(
+                f"the ledger {path} was written under {before} and this run is {conditions}: clipped or not, "
+                "with a known test seed or not, cannot be mixed. Choose another ledger_path."
+            )
+    return Ledger.open(
+        path,
+        "resume" if resume else "new",
+        mechanism=schedule.mechanism,
+        config=privacy.to_dict() | conditions,
+        fingerprint=privacy.fingerprint(),
+        schedule=schedule.to_dict(),
+    )

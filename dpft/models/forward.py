@@ -17,11 +17,12 @@ from dpft.clipping.guard import guard_parameters
 from dpft.clipping.state import ClipState, Split
 from dpft.errors import ClippingError, UnsupportedModuleError
 from dpft.models.head import joined
+from dpft.models.inputs import batch_shape, row_tokens_of, take_groups
 from dpft.models.isolation import RowCheck, is_due
 from dpft.models.losses import WAY_OUT, ExampleLosses, LossError, PerExampleLosses, loss_of, with_loss
 from dpft.models.rows import row_of
 from dpft.models.targets import several_rows, targets_of
-from dpft.rules.groups import Groups, even_groups, groups_of
+from dpft.rules.groups import Groups, even_groups
 
 COMPILED = "OptimizedModule"  # by name, so that torch._dynamo need not be imported for it
 
@@ -43,7 +44,7 @@ def clipped_forward(
         ClippingError: a submodule is compiled; or targets were passed, and the model computed a loss that cannot be
             computed per example.
     """
-    weights, groups = kwargs.pop("example_weight", None), _take_groups(args, kwargs)
+    weights, groups = kwargs.pop("example_weight", None), take_groups(args, kwargs)
     # In eval mode every rank runs the whole example: attention is then that of the rank alone.
     split = state.engine.sequence if state.engine is not None and model.training else None
     share: Tensor | None = None
@@ -58,14 +59,14 @@ def clipped_forward(
         with _expecting(state, kwargs):
             out = plain(*args, **kwargs)
         losses = _of_rows(out, kwargs)
-        if losses is not None and split is not None:
+        if losses is not None and split is not None and share is not None:
             losses = split.total(losses * share)
         return out if losses is None else with_loss(out, mean_loss(_of_examples(losses, groups), weights))
     state.check_parameters(model)
     refuse_compiled(state, model)
-    if state.clipping != "none" and state.engine is None:
+    if state.clipping != "none" and state.alone:
         guard_parameters(state)
-    shape = _batch_shape(args, kwargs)
+    shape = batch_shape(args, kwargs)
     if shape is None:
         return plain(*args, **kwargs)
     try:
@@ -75,7 +76,7 @@ def clipped_forward(
             raise
         state.run_one_by_one(f"Not together, since {error}")
         each = None
-    row_tokens = _row_tokens(args, kwargs, shape)
+    row_tokens = row_tokens_of(args, kwargs, shape)
     if each is None:
         state.begin(shape, row_tokens, groups)
     elif groups is not None:
@@ -144,7 +145,7 @@ def _may_run_one_by_one(state: ClipState) -> bool:
 
     Not under an engine, whose other ranks and gathered parameters are in the middle of this forward.
     """
-    return state.strategy == "auto" and state.clipping == "flash" and state.engine is None
+    return state.strategy == "auto" and state.clipping == "flash" and state.alone
 
 
 def _look_ahead(state: ClipState, out: Any) -> None:
@@ -179,7 +180,7 @@ def _refuse_router_loss(model: nn.Module, kwargs: dict[str, Any]) -> None:
 def _run(state: ClipState, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The forward; with targets, its loss is the examples' losses ``[B]`` where they can be computed."""
     targets = targets_of(kwargs)
-    shape = _batch_shape(args, kwargs)
+    shape = batch_shape(args, kwargs)
     if not targets or shape is None:
         return plain(*args, **kwargs)
     with _expecting(state, kwargs), _catching(state, kwargs, shape[0]):
@@ -306,47 +307,9 @@ def _example_losses(out: Any, batch: int, targets: dict[str, Any]) -> Tensor:
     return losses
 
 
-def _take_groups(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Groups | None:
-    """The rows of each example, where the call says that one has several.
-
-    Raises:
-        ClippingError: ids or a number that do not fit the rows.
-    """
-    ids, each = kwargs.pop("example_ids", None), kwargs.pop("rows_per_example", None)
-    shape = _batch_shape(args, kwargs)
-    if shape is None or (ids is None and each is None):
-        return None
-    if ids is not None:
-        return groups_of(ids, shape[0])
-    if not isinstance(each, int) or each < 1 or shape[0] % each:
-        raise ClippingError(
-            f"rows_per_example is {each!r} in a batch of {shape[0]} rows; expected a whole number that divides them"
-        )
-    return even_groups(shape[0] // each, each)
-
-
 def _of_examples(losses: Tensor, groups: Groups | None) -> Tensor:
     """``[B]`` losses of examples, from those of rows."""
     return losses if groups is None else groups.total(losses)
-
-
-def _batch_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Size | None:
-    """Shape of the first tensor input, whose dimension 0 is the batch; None if there is none."""
-    preferred = [kwargs.get(name) for name in ("input_ids", "inputs_embeds", "labels")]
-    for value in (*preferred, *args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.dim() > 0:
-            return value.shape
-    return None
-
-
-def _row_tokens(args: tuple[Any, ...], kwargs: dict[str, Any], shape: torch.Size) -> int:
-    """T, if the input is one of tokens ``[B, T, ...]``; else 0: nobody knows how many an image or a sound becomes."""
-    if not any(isinstance(kwargs.get(name), Tensor) for name in ("input_ids", "inputs_embeds")):
-        first = next((value for value in args if isinstance(value, Tensor)), None)
-        if first is None or first.shape != shape:
-            return 0
-    choices = len(shape) == 3 and isinstance(kwargs.get("input_ids"), Tensor)  # [B, choices, T]
-    return shape[-1] if choices else shape[1] if len(shape) in (2, 3) else 0
 
 
 def _checking(
@@ -380,7 +343,7 @@ def _forward_each(
     losses: list[Tensor] = []
     logits: dict[Any, list[Tensor]] = {}
     out: Any = None
-    largest = batch if state.engine is None else state.engine.max_batch_size
+    largest = state.largest_batch(batch)
     checked = random.SystemRandom().randrange(batch) if is_due(state, largest) else None
     for i in range(batch):
         row = {k: row_of(v, i, batch, k) for k, v in kwargs.items()}

@@ -89,7 +89,9 @@ class Simulation:
 class _Rank:
     """Stand-in for an engine: takes the gradients as it would, and keeps its part of their sums in float32."""
 
+    alone = False
     reentrant = True
+    spread = sequence = None
 
     def __init__(self, sharding: Sharding, batch_size: int) -> None:
         self.sharding, self.sharded, self.max_batch_size = sharding, sharding.parameters, batch_size

@@ -361,7 +361,7 @@ def check_refusals(bench: Bench) -> None:
         "packed": lambda b: {**b, "position_ids": torch.arange(TOKENS)[None] % 3},
         "a value that is not of tokens": lambda b: {**b, "token_type_ids": torch.zeros(1, 2)},
     }
-    accelerator, prepared, _, loader = bench.private(
+    _, prepared, _, loader = bench.private(
         model, torch.optim.SGD(model.parameters(), lr=1.0), Examples(3), test_seed=1
     )
     batch = next(b for b in loader if 0 < int(b["attention_mask"].sum()) < TOKENS)
@@ -375,9 +375,7 @@ def check_refusals(bench: Bench) -> None:
         bench.note("without gradients", evaluated=float(evaluated), split=float(prepared(**batch).loss))
     loader.privacy.close()
     model, examples = plain_llama(), Cropped(3, tokens=9)
-    accelerator, prepared, _, loader = bench.private(
-        model, torch.optim.SGD(model.parameters(), lr=1.0), examples, test_seed=1
-    )
+    _, prepared, _, loader = bench.private(model, torch.optim.SGD(model.parameters(), lr=1.0), examples, test_seed=1)
     examples.random = True
     bench.note("different examples", raised=raised(lambda: prepared(**next(iter(loader)))))
     loader.privacy.close()

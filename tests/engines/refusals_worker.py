@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dpft
-from dpft.engines import requirements
+from dpft.engines import agreement
 from tests import zoo
 from tests.engines.on_cpu import make_accelerator
 from tests.training import collate, config, examples
@@ -129,7 +129,7 @@ def disagreements() -> None:
     for name, options in other.items():
         always = name == "epsilon"
         case(name, lambda name=name, o=options if RANK or always else {}: Private(name, **o))  # type: ignore[misc]  # bound now
-    plain = requirements.versions
+    plain = agreement.versions
     real: Any = dpft.prepare.__globals__
     real["versions"] = lambda: {**plain(), "version of torch": "1.0"} if RANK else plain()
     case("version", lambda: Private("version"))

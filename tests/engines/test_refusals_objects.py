@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dpft.engines import requirements
+from dpft.engines import agreement
 from dpft.errors import DPFTError, PrivacyConfigError
 from tests.engines.test_refusals import refused
 from tests.training import Training, examples, new_accelerator, tiny_llama
@@ -88,11 +88,9 @@ def test_preparing_the_loader_changes_nothing(tmp_path: Path) -> None:
 
 def test_the_order_of_examples_is_told_apart() -> None:
     data = examples()
-    mark = requirements.dataset_mark(data, b"key")
-    assert mark == requirements.dataset_mark([dict(item) for item in data], b"key")
-    assert mark != requirements.dataset_mark(data[::-1], b"key") and mark != requirements.dataset_mark(
-        data, b"another"
-    )
+    mark = agreement.dataset_mark(data, b"key")
+    assert mark == agreement.dataset_mark([dict(item) for item in data], b"key")
+    assert mark != agreement.dataset_mark(data[::-1], b"key") and mark != agreement.dataset_mark(data, b"another")
     counter = iter(range(100))
 
     class Random:
@@ -102,4 +100,4 @@ def test_the_order_of_examples_is_told_apart() -> None:
         def __getitem__(self, i: int) -> int:
             return next(counter)
 
-    assert requirements.dataset_mark(Random(), b"key") == "random"
+    assert agreement.dataset_mark(Random(), b"key") == "random"

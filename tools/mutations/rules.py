@@ -105,7 +105,7 @@ RULE_MUTATIONS = (
         "backward_inside_a_backward",
         "what it accumulates is not clipped",
         "dpft/clipping/strategies.py",
-        "        if state.engine is None and may_accumulate(loss):",
+        "        if state.alone and may_accumulate(loss):",
         "        if False:",
         ("tests/clipping/test_escapes.py",),
     ),
