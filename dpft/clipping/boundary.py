@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpft.clipping.state import ClipState
-from dpft.clipping.strategies import Job, run_plain
+from dpft.clipping.strategies import Job
 from dpft.errors import ClippingError
 
 
@@ -59,6 +59,16 @@ class ClipBoundary(torch.autograd.Function):
         if grads is None:
             grads = [None] * ctx.count
         return None, None, None, *grads
+
+
+def run_plain(job: Job, scale: Tensor) -> None:
+    """``clipping="none"``: the plain sum of the gradients of the unpadded examples' losses."""
+    losses, job.losses = job.losses, ()
+    assert isinstance(losses, Tensor)
+    unknown = torch.full((job.batch_size,), torch.nan, dtype=torch.float64, device=losses.device)  # not computed
+    weights = job.factors(unknown)
+    seeds = (weights * scale.to(weights)).to(losses.dtype)
+    torch.autograd.backward(losses, seeds)
 
 
 def mean_loss(losses: Tensor, weights: Tensor | None) -> Tensor:

@@ -9,8 +9,8 @@ example at a time, and sends no more than plain training does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,9 +21,6 @@ from dpft.kernels.linear import sq_norm
 from dpft.kernels.weighted import weighted_vector
 from dpft.rules.base import MatrixUse, full_shape
 from dpft.rules.groups import Groups
-
-if TYPE_CHECKING:
-    from dpft.clipping.strategies import Job
 
 IN_FLIGHT = 2
 
@@ -55,16 +52,26 @@ class SpreadPass:
     Args:
         spread: the engine's.
         trace: of the forward: a matrix that it used more than once is sent once.
-        device: of the norms.
+        losses: ``[1]``, the rank's part of the example's loss.
+        strategy: of the job.
+        groups: of the job.
+
+    Raises:
+        ClippingError: several examples, or several rows of one.
     """
 
     weighted = probing = False
     groups: Groups | None = None
     row_tokens = 1
 
-    def __init__(self, spread: Spread, trace: Trace, device: torch.device) -> None:
+    def __init__(self, spread: Spread, trace: Trace, losses: Tensor, strategy: str, groups: Groups | None) -> None:
+        if strategy != "one_pass" or len(losses) != 1 or groups is not None:
+            raise ClippingError(
+                f"under sequence parallelism a backward is one_pass, of one example of one row; got {strategy} and "
+                f"{len(losses)} examples. Set max_physical_batch_size=1, and leave strategy at 'auto'."
+            )
         self.batch_size = 1
-        self.sq = torch.zeros(1, dtype=torch.float64, device=device)
+        self.sq = torch.zeros(1, dtype=torch.float64, device=losses.device)
         self._spread, self._trace = spread, trace
         self._parts: dict[str, Tensor] = {}  # not complete yet
         self._sent: list[tuple[str, Callable[[], Tensor]]] = []
@@ -103,17 +110,17 @@ class SpreadPass:
         # Sums are linear: a second one of a matrix that the trace did not announce is added to the first.
         self._shares[key] = self._shares[key].add_(share) if key in self._shares else share
 
-    def finish(self, shapes: dict[str, torch.Size]) -> None:
+    def finish(self, parameters: Mapping[str, Tensor]) -> None:
         """Send what is left, and complete :attr:`sq`, on all ranks of the example.
 
         Args:
-            shapes: of the parameters, by name.
+            parameters: by name.
 
         Raises:
             ClippingError: on all ranks: they sent other gradients, or in another order.
         """
         for key in list(self._parts):
-            self._send(key, self._parts.pop(key).view(shapes[key]))
+            self._send(key, self._parts.pop(key).view(full_shape(parameters[key])))
         while self._sent:
             self._arrive()
         if not self._spread.same_everywhere("\n".join(self._order)):
@@ -126,7 +133,7 @@ class SpreadPass:
             self.sq += sq_norm(share.unsqueeze(0))
         self.sq = self._spread.total(self.sq)
 
-    def release(self, factors: Tensor, names: list[str]) -> None:
+    def release(self, factors: Tensor, names: Iterable[str]) -> None:
         """Clip the shares and add them to the clipped sums, in the order of ``names``; none is kept.
 
         Args:
@@ -138,21 +145,3 @@ class SpreadPass:
             if share is not None:
                 share = weighted_vector(share.unsqueeze(0), factors, False).to(share.dtype)
             self._spread.add_share(name, share)
-
-
-def run_spread(job: Job, spread: Spread, scale: Tensor) -> None:
-    """One example whose tokens are spread over ranks: see the module."""
-    assert isinstance(job.losses, Tensor)
-    if job.strategy != "one_pass" or job.batch_size != 1 or job.groups is not None:
-        raise ClippingError(
-            f"under sequence parallelism a backward is one_pass, of one example of one row; got {job.strategy} and "
-            f"{job.batch_size} examples. Set max_physical_batch_size=1, and leave strategy at 'auto'."
-        )
-    running = SpreadPass(spread, job.trace, job.losses.device)
-    losses, job.losses = job.losses, ()
-    job.state.holds = running.holds
-    job.traverse(running, losses, torch.ones_like(losses), retain_graph=False)
-    shapes = {name: full_shape(p) for name, p in job.state.parameters.items()}
-    running.finish(shapes)
-    factors = job.factors(running.sq) * scale.to(running.sq)
-    running.release(factors, list(shapes))

@@ -20,7 +20,7 @@ from dpft.clipping.coverage import check_coverage, foreign_leaves, may_accumulat
 from dpft.clipping.factors import row_weights
 from dpft.clipping.passes import BookKeeping, KeepPass, NormPass, Trace, WeightedPass, grad_dtype, sum_dtype
 from dpft.clipping.probe import ProbePass, Watched, draw_seeds, drew_since, mixed_examples, random_states
-from dpft.clipping.spread import run_spread
+from dpft.clipping.spread import Spread, SpreadPass
 from dpft.clipping.state import ClipState, ClipStats
 from dpft.errors import ClippingError
 from dpft.kernels.linear import Method, sq_norm
@@ -227,6 +227,17 @@ def run_one_pass(job: Job, scale: Tensor) -> list[Tensor | None] | None:
     return None
 
 
+def run_spread(job: Job, spread: Spread, scale: Tensor) -> None:
+    """One example whose tokens are spread over ranks: see :mod:`dpft.clipping.spread`."""
+    assert isinstance(job.losses, Tensor)
+    losses, job.losses = job.losses, ()
+    running = SpreadPass(spread, job.trace, losses, job.strategy, job.groups)
+    job.state.holds = running.holds
+    job.traverse(running, losses, torch.ones_like(losses), retain_graph=False)
+    running.finish(job.state.parameters)
+    running.release(job.factors(running.sq) * scale.to(running.sq), job.state.parameters)
+
+
 def _nothing(parameter: Tensor, device: torch.device) -> Tensor:
     return torch.zeros(full_shape(parameter), dtype=sum_dtype(parameter), device=device)
 
@@ -280,16 +291,6 @@ def _check_same_gradients(state: ClipState, norms: Tensor, weighted: Tensor, fac
         "original (dropout in a checkpoint with preserve_rng_state=False, a random generator of its own). Their "
         "sum is not clipped: drop it. Use preserve_rng_state=True, or strategy='one_pass'.",
     )
-
-
-def run_plain(job: Job, scale: Tensor) -> None:
-    """``clipping="none"``: the plain sum of the gradients of the unpadded examples' losses."""
-    losses, job.losses = job.losses, ()
-    assert isinstance(losses, Tensor)
-    unknown = torch.full((job.batch_size,), torch.nan, dtype=torch.float64, device=losses.device)  # not computed
-    weights = job.factors(unknown)
-    seeds = (weights * scale.to(weights)).to(losses.dtype)
-    torch.autograd.backward(losses, seeds)
 
 
 def run_per_example(job: Job, scale: Tensor) -> list[Tensor | None] | None:

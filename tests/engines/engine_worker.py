@@ -15,12 +15,12 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dpft.engines import sums
-from tests.engines import matrix_worker
+from tests.engines import matrix_worker, sequence_worker
 
 if __name__ == "__main__":
     output, which = Path(sys.argv[1]), sys.argv[2]
     bucket = sums.BUCKET
-    bench = matrix_worker.run(output, which)
+    bench = sequence_worker.run(output) if which == "sequence" else matrix_worker.run(output, which)
     if which == "all":
         bench.forget()
         sums.BUCKET = bucket

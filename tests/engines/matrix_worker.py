@@ -21,9 +21,9 @@ from torch import Tensor, nn
 import dpft
 from accelerate import Accelerator
 from dpft.engines import sums
-from dpft.engines.ranks import Ranks
 from tests import zoo
-from tests.engines.on_cpu import make_accelerator
+from tests.engines.on_cpu import forget_ulysses, make_accelerator
+from tests.engines.verdicts import check_together
 from tests.oracle import PerExample, oracle, plain_error, relative_error, trainable
 
 CLIP = 0.5
@@ -333,105 +333,11 @@ def full_parameters(accelerator: Accelerator, model: nn.Module) -> dict[str, Ten
     return full
 
 
-def forget_ulysses() -> None:
-    """Ends the registration of DeepSpeed's attention, which is meant to be made once in a process."""
-    from deepspeed.runtime.sequence_parallel import parallel_state_sp
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    parallel_state_sp._release_sequence_parallel_groups()
-    ALL_ATTENTION_FUNCTIONS._local_mapping.pop("sdpa", None)
-
-
-class Cropped(Examples):
-    """Once it is ``random``, each rank crops an example differently, as a random transformation in a dataset does."""
-
-    random = False
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        first = 1 + dist.get_rank() * self.random
-        return {name: value[first : first + 4] for name, value in super().__getitem__(i).items()}
-
-
-def check_refusals(bench: Bench) -> None:
-    """What a forward with its tokens spread over ranks refuses, on all of them, before anything is released."""
-    model = plain_llama()
-    wrong: dict[str, Callable[[dict[str, Tensor]], Any]] = {
-        "left padding": lambda b: {**b, "attention_mask": b["attention_mask"].flip(1)},
-        "two rows": lambda b: {name: torch.cat([value, value]) for name, value in b.items()},
-        "packed": lambda b: {**b, "position_ids": torch.arange(TOKENS)[None] % 3},
-        "a value that is not of tokens": lambda b: {**b, "token_type_ids": torch.zeros(1, 2)},
-    }
-    _, prepared, _, loader = bench.private(
-        model, torch.optim.SGD(model.parameters(), lr=1.0), Examples(3), test_seed=1
-    )
-    batch = next(b for b in loader if 0 < int(b["attention_mask"].sum()) < TOKENS)
-    for title, change in wrong.items():
-        bench.note(title, raised=raised(lambda change=change: prepared(**change(batch))))
-    prepared.eval()
-    bench.note("eval mode", raised=raised(lambda: prepared(**batch)))
-    with torch.no_grad():
-        evaluated = prepared(**batch).loss
-        prepared.train()
-        bench.note("without gradients", evaluated=float(evaluated), split=float(prepared(**batch).loss))
-    loader.privacy.close()
-    model, examples = plain_llama(), Cropped(3, tokens=9)
-    _, prepared, _, loader = bench.private(model, torch.optim.SGD(model.parameters(), lr=1.0), examples, test_seed=1)
-    examples.random = True
-    bench.note("different examples", raised=raised(lambda: prepared(**next(iter(loader)))))
-    loader.privacy.close()
-
-
-def raised(act: Callable[[], Any]) -> str:
-    try:
-        act()
-    except dpft.DPFTError as error:
-        return str(error)
-    return ""
-
-
-def check_together(bench: Bench) -> None:
-    """An error on one rank is that error on all, and nobody waits."""
-    ranks = Ranks(torch.device("cpu"))
-
-    def act() -> None:
-        if ranks.rank == ranks.world - 1:
-            raise dpft.LedgerError("the disk is full")
-
-    try:
-        ranks.together(act)
-    except dpft.LedgerError as error:
-        bench.note("together", raised=str(error))
-    try:
-        ranks.agree({"C": 1.0 + ranks.rank, "sigma": 2.0}, "the setting")
-    except dpft.EngineError as error:
-        bench.note("agree", raised=str(error))
-
-
 def run_hybrid(bench: Bench) -> None:
     for strategy in ("one_pass", "two_pass"):
         bench.sum(f"sum, {strategy}", "llama", "float32", strategy, 9, 2, False)
     bench.sum("two ranks without an example", "tied", "float32", "one_pass", 2, 2, False)
     bench.noise("noise, float32", "float32")
-
-
-def run_sequence(bench: Bench) -> None:
-    """Tokens spread over ranks. Of 7 tokens a rank of two has 4 or 3, and of shorter examples perhaps none."""
-    for name, ckpt, tokens in (
-        ("llama", False, 96),
-        ("tied", "non-reentrant", 96),
-        ("lora", "non-reentrant", 96),
-        ("llama", "non-reentrant", TOKENS),
-        ("experts", False, TOKENS),
-        ("frozen embedding", False, TOKENS),
-    ):
-        bench.sum(f"{name}, {tokens}", name, "float32", "auto", 5, 1, ckpt, tokens=tokens)
-    bench.sum("an example on fewer ranks than there are", "llama", "float32", "auto", 1, 1, False)
-    bench.sum("bf16", "llama", "bf16", "auto", 5, 1, False, tokens=96)
-    bench.steps("steps, float32, one_pass", "float32", "one_pass")
-    bench.noise("noise, float32", "float32")
-    check_together(bench)
-    if dist.get_world_size() == bench.sequence:  # one sequence, of which no other rank waits for a refused forward
-        check_refusals(bench)
 
 
 def run_matrix(bench: Bench) -> None:
@@ -468,13 +374,11 @@ def run_situations(bench: Bench) -> None:
 
 
 def run(output: Path, which: str) -> Bench:
-    """``all``, ``matrix``, ``hybrid`` or ``sequence``."""
+    """``all``, ``matrix`` or ``hybrid``."""
     gc.freeze()  # what is imported stays: DeepSpeed collects garbage at every end of an engine
-    bench = Bench(output, which == "hybrid", sequence=2 if which == "sequence" else 1)
+    bench = Bench(output, which == "hybrid")
     if which == "hybrid":
         run_hybrid(bench)
-    elif which == "sequence":
-        run_sequence(bench)
     else:
         run_matrix(bench)
         if which == "all":

@@ -46,3 +46,12 @@ def make_accelerator(**options: Any) -> Accelerator:
     """An Accelerator on the CPU."""
     use_cpu()
     return OnCPU(**options)
+
+
+def forget_ulysses() -> None:
+    """Ends the registration of DeepSpeed's attention, which is meant to be made once in a process."""
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    parallel_state_sp._release_sequence_parallel_groups()
+    ALL_ATTENTION_FUNCTIONS._local_mapping.pop("sdpa", None)

@@ -191,7 +191,7 @@ def engine_of_deepspeed(**changes: Any) -> Any:
         "gradient_accumulation_steps": 1,
         "fp16_enabled": False,
     }
-    fields = {"optimizer": zero, "dp_world_size": 2, "training_dataloader": None, "lr_scheduler": None}
+    fields = {"optimizer": zero, "seq_dp_world_size": 2, "training_dataloader": None, "lr_scheduler": None}
     fields["module"] = nn.Sequential(nn.Linear(1, 1))
     calls = {name: changes.pop(name, value) for name, value in values.items()}
     return SimpleNamespace(
@@ -213,7 +213,7 @@ def leaf_module() -> nn.Module:
         ({"zero_optimization_stage": 1}, "stage"),
         ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps"),
         ({"fp16_enabled": True}, "fp16"),
-        ({"dp_world_size": 1}, "data-parallel ranks"),
+        ({"seq_dp_world_size": 1}, "ranks that share the parameters"),
         ({"lr_scheduler": "WarmupLR"}, "lr_scheduler"),
         ({"training_dataloader": "loader"}, "training_dataloader"),
         ({"optimizer": type("ZenFlowZeroOptimizer", (), {})()}, "ZenFlowZeroOptimizer"),

@@ -1,6 +1,6 @@
 """Sequence parallelism: one example's tokens on several ranks, and the same private gradient and noise as on one.
 
-One launch of each engine runs every case (``matrix_worker.run_sequence``), with the criteria of ``test_matrix.py``.
+One launch of each engine runs every case (``sequence_worker.py``), with the criteria of ``test_matrix.py``.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import dpft
 from accelerate import Accelerator
 from dpft.engines.sequence import use_ulysses
+from tools.engines.ulysses import forget_ulysses, my_tokens
 
 # The names that torch's operators of collectives begin with, in the order in which they are looked for.
 KINDS = {
@@ -257,26 +258,6 @@ def make_accelerator(options: dict[str, Any], plain: bool, physical: int) -> Acc
             stage3_max_reuse_distance=0,
         )
     return accelerator
-
-
-def forget_ulysses() -> None:
-    """Ends the last case's registration of DeepSpeed's attention, which is made once in a process."""
-    from deepspeed.runtime.sequence_parallel import parallel_state_sp
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    parallel_state_sp._release_sequence_parallel_groups()
-    ALL_ATTENTION_FUNCTIONS._local_mapping.pop("sdpa", None)
-
-
-def my_tokens(batch: Tensor, ranks: int) -> dict[str, Tensor]:
-    """The arguments of a forward for this rank's tokens, as DeepSpeed's loader for Ulysses makes them."""
-    if ranks == 1:
-        return {"input_ids": batch, "labels": batch}
-    part = batch.shape[1] // ranks
-    mine = slice(dist.get_rank() % ranks * part, (dist.get_rank() % ranks + 1) * part)
-    targets = nn.functional.pad(batch[:, 1:], (0, 1), value=-100)[:, mine].contiguous()
-    positions = torch.arange(batch.shape[1])[None, mine]
-    return {"input_ids": batch[:, mine], "position_ids": positions, "labels": targets, "shift_labels": targets}
 
 
 def run_plain(options: dict[str, Any], checkpointing: bool, physical: int) -> Generator[Any, None, None]:
