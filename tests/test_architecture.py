@@ -33,6 +33,7 @@ LAYERS: dict[str, set[str]] = {
     "models": _ARITHMETIC | {"clipping"},
     "wrap": _ARITHMETIC | {"clipping", "models"},
     "custom": _GRADIENT,
+    "long_context": _GRADIENT,
     "planning": _GRADIENT,
     "noise": _LOW,
     "optimizer": _LOW | {"noise", "privacy", "clipping"},
