@@ -1,8 +1,8 @@
 """The inputs of checkpoints wait in host memory for their backward.
 
 A non-reentrant checkpoint saves its tensor arguments as any node does, so hooks on saved tensors around its call,
-below its own, act on exactly these. The copies run on a side stream; the input of the layer before is on its way while a
-layer is in its backward. Nothing is on the host that the device still needs: at most two copies are in transit.
+below its own, act on exactly these. The copies run on a side stream, at most two at a time; the input of the layer
+before is on its way back while a layer is in its backward.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A block of a model that treats tokens apart, computed in tiles of tokens.
 
 Its intermediates, ``[T, d_ff]`` of an MLP or the float32 copies ``[T, d]`` of a norm, exist for one tile at a time:
-the forward keeps the block's input alone, and the backward recomputes one tile after the other. The idea is that of tiled
-MLPs in ALST (Bekman et al. 2025, arXiv 2506.13996).
+the forward keeps the block's input alone, and the backward recomputes one tile after the other. The idea is that of
+tiled MLPs in ALST (Bekman et al. 2025, arXiv 2506.13996).
 
 One node stands for all tiles. It saves its input before anything is computed, so a checkpoint around it, which stops
 its recomputation when the last tensor has been saved, does not compute a block at its end a third time. Each
