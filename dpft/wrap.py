@@ -156,7 +156,7 @@ def _wrapped(
         guard_parameters(state)
     causal_lm = find_causal_lm(model)
     state.catches_losses = not uses_loss_function(model, causal_lm)
-    chunked = _chunked_head(causal_lm, model) if clipping == "flash" and loss_chunk is not None else None
+    chunked = _chunked_head(causal_lm, model) if clipping in ("flash", "none") and loss_chunk is not None else None
     for module, site_rule, keys in sites:
         module.__dict__[SITE] = (site_rule, state, keys)
         if module not in (model, chunked):

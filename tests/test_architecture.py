@@ -50,6 +50,7 @@ LAYERS["__init__"] = set(LAYERS)
 # Benchmarks of kernels, simulated profiles and planted defects are of what stands behind the public names.
 INSIDE_TOOLS = {
     "tools.benchmarks.norm_times": frozenset({"kernels"}),
+    "tools.measure_long_context": frozenset({"long_context"}),
     "tools.memory.simulate": frozenset({"kernels", "planning"}),
     "tools.auditing.plants": frozenset({"clipping", "loader", "noise", "optimizer", "privacy", "run"}),
 }

@@ -21,8 +21,8 @@ from dpft.errors import ClippingError
 LEAST_BYTES = 1 << 20
 _IN_TRANSIT = 2
 
-HOST: set[int] = set()
-"""Keys of the storages of :class:`HostCopies` that are alive: a count of device memory leaves them out."""
+HOST: dict[int, int] = {}
+"""Bytes of the storages of :class:`HostCopies` that are alive, by key: a count of device memory leaves them out."""
 
 
 class Parked(Protocol):
@@ -117,8 +117,8 @@ class HostCopies:
         # numpy's memory: no operation of torch makes it, so no count has seen it before it is known here.
         raw = torch.from_numpy(np.empty(t.numel() * t.element_size(), dtype=np.uint8))
         key = raw.untyped_storage()._cdata
-        HOST.add(key)
-        weakref.finalize(raw.untyped_storage(), HOST.discard, key)
+        HOST[key] = raw.untyped_storage().nbytes()
+        weakref.finalize(raw.untyped_storage(), HOST.pop, key)
         self._host = raw.view(t.dtype).view(t.shape)
         self._host.copy_(t)
         self._incoming: Tensor | None = None

@@ -263,7 +263,7 @@ class LinearUse:
         if self.transposed:
             x, g = g, x
         if out is not None and out.dtype == x.dtype == g.dtype:
-            return out.baddbmm_(g.mT, x)
+            return torch.baddbmm(out, g.mT, x, out=out)
         grad = linear_grad(x, g)
         return grad if out is None else out.add_(grad)
 
