@@ -62,6 +62,8 @@ def run_in_tiles(tiles: Tiles, plain: Callable[..., Any], *args: Any, **kwargs: 
     x = args[0] if len(args) == 1 and not kwargs else None
     if type(x) is not Tensor or x.dim() < 3 or not x.is_floating_point() or len(x) == 0:
         return plain(*args, **kwargs)
+    if x.dim() == 4 and x.shape[1] < x.shape[2]:  # [B, H, T, D] of a norm of heads
+        return run_in_tiles(tiles, lambda t: plain(t.transpose(1, 2)).transpose(1, 2), x.transpose(1, 2)).transpose(1, 2)
     step = tiles.tokens(x.shape[1])
     if x.shape[1] <= step:
         return plain(x)
