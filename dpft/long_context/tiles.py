@@ -63,7 +63,9 @@ def run_in_tiles(tiles: Tiles, plain: Callable[..., Any], *args: Any, **kwargs: 
     if type(x) is not Tensor or x.dim() < 3 or not x.is_floating_point() or len(x) == 0:
         return plain(*args, **kwargs)
     if x.dim() == 4 and x.shape[1] < x.shape[2]:  # [B, H, T, D] of a norm of heads
-        return run_in_tiles(tiles, lambda t: plain(t.transpose(1, 2)).transpose(1, 2), x.transpose(1, 2)).transpose(1, 2)
+        return run_in_tiles(tiles, lambda t: plain(t.transpose(1, 2)).transpose(1, 2), x.transpose(1, 2)).transpose(
+            1, 2
+        )
     step = tiles.tokens(x.shape[1])
     if x.shape[1] <= step:
         return plain(x)
@@ -176,7 +178,8 @@ class _Call:
             y = self.plain(part)
         if self.host is not None:
             sharded = self.host.engine is not None and self.host.engine.sharded
-            check_coverage(y, None if sharded else {id(p): name for name, p in self.host.parameters.items()})
+            names = None if sharded else {id(p): name for name, p in self.host.parameters.items()}
+            check_coverage(y, names)
             inputs: list[Tensor] = [self.host.tap]
         else:
             inputs = self.parameters

@@ -25,7 +25,9 @@ BLOCKS = 8, 16  # queries of a block: windows and texts of these tests have seve
 
 def mistral(window: int) -> Any:
     def build(implementation: str) -> nn.Module:
-        config = hf.MistralConfig(**zoo._sizes(sliding_window=window, num_key_value_heads=2, max_position_embeddings=T))
+        config = hf.MistralConfig(
+            **zoo._sizes(sliding_window=window, num_key_value_heads=2, max_position_embeddings=T)
+        )
         return zoo.from_config(hf.MistralForCausalLM, config, implementation)
 
     return zoo.seeded(build)

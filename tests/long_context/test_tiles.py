@@ -54,9 +54,7 @@ def test_plain_training_is_the_same(entry: zoo.Entry, dtype: torch.dtype, backwa
 
 @models
 @pytest.mark.parametrize("strategy", ["one_pass", "two_pass", "per_example"])
-def test_private_gradients_are_those_of_the_oracle(
-    entry: zoo.Entry, strategy: str, backwards: list[int]
-) -> None:
+def test_private_gradients_are_those_of_the_oracle(entry: zoo.Entry, strategy: str, backwards: list[int]) -> None:
     case = case_of(entry, examples=3)
     model = dpft.wrap(long(case.build()), max_grad_norm=case.max_grad_norm, strategy=strategy)
     private_loss(entry, model, case.batch, strategy).backward()
