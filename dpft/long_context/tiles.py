@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from dpft.clipping.coverage import check_coverage
 from dpft.clipping.probe import drew_since, random_states
 from dpft.clipping.state import ClipState
+from dpft.errors import ClippingError
 from dpft.models.sites import sites_in
 from dpft.rules.base import SiteFunction, running_pass
 from dpft.rules.tiles import TilePass
@@ -114,6 +115,7 @@ class _Call:
         sites = sites_in(tiles.members)
         states = [state for _, state, _ in sites if state.strategy != "per_example"]
         self.host: ClipState | None = states[0] if states else None
+        _refuse_sharded(self.host)
         self.names: list[str] = []
         if self.host is None:
             found = {id(p): p for m in tiles.members for p in m.parameters() if p.requires_grad}
@@ -229,6 +231,20 @@ class _Call:
                 if device.type == "cuda":
                     torch.cuda.set_rng_state(self._random[1], device)
             yield
+
+
+def _refuse_sharded(host: ClipState | None) -> None:
+    """Tiles have not run under an engine that gathers weights for each call of a layer: it would do so for each tile.
+
+    Raises:
+        ClippingError: says what to do.
+    """
+    if host is not None and host.engine is not None and host.engine.sharded:
+        raise ClippingError(
+            "a block runs in tiles under an engine that shards parameters, which has not been verified: its weights "
+            "would be gathered for each tile. Use dpft.long_context(model, tile_mlp=None), which keeps offloaded "
+            "checkpoints and attention, or DDP"
+        )
 
 
 def _tile_of(x: Tensor, span: slice) -> Tensor:

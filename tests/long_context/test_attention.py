@@ -74,8 +74,14 @@ def run(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, T
     return loss.detach(), oracle.grads_of(model)
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param(name, kind, marks=() if kind == "packed" or name == "windows and full" else pytest.mark.slow)
+        for name in MODELS
+        for kind in BATCHES
+    ],
+)
 def test_it_is_transformers_own(name: str, kind: str) -> None:
     for implementation in ("sdpa", "eager") if kind == "packed" else ("sdpa",):
         expected = run(MODELS[name](implementation), BATCHES[kind])

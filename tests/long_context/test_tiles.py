@@ -38,7 +38,7 @@ def backwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @models
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=str)
 def test_plain_training_is_the_same(entry: zoo.Entry, dtype: torch.dtype, backwards: list[int]) -> None:
     batch = entry.batch(examples=2)
     plain, tiled = entry.build().to(dtype), long(entry.build().to(dtype))
@@ -53,7 +53,7 @@ def test_plain_training_is_the_same(entry: zoo.Entry, dtype: torch.dtype, backwa
 
 
 @models
-@pytest.mark.parametrize("strategy", ["one_pass", "two_pass", "per_example"])
+@pytest.mark.parametrize("strategy", ["one_pass", "two_pass", pytest.param("per_example", marks=pytest.mark.slow)])
 def test_private_gradients_are_those_of_the_oracle(entry: zoo.Entry, strategy: str, backwards: list[int]) -> None:
     case = case_of(entry, examples=3)
     model = dpft.wrap(long(case.build()), max_grad_norm=case.max_grad_norm, strategy=strategy)

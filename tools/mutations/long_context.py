@@ -9,10 +9,11 @@ TILES = ("tests/long_context/test_tiles.py",)
 LONG_CONTEXT_MUTATIONS = (
     Mutation(
         "norm_of_each_tile",
-        "the gradients of a block's tiles are squared before they are added up",
+        "the gradients of a block's later tiles are squared one by one, too",
         "dpft/rules/tiles.py",
-        "            found.grad = use.add_grad(x, g, found.grad)\n            return",
-        "            self.running.matrix(use, x, g, weight)\n            return",
+        "            found.grad = use.add_grad(x, g, found.grad)",
+        "            found.grad = use.add_grad(x, g, found.grad)\n"
+        "            self.running.sq += use.upper_sq_norm(x, g, None)",
         TILES,
     ),
     Mutation(
