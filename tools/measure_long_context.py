@@ -70,10 +70,12 @@ def build(args: Any) -> nn.Module:
 
 def prepared(case: str, args: Any) -> tuple[nn.Module, CountedOffloader | None]:
     """The model of a case."""
-    model, offloader = build(args), None
+    model: Any = build(args)
+    offloader = None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    strategy: Any
     strategy, long = case.removesuffix("_long"), case.endswith("_long")
     if long:
         offloader = CountedOffloader()

@@ -188,7 +188,7 @@ class _Call:
         inputs = inputs if dx is None else [part, *inputs]
         if not inputs or not y.requires_grad:
             return
-        grads = list(torch.autograd.grad(y, inputs, g, allow_unused=True))
+        grads: list[Tensor | None] = list(torch.autograd.grad(y, inputs, g, allow_unused=True))
         if dx is not None:
             found = grads.pop(0)
             dx.zero_() if found is None else dx.copy_(found)
