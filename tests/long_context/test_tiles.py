@@ -285,13 +285,16 @@ class Hidden(torch.autograd.Function):
         return g * w, (g * x).flatten(0, 1).sum(0)
 
 
-def test_a_hidden_use_inside_of_a_tile_is_refused() -> None:
+@pytest.mark.parametrize("way", ["no torch function", "no attribute"])
+def test_a_hidden_use_inside_of_a_tile_is_refused(way: str) -> None:
     class Scaled(nn.Module):
         def __init__(self, mlp: nn.Module) -> None:
             super().__init__()
             self.inner, self.scale = mlp, nn.Parameter(torch.ones(zoo.WIDTH))
 
         def forward(self, x: Tensor) -> Tensor:
+            if way == "no attribute":  # in whose place a rule would put what it sees
+                return self.inner(x) * self._parameters["scale"]
             return Hidden.apply(self.inner(x), self.scale)
 
     model = zoo.LLAMA.build()

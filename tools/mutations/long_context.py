@@ -13,7 +13,8 @@ LONG_CONTEXT_MUTATIONS = (
         "dpft/rules/tiles.py",
         "            found.grad = use.add_grad(x, g, found.grad)",
         "            found.grad = use.add_grad(x, g, found.grad)\n"
-        "            self.running.sq += use.upper_sq_norm(x, g, None)",
+        "            if hasattr(self.running, 'sq'):\n"
+        "                self.running.sq += use.upper_sq_norm(x, g, None)",
         TILES,
     ),
     Mutation(
