@@ -20,6 +20,7 @@ from dpft.errors import (
     WrapError,
 )
 from dpft.loader import PrivateDataLoader
+from dpft.long_context.install import long_context
 from dpft.noise import GaussianNoise
 from dpft.optimizer import DPOptimizer
 from dpft.planning.hardware import Hardware
@@ -62,6 +63,7 @@ __all__ = [
     "check_rule",
     "clipped_loss",
     "explain",
+    "long_context",
     "plan",
     "prepare",
     "privacy_report",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -26,6 +25,7 @@ from dpft.models.causal_lm import (
 )
 from dpft.models.forward import COMPILED, clipped_forward, refuse_unsaved_rng
 from dpft.models.head import Head, leaves_logits_alone
+from dpft.models.sites import HEAD, SITE, head_forward, replace_forward, site_forward
 from dpft.rules.base import LinearUse
 from dpft.rules.cover import batch_quantised, cover, refuse_mixing
 from dpft.rules.head import HeadUse
@@ -33,10 +33,10 @@ from dpft.rules.linear import LinearRule
 from dpft.rules.plain_parameters import TrackedRule
 from dpft.rules.registry import find_rule
 from dpft.rules.row_by_row import GradSampleRule, RowByRowRule
-from dpft.rules.tracked import Tracked, leaves_of
 
-_STATE, _SITE, _HEAD, _LOSS = "_dpft_state", "_dpft_site", "_dpft_head", "_dpft_loss_owner"
-_TRACKED = TrackedRule()
+_STATE, _LOSS = "_dpft_state", "_dpft_loss_owner"
+LONG_CONTEXT = "_dpft_long_context"
+"""Where a model has what :func:`dpft.long_context` installed."""
 _FIXED: dict[str, Strategy] = {"ghost": "two_pass", "fast": "two_pass", "per_sample": "one_pass"}
 
 
@@ -96,7 +96,7 @@ def wrap(
     if fixed is not None and strategy not in ("auto", fixed):
         raise ValueError(f"clipping={clipping!r} is {fixed} by definition; got strategy={strategy!r}. Leave it 'auto'")
     for path, module in model.named_modules():
-        if _STATE in module.__dict__ or _SITE in module.__dict__:
+        if _STATE in module.__dict__ or SITE in module.__dict__:
             raise WrapError(f"{path or 'the model'!r} is wrapped already; call dpft.unwrap on it first")
     if type(model).__name__ == COMPILED:
         raise UnsupportedModuleError("the model is compiled (torch.compile); wrap the model it was made from instead")
@@ -107,6 +107,22 @@ def wrap(
     if isolation not in ("every_step", "default", "off"):
         raise ValueError(f"isolation is {isolation!r}; expected 'every_step', 'default' or 'off'")
     rule = ClipRule(max_grad_norm, clip_function, clip_gamma)
+    with _without_long_context(model):
+        return _wrapped(model, clipping, rule, strategy, fixed, memory, loss_chunk, impl, isolation)
+
+
+def _wrapped(
+    model: nn.Module,
+    clipping: Clipping,
+    rule: ClipRule,
+    strategy: Strategy | Literal["auto"],
+    fixed: Strategy | None,
+    memory: int | None,
+    loss_chunk: int | Literal["auto"] | None,
+    impl: Impl,
+    isolation: Isolation,
+) -> nn.Module:
+    """:func:`wrap` with arguments that were checked."""
     refuse_mixing(model)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
@@ -140,22 +156,22 @@ def wrap(
         guard_parameters(state)
     causal_lm = find_causal_lm(model)
     state.catches_losses = not uses_loss_function(model, causal_lm)
-    chunked = _chunked_head(causal_lm, model) if clipping == "flash" and loss_chunk is not None else None
+    chunked = _chunked_head(causal_lm, model) if clipping in ("flash", "none") and loss_chunk is not None else None
     for module, site_rule, keys in sites:
-        module.__dict__[_SITE] = (site_rule, state, keys)
+        module.__dict__[SITE] = (site_rule, state, keys)
         if module not in (model, chunked):
-            _replace_forward(module, _site_forward)
+            replace_forward(module, site_forward)
     if chunked is not None:
-        keys = chunked.__dict__.get(_SITE, (None, None, {}))[2]
-        chunked.__dict__[_HEAD] = state.head = Head(
+        keys = chunked.__dict__.get(SITE, (None, None, {}))[2]
+        chunked.__dict__[HEAD] = state.head = Head(
             state, keys, loss_chunk or "auto", leaves_logits_alone(getattr(causal_lm, "config", None))
         )
-        _replace_forward(chunked, _head_forward)
+        replace_forward(chunked, head_forward)
         head_uses = [use for use in state.uses if isinstance(use, LinearUse) and use.key == keys.get("weight")]
         for use in head_uses:
             state.uses[state.uses.index(use)] = HeadUse(use.key, use.out_features, use.in_features)
     model.__dict__[_STATE] = state
-    _replace_forward(model, _model_forward)
+    replace_forward(model, _model_forward)
     if causal_lm is not None:
         causal_lm.__dict__[_LOSS] = causal_lm.__dict__.get("_loss_function")
         setattr(causal_lm, "loss_function", per_example_causal_lm_losses)  # noqa: B010  # a property that torch cannot type
@@ -171,14 +187,20 @@ def unwrap(model: nn.Module) -> nn.Module:
         WrapError: the model is not wrapped.
     """
     model = _inner(model)
+    with _without_long_context(model):
+        return _unwrapped(model)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """:func:`unwrap` of the wrapped model itself."""
     for module in model.modules():
-        if any(mark in module.__dict__ for mark in (_SITE, _HEAD, _STATE)):
+        if any(mark in module.__dict__ for mark in (SITE, HEAD, _STATE)):
             replaced = module.__dict__.pop("_dpft_replaced", None)
             del module.__dict__["forward"]
             if replaced is not None:
                 module.__dict__["forward"] = replaced
-            module.__dict__.pop(_SITE, None)
-            module.__dict__.pop(_HEAD, None)
+            module.__dict__.pop(SITE, None)
+            module.__dict__.pop(HEAD, None)
         if _LOSS in module.__dict__:
             before = module.__dict__.pop(_LOSS)
             module.__dict__.pop("_loss_function", None)
@@ -300,6 +322,19 @@ def get_state(model: nn.Module) -> ClipState:
     return state
 
 
+@contextlib.contextmanager
+def _without_long_context(model: nn.Module) -> Iterator[None]:
+    """A context without the tiles of :func:`dpft.long_context`, which go around the sites: off before, on after."""
+    installed = [m.__dict__[LONG_CONTEXT] for m in model.modules() if LONG_CONTEXT in m.__dict__]
+    for each in installed:
+        each.suspend()
+    try:
+        yield
+    finally:
+        for each in installed:
+            each.resume()
+
+
 def _inner(model: nn.Module) -> nn.Module:
     """The wrapped model inside an engine's wrapper."""
     while _STATE not in model.__dict__ and isinstance(getattr(model, "module", None), nn.Module):
@@ -330,65 +365,7 @@ def _chunked_head(causal_lm: nn.Module | None, model: nn.Module) -> nn.Module | 
     return head
 
 
-def _replace_forward(module: nn.Module, body: Callable[..., Any]) -> None:
-    """Put ``body(module, plain, *args, **kwargs)`` in front of the module's forward.
-
-    It is a bound method on the instance: a deep copy binds to the copy, an engine may still replace the class, and the
-    signature is the original's (Trainer and generate read it).
-    """
-    before = module.__dict__.get("forward")
-    if before is not None:
-        module.__dict__["_dpft_replaced"] = before
-
-    @functools.wraps(type(module).forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        replaced = self.__dict__.get("_dpft_replaced")
-        plain = replaced if replaced is not None else types.MethodType(type(self).forward, self)
-        return body(self, plain, *args, **kwargs)
-
-    # Excluded from torch.compile: a traced site would be differentiated by a backward that no pass sees.
-    module.__dict__["forward"] = types.MethodType(torch.compiler.disable(forward), module)
-
-
-def _site_forward(module: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if not torch.is_grad_enabled():
-        return plain(*args, **kwargs)
-    rule, state, keys = module.__dict__[_SITE]
-    if state.strategy == "per_example":  # decided after wrapping
-        return plain(*args, **kwargs)
-    with _as_registered(module, keys):
-        if not rule.covers_children and any(isinstance(given, Tracked) for given in leaves_of((args, kwargs))):
-            rule = _TRACKED  # its output is one of parameters alone
-        return rule.forward(module, state, keys, plain, *args, **kwargs)
-
-
-@contextlib.contextmanager
-def _as_registered(module: nn.Module, keys: dict[str, str]) -> Iterator[None]:
-    """A module that reads its own parameters, where the code of the module around it reads them as tracked ones."""
-    outside: list[tuple[dict[str, Any], str, Tracked]] = []
-    for name in keys:
-        path, _, last = name.rpartition(".")
-        attributes = (module.get_submodule(path) if path else module).__dict__
-        if isinstance(attributes.get(last), Tracked):
-            outside.append((attributes, last, attributes.pop(last)))
-    try:
-        yield
-    finally:
-        for attributes, last, tracked in outside:
-            attributes[last] = tracked
-
-
-def _head_forward(module: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if _SITE in module.__dict__:
-        plain = functools.partial(_site_forward, module, plain)
-    if len(args) != 1 or kwargs:
-        return plain(*args, **kwargs)
-    head = module.__dict__[_HEAD]
-    with _as_registered(module, head.keys):
-        return head.forward(module, plain, args[0])
-
-
 def _model_forward(model: nn.Module, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if _SITE in model.__dict__:  # the wrapped model is itself one layer
-        plain = functools.partial(_site_forward, model, plain)
+    if SITE in model.__dict__:  # the wrapped model is itself one layer
+        plain = functools.partial(site_forward, model, plain)
     return clipped_forward(model.__dict__[_STATE], model, plain, args, kwargs)

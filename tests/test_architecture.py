@@ -32,8 +32,7 @@ LAYERS: dict[str, set[str]] = {
     "clipping": _ARITHMETIC,
     "models": _ARITHMETIC | {"clipping"},
     "wrap": _ARITHMETIC | {"clipping", "models"},
-    "custom": _GRADIENT,
-    "planning": _GRADIENT,
+    **dict.fromkeys(("custom", "long_context", "planning"), _GRADIENT),
     "noise": _LOW,
     "optimizer": _LOW | {"noise", "privacy", "clipping"},
     "workers": _LOW,
@@ -46,10 +45,11 @@ LAYERS: dict[str, set[str]] = {
 }
 LAYERS["__init__"] = set(LAYERS)
 
-# Benchmarks of kernels, simulated profiles and planted defects are of what stands behind the public names.
+# What stands behind the public names, for benchmarks, measurements and planted defects.
 INSIDE_TOOLS = {
     "tools.benchmarks.norm_times": frozenset({"kernels"}),
     "tools.engines.worker": frozenset({"engines"}),
+    "tools.measure_long_context": frozenset({"long_context"}),
     "tools.memory.simulate": frozenset({"kernels", "planning"}),
     "tools.auditing.plants": frozenset({"clipping", "loader", "noise", "optimizer", "privacy", "run"}),
 }
@@ -59,7 +59,6 @@ ORACLE = "dpft.kernels.reference"
 ORACLE_IMPORTERS = {"dpft.kernels", "dpft.kernels.reference"}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Reading imports
 
 
@@ -166,7 +165,6 @@ def cycles(graph: dict[str, set[str]]) -> list[str]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Random numbers, suppressions, paths
 
 _DRAWS = {"bernoulli", "multinomial", "normal", "rand", "randint", "randn", "randperm"}
@@ -221,7 +219,6 @@ def path_complaints(text: str, name: str) -> list[str]:
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The project
 
 _NOT_OURS = {".git", ".venv", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", "__pycache__"}
@@ -309,7 +306,6 @@ def test_no_path_of_one_machine() -> None:
     report([c for p in files for c in path_complaints(p.read_text(errors="replace"), str(p.relative_to(ROOT)))])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # The checkers themselves
 
 

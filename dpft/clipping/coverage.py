@@ -20,6 +20,7 @@ _SITES: dict[str, Sequence[int]] = {
     "ParameterSiteBackward": range(2, 1000),
     "GradSampleSiteBackward": range(2, 1000),
     "ExpertsSiteBackward": (1, 2),
+    "TiledBlockBackward": range(2, 1000),
 }
 
 

@@ -5,6 +5,7 @@ A pass object is used for one traversal of one graph; nothing here outlives a st
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from torch import Tensor
 from dpft.clipping.probe import Watched
 from dpft.errors import ClippingError
 from dpft.kernels.checksums import checksum
+from dpft.kernels.embedding import tied_cross_term
 from dpft.kernels.gram import InputCache
 from dpft.kernels.linear import Method, sq_norm
 from dpft.kernels.weighted import RowWeights, all_finite, scale_, weighted_sum_, weighted_vector
@@ -102,12 +104,13 @@ class NormPass:
         self.watched: Watched | None = None
         self._vectors: dict[str, Tensor] = {}
         self._summed: dict[str, Tensor] = {}
-        self._heads: dict[str, Tensor] = {}
+        self._heads: dict[str, Callable[[slice], Tensor]] = {}
+        self._rows: dict[str, Tensor] = {}
         self._kinds: dict[str, list[type]] = {}
 
     def holds(self) -> BookKeeping:
         """The tensors kept until the norms are complete."""
-        kept = [*self._vectors.values(), *self._summed.values(), *self._heads.values()]
+        kept = [*self._vectors.values(), *self._summed.values(), *self._rows.values()]
         return BookKeeping([self.sq, self.seen], kept)
 
     def vector(self, key: str, grad: Tensor, weight: Tensor) -> None:
@@ -133,10 +136,13 @@ class NormPass:
             return  # the ids are of rows, not of examples
         if ids is None or self.trace.uses[use.key] != 2:
             return
-        # In a language model the head's backward comes first; the embedding will need these rows of it, [B, T, D].
-        rows = use.rows_at(ids, x, g, None)
-        if rows is not None:
-            self._heads[use.key] = rows
+        # In a language model the head's backward comes first; the embedding will need rows of it, [B, T, D].
+        if isinstance(use, ProductUse):
+            # Those of gradients that the graph keeps in any case: a few at a time, later.
+            self._heads[use.key] = functools.partial(_rows_at, use, ids, x, g)
+        elif (rows := use.rows_at(ids, x, g, None)) is not None:
+            self._rows[use.key] = rows
+            self._heads[use.key] = functools.partial(_tokens_of, rows)
         elif (
             isinstance(use, EmbeddingUse)
             and len(self._kinds[use.key]) == 2  # the trace is only a hint: a third use would add cross terms
@@ -144,10 +150,8 @@ class NormPass:
             and x.data_ptr() == ids.data_ptr()
             and x.shape == ids.shape  # a slice of ids may have the same data_ptr
         ):
-            rows = self._heads.pop(use.key)
-            if use.padding_idx is not None:
-                rows.masked_fill_((x == use.padding_idx).unsqueeze(-1), 0)
-            self.sq += 2 * (rows.double() * g).sum((1, 2))
+            self.sq += tied_cross_term(self._heads.pop(use.key), x, g, use.padding_idx)
+            self._rows.pop(use.key, None)
             self._kinds[use.key] = [type(use)]  # both uses and their cross term are included
 
     def finish(self) -> set[str]:
@@ -157,7 +161,7 @@ class NormPass:
             self._summed[key].add_(self._vectors.pop(key))
         for grad in (*self._vectors.values(), *self._summed.values()):
             self.sq += sq_norm(grad)
-        self._vectors, self._summed, self._heads = {}, {}, {}
+        self._vectors, self._summed, self._heads, self._rows = {}, {}, {}, {}
         more = {key for key, kinds in self._kinds.items() if len(kinds) > 1} | both
         return more - self.shared
 
@@ -329,8 +333,19 @@ def _tied_cross(kept: _Kept, use: MatrixUse, x: Tensor, g: Tensor) -> Tensor | N
     if not (len(kept.pairs) == 1 and isinstance(use, EmbeddingUse)):
         return None
     head, h, g_head, _ = kept.pairs[0]
-    rows = head.rows_at(x, h, g_head, use.padding_idx)
-    return None if rows is None else 2 * (rows.double() * g).sum((1, 2))
+    if head.rows_at(x[:, :1], h, g_head, use.padding_idx) is None:
+        return None
+    return tied_cross_term(functools.partial(_rows_at, head, x, h, g_head), x, g, use.padding_idx)
+
+
+def _rows_at(head: MatrixUse, ids: Tensor, h: Tensor, g_head: Tensor, tokens: slice) -> Tensor:
+    rows = head.rows_at(ids[:, tokens], h, g_head, None)
+    assert rows is not None
+    return rows
+
+
+def _tokens_of(rows: Tensor, tokens: slice) -> Tensor:
+    return rows[:, tokens]
 
 
 class WeightedPass:

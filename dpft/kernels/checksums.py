@@ -5,12 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dpft.kernels.impl import on_gpu
+
+# Elements of 16 bits that a CPU converts to float32 at a time: it has no sum that converts as it reads.
+_CONVERTED = 1 << 22
+
 
 def checksum(g: Tensor) -> Tensor:
     """``[2, B]`` float64: per example the sum of ``g [B, ...]`` and of its absolute values."""
     flat = g.reshape(g.shape[0], g.shape[1:].numel())
     dtype = torch.promote_types(g.dtype, torch.float32)
-    return torch.stack([flat.sum(1, dtype=dtype), torch.linalg.vector_norm(flat, 1, dim=1, dtype=dtype)]).double()
+    step = max(1, flat.shape[1] if dtype == g.dtype or on_gpu(g) else _CONVERTED // max(1, len(flat)))
+    total: Tensor | None = None
+    for part in flat.split(step, 1):
+        sums = (part.sum(1, dtype=dtype), torch.linalg.vector_norm(part, 1, dim=1, dtype=dtype))
+        found = torch.stack(sums).double()
+        total = found if total is None else total.add_(found)
+    assert total is not None
+    return total
 
 
 def signs(n: int, like: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ token's positions. The norms take O(T D) work and need neither ``[T, T]`` nor ``
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -55,10 +57,18 @@ def embedding_sq_norm(ids: Tensor, g: Tensor, padding_idx: int | None = None) ->
 def add_embedding_grad(out: Tensor, ids: Tensor, g: Tensor, padding_idx: int | None = None) -> Tensor:
     """Add each example's embedding gradient to ``out [B, V, D]`` in place; ``ids [B, T]``, ``g [B, T, D]``."""
     skip = _masked(ids, padding_idx)
-    g = g if skip is None else g.masked_fill(skip, 0)
-    rows = _rows_of_all(ids, out.shape[1])
-    out.view(-1, out.shape[2]).index_add_(0, rows, g.reshape(-1, g.shape[2]).to(out.dtype))
+    rows = _rows_of_all(ids, out.shape[1]).view(ids.shape)
+    for tokens in _spans(g):
+        part = g[:, tokens].to(out.dtype)
+        part = part if skip is None else part.masked_fill(skip[:, tokens], 0)
+        out.view(-1, out.shape[2]).index_add_(0, rows[:, tokens].flatten(), part.reshape(-1, g.shape[2]))
     return out
+
+
+def _spans(g: Tensor) -> list[slice]:
+    """Tokens of ``g [B, T, D]`` that are converted at a time."""
+    step = max(1, edge_and_elements(g)[1] // max(1, 4 * len(g) * g.shape[2]))
+    return [slice(t, t + step) for t in range(0, g.shape[1], step)]
 
 
 def _rows_of_all(ids: Tensor, vocab: int) -> Tensor:
@@ -78,12 +88,14 @@ def weighted_embedding_grad(
     step = max(1, edge_and_elements(g)[1] // max(1, g[0].numel())) if len(ids) else 1
     for i in range(0, len(ids), step):
         chunk = slice(i, i + step)
-        rows = g[chunk].to(out.dtype) * factors[chunk].to(out.dtype).view(-1, 1, 1)
-        if not finite:
-            rows.masked_fill_(drop[chunk].view(-1, 1, 1), 0)
-        if skip is not None:
-            rows.masked_fill_(skip[chunk], 0)
-        out.index_add_(0, ids[chunk].flatten(), rows.flatten(0, 1))
+        for tokens in _spans(g[chunk]):
+            rows = g[chunk, tokens].to(out.dtype) * factors[chunk].to(out.dtype).view(-1, 1, 1)
+            if not finite:
+                rows.masked_fill_(drop[chunk].view(-1, 1, 1), 0)
+            if skip is not None:
+                rows.masked_fill_(skip[chunk, tokens], 0)
+            out.index_add_(0, ids[chunk, tokens].flatten(), rows.flatten(0, 1))
+            del rows  # before the next ones
     return out
 
 
@@ -114,3 +126,20 @@ def head_rows_at_tokens(ids: Tensor, h: Tensor, g_head: Tensor, padding_idx: int
             out[some, t : t + step] = columns.to(dtype).mT @ h[some].to(dtype)
     skip = _masked(ids, padding_idx)
     return out if skip is None else out.masked_fill_(skip, 0)
+
+
+def tied_cross_term(rows_of: Callable[[slice], Tensor], ids: Tensor, g: Tensor, padding_idx: int | None) -> Tensor:
+    """``[B]`` float64, twice the inner product of a head's gradient and a tied embedding's.
+
+    Args:
+        rows_of: of some tokens the rows ``[B, t, D]`` of the head's gradient, which are made as they are needed.
+        ids: ``[B, T]``; g: ``[B, T, D]``, of the embedding.
+        padding_idx: the embedding's.
+    """
+    total = torch.zeros(len(g), dtype=torch.float64, device=g.device)
+    for tokens in _spans(g):
+        products = rows_of(tokens).double() * g[:, tokens]
+        if padding_idx is not None:
+            products.masked_fill_((ids[:, tokens] == padding_idx).unsqueeze(-1), 0)
+        total += products.sum((1, 2))
+    return 2 * total

@@ -306,7 +306,7 @@ class _Site:
 
     def __init__(self, head: Head, w: Tensor, targets: Tensor, chunk: int) -> None:
         self.host, self.keys, self.shape, self.targets, self.chunk = head.state, head.keys, w.shape, targets, chunk
-        self.native = head.state.strategy == "per_example"
+        self.native = head.state.strategy == "per_example" or head.state.clipping == "none"
 
 
 def shifted(labels: Tensor) -> Tensor:

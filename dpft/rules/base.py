@@ -260,7 +260,11 @@ class LinearUse:
         return linear_grad_sq_norm(*((g, x) if self.transposed else (x, g)), impl=self.impl)
 
     def add_grad(self, x: Tensor, g: Tensor, out: Tensor | None) -> Tensor:
-        grad = linear_grad(g, x) if self.transposed else linear_grad(x, g)
+        if self.transposed:
+            x, g = g, x
+        if out is not None and out.dtype == x.dtype == g.dtype:
+            return torch.baddbmm(out, g.mT, x, out=out)
+        grad = linear_grad(x, g)
         return grad if out is None else out.add_(grad)
 
     def weighted_grad(

@@ -115,11 +115,12 @@ class HeadLossSite(SiteFunction):
         dx = None if dh is None else dh * each.to(dh.dtype)
         dw = db = None
         if site.native:
-            # Per-example strategy: the batch is one example, and its gradient goes to autograd as it is.
+            # Per-example strategy, or no clipping: the gradient of the sum of the losses goes to autograd as it is.
             if ctx.needs_input_grad[1]:
-                dw = (g.mT @ h if grads is None else grads).mul_(each).squeeze(0)
+                each_dw = (g.mT @ h if grads is None else grads).mul_(each)
+                dw = each_dw.squeeze(0) if len(each_dw) == 1 else each_dw.sum(0)
             if ctx.needs_input_grad[2]:
-                db = bias_grads.mul_(seeds.unsqueeze(1)).squeeze(0)
+                db = bias_grads.mul_(seeds.unsqueeze(1)).sum(0)
             return dx, dw, db, None, None
         running = running_pass(site.host, site.keys.get("weight", site.keys.get("bias", "")))
         if "weight" in site.keys:
