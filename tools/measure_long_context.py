@@ -83,7 +83,7 @@ def prepared(case: str, args: Any) -> tuple[nn.Module, CountedOffloader | None]:
     if strategy != "plain":
         dpft.wrap(model, strategy=strategy)
     elif long:
-        dpft.wrap(model, clipping="none")
+        dpft.wrap(model, clipping="none", loss_chunk=256)  # as many as "auto" takes on a CPU
     return model, offloader
 
 
