@@ -56,6 +56,9 @@ class Engine(Protocol):
     sharded: bool
     """Whether parameters are sharded between their uses, so that each traversal of the graph is a collective."""
 
+    gathers_by_call: bool
+    """Whether every call of a module with parameters is a collective, so that all ranks must make the same calls."""
+
     reentrant: bool
     """Whether it supports a backward that runs every parameter's hooks, which reentrant checkpointing cannot avoid."""
 

@@ -34,6 +34,7 @@ class TrainingEngine:
         kind: which engine.
         alone: see the protocol.
         sharded: see the protocol.
+        gathers_by_call: see the protocol.
         reentrant: see the protocol.
         max_batch_size: see the protocol.
         sums: the clipped sums.
@@ -54,6 +55,7 @@ class TrainingEngine:
     ) -> None:
         self.kind, self.ranks, self.sums, self.max_batch_size = kind, ranks, sums, max_batch_size
         self.sharded = kind in ("fsdp2", "zero3")
+        self.gathers_by_call = kind == "zero3"
         self.alone = kind == "single"
         self.reentrant = kind in ("single", "ddp", "fsdp2")
         self._model = model

@@ -115,7 +115,7 @@ class _Call:
         sites = sites_in(tiles.members)
         states = [state for _, state, _ in sites if state.strategy != "per_example"]
         self.host: ClipState | None = states[0] if states else None
-        _refuse_sharded(self.host)
+        _refuse_gathering(self.host)
         self.names: list[str] = []
         if self.host is None:
             found = {id(p): p for m in tiles.members for p in m.parameters() if p.requires_grad}
@@ -233,17 +233,17 @@ class _Call:
             yield
 
 
-def _refuse_sharded(host: ClipState | None) -> None:
-    """Tiles have not run under an engine that gathers weights for each call of a layer: it would do so for each tile.
+def _refuse_gathering(host: ClipState | None) -> None:
+    """Refuse tiles where every call of a layer is a collective: ranks with longer texts would make more of them.
 
     Raises:
         ClippingError: says what to do.
     """
-    if host is not None and host.engine is not None and host.engine.sharded:
+    if host is not None and host.engine is not None and host.engine.gathers_by_call:
         raise ClippingError(
-            "a block runs in tiles under an engine that shards parameters, which has not been verified: its weights "
-            "would be gathered for each tile. Use dpft.long_context(model, tile_mlp=None), which keeps offloaded "
-            "checkpoints and attention, or DDP"
+            "a block runs in tiles under ZeRO-3, which gathers its weights for each call of a layer, and texts of "
+            "different lengths have different numbers of tiles: the ranks would wait for each other. Use FSDP2, which "
+            "gathers whole layers, or dpft.long_context(model, tile_mlp=None)."
         )
 
 

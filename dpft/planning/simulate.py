@@ -89,7 +89,7 @@ class Simulation:
 class _Rank:
     """Stand-in for an engine: takes the gradients as it would, and keeps its part of their sums in float32."""
 
-    alone = False
+    alone = gathers_by_call = False
     reentrant = True
     spread = sequence = None
 

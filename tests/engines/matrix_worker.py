@@ -235,8 +235,12 @@ class Bench:
         ckpt: Any,
         num_workers: int = 0,
         tokens: int = TOKENS,
+        tiles: int | None = None,
     ) -> None:
-        """One logical batch of all examples: the clipped sum that reached the optimiser, against the oracle."""
+        """One logical batch of all examples: the clipped sum that reached the optimiser, against the oracle.
+
+        ``tiles``: tokens of one; with them comes all of ``dpft.long_context``.
+        """
         model, examples = MODELS[name](), Examples(number, tokens=tokens)
         if precision == "bf16 weights":
             model = model.to(torch.bfloat16)
@@ -245,6 +249,8 @@ class Bench:
             model.gradient_checkpointing_enable(  # type: ignore[operator]  # every model here is Hugging Face's
                 gradient_checkpointing_kwargs={"use_reentrant": ckpt == "reentrant"}
             )
+        if tiles is not None:
+            dpft.long_context(model, tile_mlp=tiles)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
         made = self.private(
             model,
@@ -359,6 +365,8 @@ def run_situations(bench: Bench) -> None:
             bench.sum(f"{name}, {strategy}", name, "float32", strategy, 5, 2, False)
         bench.sum(f"a rank without an example, {strategy}", "llama", "float32", strategy, 1, 2, False)
         bench.sum(f"five physical batches, {strategy}", "llama", "float32", strategy, 9, 1, False)
+        if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") != "3":  # which refuses it
+            bench.sum(f"in tiles, {strategy}", "tied", "float32", strategy, 5, 2, False, tiles=3)
     bench.sum("loaded by a worker process", "llama", "float32", "one_pass", 9, 2, False, num_workers=1)
     # Three examples on one rank and two on the other, each of them with collectives of its own.
     bench.sum("per_example", "llama", "float32", "per_example", 5, 4, False)

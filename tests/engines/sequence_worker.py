@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,12 @@ def run_sequence(bench: Bench) -> None:
     ):
         bench.sum(f"{name}, {tokens}", name, "float32", "auto", 5, 1, ckpt, tokens=tokens)
     bench.sum("an example on fewer ranks than there are", "llama", "float32", "auto", 1, 1, False)
+    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+        bench.note(
+            "tiles", raised=raised(lambda: bench.sum("in tiles", "tied", "float32", "auto", 5, 1, False, tiles=3))
+        )
+    else:
+        bench.sum("in tiles", "tied", "float32", "auto", 5, 1, False, tokens=96, tiles=20)
     bench.sum("bf16", "llama", "bf16", "auto", 5, 1, False, tokens=96)
     bench.steps("steps, float32, one_pass", "float32", "one_pass")
     bench.noise("noise, float32", "float32")
