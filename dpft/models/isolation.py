@@ -52,10 +52,11 @@ class RowCheck:
     Args:
         state: of the wrapped model.
         model: the wrapped model.
-        run: its forward; None where no check is due.
+        run: its forward; None where no check of a row is due.
         args: of the forward.
         kwargs: of the forward.
         batch: B.
+        buffers: whether the buffers are to be checked nevertheless.
     """
 
     def __init__(
@@ -66,9 +67,10 @@ class RowCheck:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         batch: int,
+        buffers: bool = False,
     ) -> None:
         self._state, self._model, self._run, self._args, self._kwargs = state, model, run, args, kwargs
-        self._batch = batch
+        self._batch, self._checks_buffers = batch, buffers or run is not None
         self._device = next(iter(state.parameters.values())).device
 
     @classmethod
@@ -84,13 +86,14 @@ class RowCheck:
         """A check that does nothing, or, where one is due, one with its costs: a forward of one row.
 
         Due are the forwards of backward 1, 2, 4, 8, ... of batches of more than one row; where ranks share a model,
-        on all of them or on none. Where the forward draws random numbers, every second one after the first is left
-        out (:meth:`compare`). Rows that are run one by one have a check of their own (:meth:`of_row`).
+        on all of them or on none. Of a batch of one row the buffers alone are checked then. Where the forward draws
+        random numbers, every second one after the first is left out (:meth:`compare`). Rows that are run one by one
+        have a check of their own (:meth:`of_row`).
         """
-        largest = state.largest_batch(batch)
+        largest, number = state.largest_batch(batch), state.backwards + 1
         if state.strategy == "per_example" or not is_due(state, largest):
-            return cls(state, model, None, args, kwargs, batch)
-        number = state.backwards + 1
+            watched = state.isolation != "off" and state.clipping != "none" and largest < 2
+            return cls(state, model, None, args, kwargs, batch, watched and number & (number - 1) == 0)
         state.isolated_at = number
         state.isolations += 1
         return cls(state, model, run, args, kwargs, batch)
@@ -109,7 +112,7 @@ class RowCheck:
 
     def __enter__(self) -> RowCheck:
         self._before = random_states(self._device) if self._run is not None else []
-        self._buffers = _released_buffers(self._model) if self._run is not None else {}
+        self._buffers = _released_buffers(self._model) if self._checks_buffers else {}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -124,9 +127,10 @@ class RowCheck:
         Raises:
             ClippingError: at once, or before the release, as :class:`~dpft.clipping.deferred_checks.DeferredChecks`.
         """
+        if self._checks_buffers:
+            self._refuse_changed_buffers()
         if self._run is None:
             return
-        self._refuse_changed_buffers()
         random_forward = drew_since(self._before, self._device)
         rare = self._state.isolations == 1 or self._state.isolations % 2 == 0
         if random_forward and self._state.isolation != "every_step" and not rare:

@@ -35,14 +35,16 @@ class Averages(nn.Module):
         return out
 
 
+@pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("replaced", [False, True])
-def test_a_buffer_that_is_saved_and_changed_is_refused(replaced: bool) -> None:
+def test_a_buffer_that_is_saved_and_changed_is_refused(replaced: bool, rows: int) -> None:
+    """Also by a batch of one row, which has no other row to be told apart from."""
     layer = Averages(persistent=True, moving=not replaced)
     if replaced:
         layer.register_forward_pre_hook(lambda module, args: setattr(module, "mean", args[0].mean(0)))
     model = dpft.wrap(nn.Sequential(layer))
     with pytest.raises(dpft.ClippingError, match=r"changed the buffers \['0.mean'\]"):
-        model(torch.randn(4, 5))
+        model(torch.randn(rows, 5))
 
 
 @pytest.mark.parametrize("model", [Averages(persistent=True, moving=False), Averages(persistent=False, moving=True)])

@@ -7,6 +7,7 @@ from tools.mutations.host import HOST_MUTATIONS
 from tools.mutations.long_context import LONG_CONTEXT_MUTATIONS
 from tools.mutations.mechanism import MECHANISM_MUTATIONS
 from tools.mutations.rules import RULE_MUTATIONS
+from tools.mutations.sequence import SEQUENCE_MUTATIONS
 from tools.mutations.trainers import TRAINER_MUTATIONS
 
 MUTATIONS = (
@@ -15,5 +16,6 @@ MUTATIONS = (
     *MECHANISM_MUTATIONS,
     *HOST_MUTATIONS,
     *RULE_MUTATIONS,
+    *SEQUENCE_MUTATIONS,
     *TRAINER_MUTATIONS,
 )
