@@ -44,7 +44,12 @@ SECONDS = 100
 
 
 def lives_of(engine: str) -> tuple[tuple[str, int, str | None], ...]:
-    """From one process to two in the stages of ZeRO that differ: a conversion takes seconds."""
+    """From one process to two in the stages of ZeRO that differ: a conversion takes seconds.
+
+    An example that is spread over two ranks stays so.
+    """
+    if engine.startswith("sp2"):
+        return LIVES[:2]
     return LIVES[:3] if engine in ("zero1", "zero2") else LIVES
 
 
@@ -110,12 +115,21 @@ def live(folder: Path, life: str, before: str | None) -> dict[str, Any]:
         num_steps=50,
         target_delta=1e-5,
     )
+    ranks = getattr(accelerator.parallelism_config, "sp_size", 1)
+    rows = 3 if ranks == 1 else 1
     model, optimizer, loader = dpft.prepare(
-        accelerator, model, inner, Examples(), privacy, max_physical_batch_size=3, ledger_path=folder / "ledger.jsonl"
+        accelerator,
+        model,
+        inner,
+        Examples(),
+        privacy,
+        max_physical_batch_size=rows,
+        ledger_path=folder / "ledger.jsonl",
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step <= STEPS))
     accelerator.register_for_checkpointing(schedule)
     facts: dict[str, Any] = {"processes": accelerator.num_processes, "ledger before": loader.privacy.steps}
+    facts["ranks of an example"] = ranks
     steps = iter(loader)
 
     def step() -> None:

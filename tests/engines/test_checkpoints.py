@@ -13,7 +13,7 @@ import pytest
 from tests.engines.checkpoints_worker import STEPS, lives_of
 from tests.engines.launching import ROOT, environment
 
-ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3", "sp2_fsdp2", "sp2_zero3")
 ROUNDING = 1e-6  # of a weight near 1 in float32, after one step on a sum that other ranks added up in another order
 
 
@@ -30,6 +30,7 @@ def test_a_training_goes_on_with_any_number_of_processes(tmp_path: Path) -> None
         for life, processes, before in lives_of(engine):
             ranks = [facts_of(tmp_path, engine, life, rank) for rank in range(processes)]
             check(f"{engine}, {life}", processes, before, ranks)
+            assert ranks[0]["ranks of an example"] == (2 if engine.startswith("sp2") else 1)
 
 
 def check(name: str, processes: int, before: str | None, ranks: list[dict[str, Any]]) -> None:
