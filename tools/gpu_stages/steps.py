@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+import dpft
 from tools.benchmarks.cases import Shape, Step, find_method, input_ids
 from tools.benchmarks.worker import Case
 from tools.common.failures import out_of_memory, reason_of
@@ -23,6 +24,7 @@ LLAMA_1B = Shape(
     "llama", 2048, 16, 128_256, 131_072, 1, "bfloat16", True, True, heads=32, kv_heads=8, intermediate=8192, tied=True
 )  # fmt: skip
 ROUNDS = 5
+GPU_CHUNK = 2048  # tokens, as dpft's own choice
 HERE = "tools.gpu_stages.steps"
 
 
@@ -41,6 +43,20 @@ def lora_plain(model: Any, shape: Shape) -> Step:
 def lora_one_pass(model: Any, shape: Shape) -> Step:
     """The same, private."""
     return _with_lora(model, shape, "one_pass")
+
+
+def tiled_plain(model: Any, shape: Shape) -> Step:
+    """Plain training under ``dpft.long_context``, with the head in chunks, as the private step has it."""
+    dpft.wrap(model, clipping="none", loss_chunk=GPU_CHUNK)
+    dpft.long_context(model)
+    return find_method("plain").make(model, shape)
+
+
+def tiled_one_pass(model: Any, shape: Shape) -> Step:
+    """The same, private."""
+    made = find_method("one_pass").make(model, shape)
+    dpft.long_context(model)
+    return made
 
 
 class Entry:
@@ -176,3 +192,11 @@ def llama_1b(context: Context) -> None:
     """Whole private steps of a real model's shape, with AdamW and noise."""
     shape = replace(LLAMA_1B, width=64, layers=2, vocab=300, tokens=128, heads=4, kv_heads=2, intermediate=96)
     compare(context, shape if context.rehearse else LLAMA_1B, ("one_pass",), rounds=2)
+
+
+def long_context(context: Context) -> None:
+    """The same model under ``dpft.long_context``: twice the tokens, beside plain training with it."""
+    shape = replace(LLAMA_1B, tokens=262_144)
+    if context.rehearse:
+        shape = replace(LLAMA_1B, width=64, layers=2, vocab=300, tokens=600, heads=4, kv_heads=2, intermediate=96)
+    compare(context, shape, (f"{HERE}:tiled_one_pass", f"{HERE}:tiled_plain"), rounds=1)
