@@ -31,7 +31,7 @@ STAGES = (
     Stage("short", 60, "the same model, 16 x 128, 64 x 256, 4 x 2048, full and LoRA: plain, one-pass", "steps:short"),
     Stage("profile", 30, "what kernels, launches and gaps a one-pass step adds to a plain one", "profiles:run"),
     Stage("llama_1b", 60, "Llama-3.2-1B's shape, T = 131,072, checkpointed, one step with AdamW", "steps:llama_1b"),
-    Stage("long_context", 60, "the same at T = 262,144 under dpft.long_context: one-pass, plain", "steps:long_context"),
+    Stage("long_context", 60, "the same at T = 262,144, dpft.long_context: one-pass, plain", "steps:long_context"),
     Stage("longer", 40, "T = 32,768 and 65,536, checkpointed: plain, one-pass", "steps:longer"),
     Stage("norms", 45, "norms of single layers, torch against Triton, and what impl='auto' should take", "norms:run"),
     Stage("memory", 50, "profile_memory.py run", "commands:memory"),
