@@ -32,7 +32,8 @@ from finetune.engine import ending_all, engine_name, from_first, make_accelerato
 from finetune.evaluation import sample_text, validation_loss
 from finetune.export import export, reload_and_check
 from finetune.loop import History, make_optimizer, make_scheduler, train
-from finetune.options import Options, parse
+from finetune.options import Options
+from finetune.parsing import parse
 from finetune.private import LEDGER, Prepared, explain, prepare, privacy_config, statement
 from finetune.report import write_report
 from finetune.setup import (

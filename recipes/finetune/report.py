@@ -12,7 +12,8 @@ import transformers
 import yaml
 
 import accelerate
-from finetune.options import BASE_MODEL, Options, as_words
+from finetune.options import BASE_MODEL, Options
+from finetune.parsing import as_words
 from finetune.plots import plot_run
 from finetune.private import LEDGER
 from finetune.setup import CARD, METRICS, PICTURE
