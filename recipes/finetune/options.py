@@ -12,6 +12,7 @@ from typing import Any
 BASE_MODEL = Path(__file__).resolve().parent.parent / "assets" / "base_model"
 
 DEFAULT_STEPS = 24
+DEFAULT_PHYSICAL = 32
 
 
 def option(default: Any, group: str, help: str, *, also: tuple[str, ...] = (), **kwargs: Any) -> Any:
@@ -37,6 +38,18 @@ class Options:
         "on, FSDP2 float32 shards, which it also exports. Norms, sums and noise are float32 in any case",
     )
     gradient_checkpointing: bool = option(False, "model", "recompute activations in the backward pass: less memory")
+    long_context: bool = option(
+        False,
+        "model",
+        "long texts: blocks in tiles of tokens (not under ZeRO-3), checkpoints in host memory, attention without a "
+        "mask of T x T. Turns --gradient-checkpointing on",
+    )
+    rope_theta: float | None = option(
+        None,
+        "model",
+        "base of the rotary positions, for texts longer than the model was made for: it then takes --seq-len tokens",
+        metavar="BASE",
+    )
     lora_r: int = option(0, "model", "rank of LoRA adapters; 0 trains all parameters (needs peft)", metavar="R")
     lora_alpha: float = option(32.0, "model", "LoRA's scale: the adapter's output is multiplied by alpha / r")
     lora_target_modules: str = option(
@@ -47,8 +60,9 @@ class Options:
         "docstrings",
         "data",
         "docstrings (of Python's standard library: real text), tickets (synthetic, from templates), the name of a "
-        "dataset on the hub, a folder written by save_to_disk, or a .txt, .json, .jsonl, .csv or .parquet file. One "
-        "record is one example and the unit that is protected",
+        "dataset on the hub, a folder written by save_to_disk, any other folder (each document or source file is a "
+        "record), or a .txt, .json, .jsonl, .csv or .parquet file. One record is one example and the unit that is "
+        "protected",
         also=("dataset_name",),
         metavar="NAME",
     )
@@ -70,7 +84,18 @@ class Options:
         metavar="NAME",
     )
     seq_len: int = option(
-        128, "data", "maximum number of tokens of an example; longer ones are cut", also=("max_length",), metavar="T"
+        128,
+        "data",
+        "maximum number of tokens of a row, which is an example; longer ones are cut (see --pack)",
+        also=("max_length",),
+        metavar="T",
+    )
+    pack: str = option(
+        "none",
+        "data",
+        "none: a record is one row, cut at --seq-len. documents: a record is cut at --max-tokens-in-memory only, and "
+        "becomes as many rows as it needs, all of one example. Never are several records in a row",
+        choices=("none", "documents"),
     )
 
     target_epsilon: float | None = option(
@@ -128,8 +153,18 @@ class Options:
         "passes of a private step; auto plans by shapes and memory",
         choices=("auto", "one_pass", "two_pass", "per_example"),
     )
-    max_physical_batch_size: int = option(
-        32, "execution", "examples in memory at once", also=("per_device_train_batch_size",), metavar="B"
+    max_physical_batch_size: int | None = option(
+        None,
+        "execution",
+        f"examples in memory at once ({DEFAULT_PHYSICAL}, or as --max-tokens-in-memory chooses)",
+        also=("per_device_train_batch_size",),
+        metavar="B",
+    )
+    max_tokens_in_memory: int | None = option(
+        None,
+        "execution",
+        "as many examples in memory at once as have so many tokens, if all were as long as the longest; at least one",
+        metavar="M",
     )
     sums_device: str | None = option(None, "execution", "cpu: sums and AdamW in host memory", choices=("cpu",))
     cpu_threads: int | None = option(
@@ -214,7 +249,7 @@ class Options:
         if self.num_steps is None and self.num_epochs is None:
             self.num_steps = DEFAULT_STEPS
         least = dict.fromkeys(("seq_len", "max_physical_batch_size", "max_eval_examples", "cpu_threads"), 1)
-        least |= {"rank_timeout": 1}
+        least |= {"rank_timeout": 1, "max_tokens_in_memory": 2}
         least |= dict.fromkeys(("lora_r", "warmup_steps", "checkpoint_every", "eval_every"), 0)
         least |= dict.fromkeys(("sample_tokens", "audit"), 0)
         for name, bound in least.items():
@@ -230,3 +265,27 @@ class Options:
             raise ValueError("--seq-len is 1; a language model needs two tokens for one prediction. Give at least 2.")
         if not 0 < self.validation_share < 1:
             raise ValueError(f"--validation-share is {self.validation_share:g}; expected a share between 0 and 1.")
+        if self.rope_theta is not None and not 1 < self.rope_theta < float("inf"):
+            raise ValueError(f"--rope-theta is {self.rope_theta:g}; expected a finite number above 1.")
+        if self.pack == "documents" and self.max_tokens_in_memory is None:
+            raise ValueError("--pack documents needs --max-tokens-in-memory: where a document is cut that is longer.")
+        if self.in_rows and self.strategy == "per_example":
+            raise ValueError(
+                "--strategy per_example runs the rows of a document apart, and --pack documents has one loss for all "
+                "of them. Leave one out, or give a --seq-len of at least --max-tokens-in-memory."
+            )
+
+    @property
+    def example_tokens(self) -> int:
+        """Tokens at which an example is cut."""
+        return self.max_tokens_in_memory or 0 if self.pack == "documents" else self.seq_len
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of the longest row that there can be."""
+        return min(self.seq_len, self.example_tokens)
+
+    @property
+    def in_rows(self) -> bool:
+        """Whether an example may have several rows."""
+        return self.example_tokens > self.seq_len
