@@ -42,8 +42,8 @@ def documents(*lengths: int) -> list[dict[str, list[int]]]:
 
 def oracle_gradients(document: list[int], row_tokens: int) -> tuple[float, list[Tensor]]:
     """Loss and gradient of one document in float64: its rows run alone, its tokens' losses averaged by hand."""
+    model = tiny().double()
     with Float64():
-        model = tiny().double()
         losses = []
         for start in range(0, max(1, len(document) - 1), row_tokens - 1):
             row = torch.tensor(document[start : start + row_tokens])
@@ -168,10 +168,11 @@ def test_the_loss_of_one_long_text_is_that_from_its_logits(monkeypatch: pytest.M
 # Options
 
 
-def physical(words: list[str], spread: int = 1, capsys: Any = None) -> Options:
+def physical(words: list[str], spread: int = 1) -> Options:
     examples = Dataset.from_dict({"input_ids": [example["input_ids"] for example in documents(3, 20, 11)]})
     accelerator: Any = SimpleNamespace(parallelism_config=SimpleNamespace(sp_size=spread), print=print)
-    return choose_physical(parse(words), SimpleNamespace(train=examples), accelerator)  # type: ignore[arg-type]
+    materials: Any = SimpleNamespace(train=examples)
+    return choose_physical(parse(words), materials, accelerator)
 
 
 @pytest.mark.parametrize(
