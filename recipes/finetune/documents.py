@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import pyarrow.compute
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
@@ -91,9 +91,9 @@ def tokens_in_memory(tokens: int, row_tokens: int) -> int:
 
 def longest(examples: Dataset) -> int:
     """Tokens of the longest example, in one pass over the lengths."""
-    batches: Iterable = examples.with_format("arrow").iter(1000)
-    found = (pyarrow.compute.max(pyarrow.compute.list_value_length(batch["input_ids"])).as_py() for batch in batches)
-    return max(n or 0 for n in found)
+    batches: Iterable[Any] = examples.with_format("arrow").iter(1000)
+    lengths = (batch["input_ids"].combine_chunks().value_lengths().to_pylist() for batch in batches)
+    return max(max(some) for some in lengths)
 
 
 def document_losses(logits: Tensor, labels: Tensor, example_ids: Tensor) -> Tensor:
