@@ -28,17 +28,21 @@ from transformers.utils import logging as transformers_logging
 from accelerate import Accelerator
 from dpft import DPFTError
 from finetune import auditing, checkpoints
-from finetune.engine import ending_all, engine_name, from_first, make_accelerator, weight_dtype
+from finetune.documents import document_losses
+from finetune.engine import ending_all, engine_name, from_first, make_accelerator, sequence_size, weight_dtype
 from finetune.evaluation import sample_text, validation_loss
 from finetune.export import export, reload_and_check
 from finetune.loop import History, make_optimizer, make_scheduler, train
-from finetune.options import Options, parse
+from finetune.options import Options
+from finetune.parsing import parse
 from finetune.private import LEDGER, Prepared, explain, prepare, privacy_config, statement
 from finetune.report import write_report
 from finetune.setup import (
     METRICS,
     Materials,
     choose_output,
+    choose_physical,
+    lengthen,
     load_materials,
     load_model,
     predicted_steps,
@@ -64,14 +68,15 @@ def one_line() -> Iterator[None]:
 def dry_run(options: Options, materials: Materials, model: nn.Module, accelerator: Accelerator) -> None:
     """Print what a run would do, without doing it."""
     schedule = privacy_config(options).resolve(len(materials.train))
-    physical = schedule.expected_batch_size / accelerator.num_processes / options.max_physical_batch_size
+    size, ranks = options.max_physical_batch_size or 1, accelerator.num_processes // sequence_size(accelerator)
+    physical = schedule.expected_batch_size / ranks / size
     if options.clipping == "none" and schedule.noise_multiplier:
         raise ValueError("--clipping none bounds nothing, so that no noise makes it private; --noise-multiplier 0")
     if options.clipping == "none":
         accelerator.print("NOT PRIVATE: --clipping none")
     accelerator.print(schedule.describe())
     accelerator.print(
-        f"physical batches   about {physical:.1f} of at most {options.max_physical_batch_size} examples "
+        f"physical batches   about {physical:.1f} of at most {size} examples "
         f"for a logical batch, on each of {accelerator.num_processes} process(es) ({accelerator.device})"
     )
     first, *others = explain(model.to(accelerator.device).train(), options)
@@ -92,7 +97,8 @@ def train_without_privacy(
 
     For one process.
     """
-    model = load_model(options, weight_dtype(options, accelerator)).to(accelerator.device).train()
+    model = lengthen(load_model(options, weight_dtype(options, accelerator)), options, accelerator)
+    model = model.to(accelerator.device).train()
     optimizer = make_optimizer(options, model)
     scheduler = make_scheduler(options, optimizer, steps)
     generator = torch.Generator().manual_seed(options.seed)
@@ -101,11 +107,15 @@ def train_without_privacy(
     history.add({"step": 0, "nonprivate_validation_loss": before})
     for step in range(1, steps + 1):
         drawn = torch.randperm(len(materials.train), generator=generator)[:size].tolist()
-        for start in range(0, size, options.max_physical_batch_size):
-            part = drawn[start : start + options.max_physical_batch_size]
-            batch = materials.collate([materials.train[i] for i in part])
+        physical = options.max_physical_batch_size or 1
+        for start in range(0, size, physical):
+            part = drawn[start : start + physical]
+            batch = materials.collate_train([materials.train[i] for i in part])
             batch = {name: tensor.to(accelerator.device) for name, tensor in batch.items()}
-            (model(**batch).loss * (len(part) / size)).backward()
+            ids, labels = batch.pop("example_ids", None), batch["labels"]
+            out = model(**batch)
+            loss = out.loss if ids is None else document_losses(out.logits, labels, ids).mean()
+            (loss * (len(part) / size)).backward()
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
@@ -130,8 +140,9 @@ def run(options: Options) -> int:
             raise ValueError("--compare-nonprivate runs in one process; leave it out, or launch one process.")
         if accelerator.device.type == "cpu":
             set_threads(options.cpu_threads, accelerator.num_processes)
-        materials = load_materials(options, accelerator)
-        model = load_model(options, weight_dtype(options, accelerator))
+        materials, asked = load_materials(options, accelerator), options
+        options = choose_physical(options, materials, accelerator)
+        model = lengthen(load_model(options, weight_dtype(options, accelerator)), options, accelerator)
         if options.dry_run:
             dry_run(options, materials, model, accelerator)
             return 0
@@ -157,7 +168,7 @@ def run(options: Options) -> int:
             optimizer,
             materials.train,
             privacy_config(options),
-            materials.collate,
+            materials.collate_train,
             options,
             output / LEDGER,
         )
@@ -253,7 +264,7 @@ def run(options: Options) -> int:
                 section = auditing.section(found)
             write_report(
                 output,
-                options,
+                asked,
                 schedule,
                 words,
                 figures,

@@ -22,6 +22,7 @@ from dpft.engines.sequence import sequence_size
 from dpft.errors import EngineError
 from dpft.models.causal_lm import find_causal_lm
 from dpft.rules.experts import match_experts, runs_eagerly
+from dpft.wrap import LONG_CONTEXT
 
 _TYPES = ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP", "DEEPSPEED")  # of accelerate.utils.DistributedType
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
@@ -265,7 +266,7 @@ def _check_splittable(accelerator: Any, model: nn.Module) -> None:
         )
     handler = accelerator.state.parallelism_config.sp_handler
     implementation = getattr(config, "_attn_implementation", None)
-    if handler.sp_attn_implementation is None:
+    if handler.sp_attn_implementation in (None, _attention_before(model, config)):
         handler.sp_attn_implementation = implementation
     if handler.sp_attn_implementation != implementation or implementation in (None, "eager", "flex_attention"):
         raise EngineError(
@@ -273,6 +274,12 @@ def _check_splittable(accelerator: Any, model: nn.Module) -> None:
             f"{implementation!r}; expected 'sdpa' or a flash attention for both. Load the model with "
             "attn_implementation='sdpa'."
         )
+
+
+def _attention_before(model: nn.Module, config: Any) -> str | None:
+    """The attention in whose place ``dpft.long_context`` has put its own, which is that one for a single document."""
+    installed = [m.__dict__[LONG_CONTEXT] for m in model.modules() if LONG_CONTEXT in m.__dict__]
+    return next((name for found in installed for known, name in found.attention if known is config), None)
 
 
 def _check_bare(model: nn.Module) -> None:

@@ -57,7 +57,9 @@ def begin(accelerator: Accelerator, options: Options, materials: Materials, outp
         path = output / CANARIES
         if options.resume_from_checkpoint and path.exists():
             return json.loads(path.read_text(encoding="utf-8"))
-        drawn = draw_canaries(options.audit, tokens=min(TOKENS, options.seq_len), vocabulary=len(materials.tokenizer))
+        drawn = draw_canaries(
+            options.audit, tokens=min(TOKENS, options.row_tokens), vocabulary=len(materials.tokenizer)
+        )
         return {**drawn.to_dict(), "losses_before": []}
 
     found = from_first(accelerator, kept_or_drawn)

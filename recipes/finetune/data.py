@@ -1,6 +1,6 @@
-"""From a name on the command line to tokenised examples and batches: one record, one example, never packed.
+"""From a name on the command line to tokenised examples and batches: one record, one example.
 
-Packing would put several records into one example, and clipping protects examples: the privacy unit would change.
+Several records are never put into one row: clipping protects examples, and the privacy unit would change.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from transformers import PreTrainedTokenizerBase
 
 from finetune.corpora import in_validation, stdlib_docstrings, synthetic_tickets
+from finetune.documents import IGNORED_LABEL, load_folder, rows_of
 
 BUILT_IN = ("docstrings", "tickets")
 LOADERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 TEXT_COLUMNS = ("text", "content", "document", "sentence")
-IGNORED_LABEL = -100  # transformers' mark for a token that has no loss
 
 
 def load_texts(
@@ -32,13 +32,14 @@ def load_texts(
     """Load the records to train on and to evaluate with.
 
     Args:
-        name: ``docstrings`` or ``tickets`` (built in, no network), a folder written by ``Dataset.save_to_disk``, a
-            text (one record a line), JSON, JSON-lines, CSV or parquet file, or the name of a dataset of the hub.
+        name: ``docstrings`` or ``tickets`` (built in, no network), a folder written by ``Dataset.save_to_disk``, any
+            other folder (one record a document), a text (one record a line), JSON, JSON-lines, CSV or parquet file,
+            or the name of a dataset of the hub.
         config: configuration of a hub dataset.
         split: split to train on.
         validation_split: split to evaluate with; if None, one named ``validation`` or ``test`` is taken, and where
             there is none a share of the training split is put aside.
-        validation_share: that share, drawn by a hash of the name, customer or position of the record.
+        validation_share: that share, drawn by a hash of the name, customer, path or position of the record.
         seed: seed of the synthetic tickets.
 
     Returns:
@@ -56,6 +57,8 @@ def load_texts(
         records, key = Dataset.from_list(synthetic_tickets(seed=seed)), "customer_id"
     elif path.is_dir() and ((path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()):
         records = load_from_disk(str(path))
+    elif path.is_dir():
+        records, key = load_folder(path), "path"
     elif path.suffix in LOADERS:
         if not path.is_file():
             raise ValueError(
@@ -148,7 +151,7 @@ def tokenise(records: Dataset, tokenizer: PreTrainedTokenizerBase, seq_len: int,
 
 
 def make_collate(
-    pad_token_id: int, pad_to: int | None = None, multiple_of: int = 1
+    pad_token_id: int, pad_to: int | None = None, multiple_of: int = 1, row_tokens: int | None = None
 ) -> Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]:
     """Make the function that turns a list of examples into a batch.
 
@@ -156,15 +159,18 @@ def make_collate(
         pad_token_id: token to pad with; it is masked and has no loss, so that any will do.
         pad_to: pad every batch to this many tokens (static shapes); to the longest example in the batch if None.
         multiple_of: round the length up to a multiple of this.
+        row_tokens: cut each example into rows of at most so many tokens, and name the example of each row.
 
     Returns:
         A function from a list of examples to int64 tensors [B, T]: ``input_ids``, ``attention_mask`` (1 where there
-        is a token), ``labels`` (-100 on padding). It must be given at least one example; the loader of dpft adds its
-        rows of weight zero afterwards.
+        is a token), ``labels`` (-100 on padding); with ``row_tokens`` also ``example_ids`` [B], and B counts rows. It
+        must be given at least one example; the loader of dpft adds its examples of weight zero before.
     """
 
     def collate(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        rows = [list(example["input_ids"]) for example in examples]
+        whole = [list(example["input_ids"]) for example in examples]
+        parts = [[row] if row_tokens is None else rows_of(row, row_tokens) for row in whole]
+        rows = [row for part in parts for row in part]
         longest = max(1, *(len(row) for row in rows)) if rows else 1
         length = pad_to or -(-longest // multiple_of) * multiple_of
         if longest > length:
@@ -183,6 +189,9 @@ def make_collate(
         for i, row in enumerate(rows):
             if not row:
                 labels[i] = IGNORED_LABEL
-        return {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+        batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+        if row_tokens is not None:
+            batch["example_ids"] = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p) for p in parts]))
+        return batch
 
     return collate

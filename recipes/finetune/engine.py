@@ -49,6 +49,11 @@ def engine_name(accelerator: Accelerator) -> str:
     return WHOLE if plugin is None else f"zero{plugin.zero_stage}"
 
 
+def sequence_size(accelerator: Accelerator) -> int:
+    """Over how many ranks the tokens of an example are spread (sp_size); 1: over none."""
+    return int(getattr(accelerator.parallelism_config, "sp_size", 1) or 1)
+
+
 def shards_parameters(accelerator: Accelerator) -> bool:
     """Whether a forward of the model is a collective, which all ranks must call equally often."""
     return engine_name(accelerator) in ("fsdp2", "zero3")

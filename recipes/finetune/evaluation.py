@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from accelerate import Accelerator
-from finetune.data import IGNORED_LABEL
+from finetune.documents import IGNORED_LABEL
 
 TOKENS_AT_ONCE = 4096  # of an evaluation without gradients
 TEMPERATURE, TOP_K = 0.7, 40  # of samples
@@ -54,7 +54,8 @@ def validation_loss(
     """Mean loss in nats a token over all tokens of the examples.
 
     Computed from the logits, not from the loss that the model returns: a wrapped and a bare model average a batch
-    differently, and this number is compared before and after training and with the model reloaded from disk.
+    differently, and this number is compared before and after training and with the model reloaded from disk. Of a
+    single long text both return the mean over its tokens, and a wrapped model never has all of its logits.
 
     Args:
         model: a causal language model, wrapped by dpft or not; its training mode is restored.
@@ -71,17 +72,26 @@ def validation_loss(
     for start in range(0, len(batches), ranks):
         position = start + rank
         batch = collate(batches[min(position, len(batches) - 1)])
-        labels = batch.pop("labels")[:, 1:].to(device)
-        logits = model(**{name: tensor.to(device) for name, tensor in batch.items()}).logits[:, :-1]
-        loss = nn.functional.cross_entropy(
-            logits.float().transpose(1, 2), labels, ignore_index=IGNORED_LABEL, reduction="sum"
-        )
+        found = _summed_loss(model, {name: tensor.to(device) for name, tensor in batch.items()})
         if position < len(batches):  # the last round repeats a batch on ranks that have none left
-            total += torch.tensor([loss.item(), (labels != IGNORED_LABEL).sum().item()], dtype=torch.float64)
+            total += torch.tensor(found, dtype=torch.float64)
     if accelerator is not None and ranks > 1:
         total = accelerator.reduce(total.float().to(device), reduction="sum").double().cpu()
     model.train(was_training)
     return float(total[0] / total[1])
+
+
+def _summed_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[float, int]:
+    """The loss summed over the tokens of a batch, and their number."""
+    targets = batch["labels"][:, 1:]
+    number = int((targets != IGNORED_LABEL).sum())
+    if len(targets) == 1 and targets.shape[1] > TOKENS_AT_ONCE:
+        return float(model(**batch).loss) * number, number
+    logits = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits[:, :-1]
+    loss = nn.functional.cross_entropy(
+        logits.float().transpose(1, 2), targets, ignore_index=IGNORED_LABEL, reduction="sum"
+    )
+    return loss.item(), number
 
 
 @torch.no_grad()

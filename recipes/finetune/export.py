@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+import dpft
 from accelerate import Accelerator
 from finetune.engine import compute_dtype, from_first, unsharded
 from finetune.evaluation import validation_loss
 from finetune.options import Options
-from finetune.private import Prepared, unwrap
+from finetune.private import Prepared, chunked, unwrap
 from finetune.setup import Materials, load_model
 
 RELOAD_TOLERANCE = 1e-3  # nats; the same weights differ at most by the order of the sums
@@ -28,6 +29,8 @@ def export(accelerator: Accelerator, prepared: Prepared, materials: Materials, o
     """
     state = accelerator.get_state_dict(prepared.model)
     bare = unwrap(accelerator, prepared.model)
+    if options.long_context:
+        dpft.long_context(bare, off=True)  # the saved configuration is that of the model without it
 
     def write() -> None:
         model: Any = bare
@@ -57,6 +60,8 @@ def reload_and_check(
     dtype = compute_dtype(options, accelerator)
     with unsharded(accelerator):
         again: Any = AutoModelForCausalLM.from_pretrained(output, dtype=dtype).to(accelerator.device)
+    if options.long_context:
+        again = chunked(dpft.long_context(again), options)
     reloaded = validation_loss(again, materials.validation, materials.collate)
     # bfloat16 weights that an adapter was merged into were rounded once more
     tolerance = RELOAD_TOLERANCE if dtype == torch.float32 else 2e-2

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from accelerate import Accelerator
+from finetune.engine import sequence_size
 from finetune.options import Options
 from finetune.private import Prepared
 
@@ -177,11 +178,15 @@ def train(
     model.train()
     with Interrupt().listening() as interrupt, bar:
         for batch in prepared.loader:
-            loss = model(**batch).loss
+            loss = prepared.loss(batch)
             accelerator.backward(loss)
             clipped, examples, norms_B = prepared.clipped(batch)
             norms.append(norms_B)
-            tokens = float((batch["attention_mask"] * batch["example_weight"][:, None]).sum())
+            weight = batch["example_weight"]
+            if "example_ids" in batch:
+                weight = weight[batch["example_ids"].to(weight.device)]
+            # the ranks of a sequence were given the same examples
+            tokens = float((batch["attention_mask"] * weight[:, None]).sum()) / sequence_size(accelerator)
             sums += torch.tensor([loss.item() * examples, tokens, clipped, examples], dtype=torch.float64)
             last = prepared.ends_logical_batch
             rate = optimizer.param_groups[0]["lr"]

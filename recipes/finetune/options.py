@@ -1,27 +1,18 @@
-"""The options of the recipes: a dataclass, its command line in groups, and the same keys from a YAML file.
+"""The table of the recipes' options: names, defaults, help, and what cannot be meant. ``parsing.py`` reads them.
 
-Names follow TRL where TRL has one (``--model_name_or_path``, ``--dataset_name``, ``--learning_rate``); a hyphen and an
-underscore mean the same. The command line wins over the file, the file over the defaults.
+Names follow TRL where TRL has one (``--model_name_or_path``, ``--dataset_name``, ``--learning_rate``).
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import dataclasses
-import difflib
-import types
-import typing
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 BASE_MODEL = Path(__file__).resolve().parent.parent / "assets" / "base_model"
 
 DEFAULT_STEPS = 24
+DEFAULT_PHYSICAL = 32
 
 
 def option(default: Any, group: str, help: str, *, also: tuple[str, ...] = (), **kwargs: Any) -> Any:
@@ -47,6 +38,18 @@ class Options:
         "on, FSDP2 float32 shards, which it also exports. Norms, sums and noise are float32 in any case",
     )
     gradient_checkpointing: bool = option(False, "model", "recompute activations in the backward pass: less memory")
+    long_context: bool = option(
+        False,
+        "model",
+        "long texts: blocks in tiles of tokens (not under ZeRO-3), checkpoints in host memory, attention without a "
+        "mask of T x T. Turns --gradient-checkpointing on",
+    )
+    rope_theta: float | None = option(
+        None,
+        "model",
+        "base of the rotary positions, for texts longer than the model was made for: it then takes --seq-len tokens",
+        metavar="BASE",
+    )
     lora_r: int = option(0, "model", "rank of LoRA adapters; 0 trains all parameters (needs peft)", metavar="R")
     lora_alpha: float = option(32.0, "model", "LoRA's scale: the adapter's output is multiplied by alpha / r")
     lora_target_modules: str = option(
@@ -57,8 +60,9 @@ class Options:
         "docstrings",
         "data",
         "docstrings (of Python's standard library: real text), tickets (synthetic, from templates), the name of a "
-        "dataset on the hub, a folder written by save_to_disk, or a .txt, .json, .jsonl, .csv or .parquet file. One "
-        "record is one example and the unit that is protected",
+        "dataset on the hub, a folder written by save_to_disk, any other folder (each document or source file is a "
+        "record), or a .txt, .json, .jsonl, .csv or .parquet file. One record is one example and the unit that is "
+        "protected",
         also=("dataset_name",),
         metavar="NAME",
     )
@@ -80,7 +84,18 @@ class Options:
         metavar="NAME",
     )
     seq_len: int = option(
-        128, "data", "maximum number of tokens of an example; longer ones are cut", also=("max_length",), metavar="T"
+        128,
+        "data",
+        "maximum number of tokens of a row, which is an example; longer ones are cut (see --pack)",
+        also=("max_length",),
+        metavar="T",
+    )
+    pack: str = option(
+        "none",
+        "data",
+        "none: a record is one row, cut at --seq-len. documents: a record is cut at --max-tokens-in-memory only, and "
+        "becomes as many rows as it needs, all of one example. Never are several records in a row",
+        choices=("none", "documents"),
     )
 
     target_epsilon: float | None = option(
@@ -138,8 +153,18 @@ class Options:
         "passes of a private step; auto plans by shapes and memory",
         choices=("auto", "one_pass", "two_pass", "per_example"),
     )
-    max_physical_batch_size: int = option(
-        32, "execution", "examples in memory at once", also=("per_device_train_batch_size",), metavar="B"
+    max_physical_batch_size: int | None = option(
+        None,
+        "execution",
+        f"examples in memory at once ({DEFAULT_PHYSICAL}, or as --max-tokens-in-memory chooses)",
+        also=("per_device_train_batch_size",),
+        metavar="B",
+    )
+    max_tokens_in_memory: int | None = option(
+        None,
+        "execution",
+        "as many examples in memory at once as have so many tokens, if all were as long as the longest; at least one",
+        metavar="M",
     )
     sums_device: str | None = option(None, "execution", "cpu: sums and AdamW in host memory", choices=("cpu",))
     cpu_threads: int | None = option(
@@ -224,7 +249,7 @@ class Options:
         if self.num_steps is None and self.num_epochs is None:
             self.num_steps = DEFAULT_STEPS
         least = dict.fromkeys(("seq_len", "max_physical_batch_size", "max_eval_examples", "cpu_threads"), 1)
-        least |= {"rank_timeout": 1}
+        least |= {"rank_timeout": 1, "max_tokens_in_memory": 2}
         least |= dict.fromkeys(("lora_r", "warmup_steps", "checkpoint_every", "eval_every"), 0)
         least |= dict.fromkeys(("sample_tokens", "audit"), 0)
         for name, bound in least.items():
@@ -240,161 +265,27 @@ class Options:
             raise ValueError("--seq-len is 1; a language model needs two tokens for one prediction. Give at least 2.")
         if not 0 < self.validation_share < 1:
             raise ValueError(f"--validation-share is {self.validation_share:g}; expected a share between 0 and 1.")
-
-
-def _value_type(annotation: Any) -> type:
-    """``int`` for ``int``, ``str`` for ``str | None``."""
-    options = [t for t in typing.get_args(annotation) if t is not types.NoneType]
-    return options[0] if options else annotation
-
-
-def _types() -> dict[str, type]:
-    return {name: _value_type(hint) for name, hint in typing.get_type_hints(Options).items()}
-
-
-def _flags(name: str) -> list[str]:
-    """``--seq-len`` and ``--seq_len``."""
-    return list(dict.fromkeys([f"--{name.replace('_', '-')}", f"--{name}"]))
-
-
-class _Help(argparse.RawDescriptionHelpFormatter):
-    """Shows only the first spelling of an option, and of a switch how to turn it off."""
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if not action.option_strings or action.dest == "help":
-            return super()._format_action_invocation(action)
-        words = [action.option_strings[0], *[flag for flag in action.option_strings if flag.startswith("--no-")][:1]]
-        if action.nargs != 0:
-            words[0] += f" {self._format_args(action, action.dest.upper())}"
-        return ", ".join(words)
-
-
-def build_parser(description: str) -> argparse.ArgumentParser:
-    """The command line of :class:`Options`, in groups; an option that was not given is absent from the result."""
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [options]",
-        description=description,
-        formatter_class=_Help,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--config", metavar="FILE", help="YAML file with any of the options below; the command line wins"
-    )
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    kinds = _types()
-    for f in fields(Options):
-        meta = f.metadata
-        group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
-        flags = [flag for name in (f.name, *meta["also"]) for flag in _flags(name)]
-        text = meta["help"]
-        if meta["also"]:
-            text += f" [also --{meta['also'][0]}]"
-        if kinds[f.name] is bool:
-            group.add_argument(*flags, dest=f.name, action=argparse.BooleanOptionalAction, help=text)
-        else:
-            shown = BASE_MODEL.name if f.name == "model" else f.default
-            if shown is not None:
-                text += f" (default {shown:g})" if isinstance(shown, float) else f" (default {shown})"
-            arguments = {"metavar": f.name.split("_")[-1].upper()} | meta["argparse"]
-            if "choices" in arguments:
-                del arguments["metavar"]
-            group.add_argument(*flags, dest=f.name, type=kinds[f.name], help=text, **arguments)
-    return parser
-
-
-def read_yaml(path: str) -> dict[str, Any]:
-    """Read options from a YAML file: a flat mapping with the names of the options, hyphens or underscores.
-
-    Raises:
-        ValueError: the file is not a mapping, names an option that does not exist (the closest one is suggested),
-            or holds a value of another type than the option has.
-    """
-    with open(path, encoding="utf-8") as file:
-        try:
-            loaded = yaml.safe_load(file)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path}: not YAML: {error}") from error
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise ValueError(
-            f"{path}: got {type(loaded).__name__} at the top, expected a mapping such as 'seq_len: 1024'."
-        )
-    names = {alias: f.name for f in fields(Options) for alias in (f.name, *f.metadata["also"])}
-    kinds = _types()
-    choices = {f.name: f.metadata["argparse"].get("choices") for f in fields(Options)}
-    optional = {f.name for f in fields(Options) if f.default is None} | {"target_epsilon"}
-    values: dict[str, Any] = {}
-    for key, value in loaded.items():
-        spelled = str(key).replace("-", "_")
-        if spelled not in names:
-            close = difflib.get_close_matches(spelled, names, n=1, cutoff=0.0)
+        if self.rope_theta is not None and not 1 < self.rope_theta < float("inf"):
+            raise ValueError(f"--rope-theta is {self.rope_theta:g}; expected a finite number above 1.")
+        if self.pack == "documents" and self.max_tokens_in_memory is None:
+            raise ValueError("--pack documents needs --max-tokens-in-memory: where a document is cut that is longer.")
+        if self.in_rows and self.strategy == "per_example":
             raise ValueError(
-                f"{path}: unknown option {key!r}; the closest is {close[0]!r}. See --help for all of them."
+                "--strategy per_example runs the rows of a document apart, and --pack documents has one loss for all "
+                "of them. Leave one out, or give a --seq-len of at least --max-tokens-in-memory."
             )
-        name = names[spelled]
-        if name in values:
-            raise ValueError(f"{path}: {key!r} sets {name!r} a second time. Keep one of the two.")
-        values[name] = _checked(path, str(key), value, kinds[name], name in optional, choices[name])
-    return values
 
+    @property
+    def example_tokens(self) -> int:
+        """Tokens at which an example is cut."""
+        return self.max_tokens_in_memory or 0 if self.pack == "documents" else self.seq_len
 
-def _checked(path: str, key: str, value: Any, kind: type, optional: bool, choices: Sequence[str] | None) -> Any:
-    """The value as the option's type; YAML reads 1e-6 as text, which is what a person meant as a number."""
-    if value is None and optional:
-        return None
-    if kind in (int, float) and isinstance(value, str):
-        with contextlib.suppress(ValueError):  # refused below, with the option's name
-            value = float(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if kind is int and isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if kind is str and isinstance(value, list) and all(isinstance(item, str) for item in value):
-        value = ",".join(value)
-    if type(value) is not kind:
-        raise ValueError(f"{path}: {key!r} is {value!r} ({type(value).__name__}), expected {kind.__name__}.")
-    if choices and value not in choices:
-        raise ValueError(f"{path}: {key!r} is {value!r}, expected one of {', '.join(choices)}.")
-    return value
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of the longest row that there can be."""
+        return min(self.seq_len, self.example_tokens)
 
-
-def parse(argv: Sequence[str] | None = None, description: str = "") -> Options:
-    """Read the command line, and the YAML file that it may name.
-
-    Args:
-        argv: words of the command line; those of the process if None.
-        description: text at the top of ``--help``.
-
-    Returns:
-        The options. A ``noise_multiplier`` given without a ``target_epsilon`` takes the default target's place.
-
-    Raises:
-        SystemExit: with a message on standard error, for an option that is unknown or has no sense.
-    """
-    parser = build_parser(description)
-    given = vars(parser.parse_args(argv))
-    try:
-        config = given.pop("config", None)
-        from_file = read_yaml(config) if config else {}
-        # an alternative given on the command line takes the place of the one in the file
-        for one, other in (("noise_multiplier", "target_epsilon"), ("num_steps", "num_epochs")):
-            for this, that in ((one, other), (other, one)):
-                if this in given and that not in given:
-                    from_file.pop(that, None)
-        values = from_file | given
-        if values.get("clipping") == "none" and values.get("target_epsilon") is None:
-            values.setdefault("noise_multiplier", 0.0)  # without clipping no noise is enough for any epsilon
-        if values.get("noise_multiplier") is not None:
-            values.setdefault("target_epsilon", None)
-        return Options(**values)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-
-
-def as_words(options: Options) -> dict[str, Any]:
-    """The options that differ from the defaults, for the model card."""
-    defaults = {f.name: f.default for f in fields(Options)}
-    defaults["num_steps"] = DEFAULT_STEPS if options.num_epochs is None else None
-    return {name: value for name, value in dataclasses.asdict(options).items() if value != defaults[name]}
+    @property
+    def in_rows(self) -> bool:
+        """Whether an example may have several rows."""
+        return self.example_tokens > self.seq_len

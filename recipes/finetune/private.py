@@ -12,6 +12,7 @@ from torch import nn
 
 import dpft
 from accelerate import Accelerator
+from finetune.documents import document_losses
 from finetune.options import Options
 
 LEDGER = "ledger.jsonl"
@@ -70,6 +71,17 @@ class Prepared:
         """Epsilon spent so far, rounded up unless ``exact``: cheap enough for a progress bar. None if not private."""
         return float(self.loader.privacy.epsilon(exact=exact)) if self.private else None
 
+    def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The mean of the examples' losses, whose backward computes the clipped sum.
+
+        dpft adds up the mean losses of an example's rows; a document's loss is the mean over all of its tokens.
+        """
+        ids = batch.get("example_ids")
+        if ids is None:
+            return cast(torch.Tensor, self.model(**batch).loss)
+        logits = self.model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+        return dpft.clipped_loss(self.model, document_losses(logits, batch["labels"], ids))
+
     def clipped(self, batch: dict[str, torch.Tensor]) -> tuple[float, float, torch.Tensor]:
         """Numbers of clipped and of all examples in the last physical batch, and the norms [examples].
 
@@ -99,7 +111,7 @@ def prepare(
         dataset,
         privacy,
         collate_fn=collate,
-        max_physical_batch_size=options.max_physical_batch_size,
+        max_physical_batch_size=options.max_physical_batch_size or 1,
         clipping=cast(Any, options.clipping),  # the command line has checked the choices
         strategy=cast(Any, options.strategy),
         sums_device=cast(Any, options.sums_device),
@@ -111,6 +123,11 @@ def prepare(
 def unwrap(accelerator: Accelerator, model: nn.Module) -> Any:
     """The bare Hugging Face model, without the wrappers and hooks of the engine and of dpft."""
     return dpft.unwrap(accelerator.unwrap_model(model))
+
+
+def chunked(model: nn.Module, options: Options) -> nn.Module:
+    """Wrap a model for its evaluation: the head then computes the losses of a long text in chunks."""
+    return dpft.wrap(model, max_grad_norm=options.max_grad_norm)
 
 
 def explain(model: nn.Module, options: Options) -> list[str]:
@@ -125,16 +142,16 @@ def explain(model: nn.Module, options: Options) -> list[str]:
         strategy=cast(Any, options.strategy),
     )
     lines = []
-    for size in sorted({options.max_physical_batch_size, 1}, reverse=True):
-        lines.append(f"{size} x {options.seq_len} tokens:")
-        lines += ["  " + line for line in dpft.explain(model, size, options.seq_len).splitlines()]
+    for size in sorted({options.max_physical_batch_size or 1, 1}, reverse=True):
+        lines.append(f"{size} x {options.row_tokens} tokens:")
+        lines += ["  " + line for line in dpft.explain(model, size, options.row_tokens).splitlines()]
     dpft.unwrap(model)
     return lines
 
 
 def statement(prepared: Prepared, options: Options, *more: str) -> str:
     """The privacy statement of the model card, in Markdown, with ``more`` notes."""
-    tuning, notes = options.tuning_note, [ONE_RECORD.format(options.seq_len), *more]
+    tuning, notes = options.tuning_note, [ONE_RECORD.format(options.example_tokens), *more]
     if options.dataset == "docstrings":
         tuning = tuning or TUNED_ON_DOCSTRINGS
         notes.append("a docstring that occurs several times in the library was kept once, before any step")

@@ -12,7 +12,8 @@ import transformers
 import yaml
 
 import accelerate
-from finetune.options import BASE_MODEL, Options, as_words
+from finetune.options import BASE_MODEL, Options
+from finetune.parsing import as_words
 from finetune.plots import plot_run
 from finetune.private import LEDGER
 from finetune.setup import CARD, METRICS, PICTURE
@@ -68,6 +69,7 @@ def model_card(
         "docstrings": "docstrings of Python's standard library, public text that plays the private records",
         "tickets": "**synthetic** support tickets, from templates",
     }.get(options.dataset, Path(options.dataset).name if Path(options.dataset).exists() else options.dataset)
+    rows_words = f", in rows of at most {options.seq_len} tokens" if options.in_rows else ""
     title = shown(options.model).removeprefix("the ")
     return f"""---
 library_name: transformers
@@ -76,7 +78,8 @@ tags: [{"differential-privacy, dp-sgd, dpft" if private else "not-private, dpft"
 ---
 # {title[:1].upper() + title[1:]}, fine-tuned {"with differential privacy" if private else "WITHOUT PRIVACY"}
 
-Data: {data}. At most {options.seq_len} tokens of each record; one record is one example, never packed.
+Data: {data}. At most {options.example_tokens} tokens of each record; one record is one example, never packed with \
+others{rows_words}.
 
 {statement.strip()}
 
@@ -139,7 +142,7 @@ def write_report(
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     data = Path(options.dataset).name if Path(options.dataset).exists() else options.dataset
     caption = (
-        f"{shown(options.model)}; {data}, at most {options.seq_len} tokens; {schedule.sampler} sampling, "
+        f"{shown(options.model)}; {data}, at most {options.example_tokens} tokens; {schedule.sampler} sampling, "
         f"{schedule.expected_batch_size:g} expected, rate {schedule.sample_rate:.4f}\n"
         f"noise multiplier {schedule.noise_multiplier:.4g}, clip norm {schedule.max_grad_norm:g}, {options.clipping}, "
         f"AdamW {options.learning_rate:g} {options.lr_scheduler_type}; {hardware}, "

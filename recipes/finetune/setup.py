@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import dpft
 from accelerate import Accelerator
 from finetune.data import load_texts, make_collate, text_column, tokenise
-from finetune.engine import WHOLE, engine_name, from_first
+from finetune.documents import longest, rows_of, tokens_in_memory
+from finetune.engine import WHOLE, engine_name, from_first, sequence_size
 from finetune.evaluation import choose_examples
-from finetune.options import Options
+from finetune.options import DEFAULT_PHYSICAL, Options
 from finetune.private import LEDGER
 
 DEFAULT_OUTPUT = Path("outputs") / "llama_dp"
@@ -78,12 +79,21 @@ def _clear(folder: Path, ledger: Path, overwrite: bool) -> None:
 
 @dataclass
 class Materials:
-    """The public and private inputs of a run."""
+    """The public and private inputs of a run.
+
+    Attributes:
+        tokenizer: of the model.
+        train: tokenised training examples.
+        validation: tokenised rows, of one validation example each.
+        collate: from a list of rows to a batch, for evaluations.
+        collate_train: from a list of examples to a batch; the same, unless an example may have several rows.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     train: Any
     validation: list[dict[str, Any]]
     collate: Callable[..., dict[str, torch.Tensor]]
+    collate_train: Callable[..., dict[str, torch.Tensor]]
 
 
 def load_materials(options: Options, accelerator: Accelerator) -> Materials:
@@ -99,13 +109,43 @@ def load_materials(options: Options, accelerator: Accelerator) -> Materials:
             options.seed,
         )
         column = text_column(train, options.text_column)
-        train = tokenise(train, tokenizer, options.seq_len, column)
-        validation = tokenise(validation, tokenizer, options.seq_len, column)
+        train = tokenise(train, tokenizer, options.example_tokens, column)
+        validation = tokenise(validation, tokenizer, options.example_tokens, column)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     chosen = choose_examples(validation, options.max_eval_examples, options.seed)
     if not chosen:
         raise ValueError(f"no validation record of {options.dataset!r} has two tokens; choose another --text-column.")
-    return Materials(tokenizer, train, chosen, make_collate(pad if pad is not None else 0))
+    # the mean over all tokens is that of the rows
+    rows = [{"input_ids": row} for example in chosen for row in rows_of(example["input_ids"], options.row_tokens)]
+    collate = make_collate(pad if pad is not None else 0)
+    in_rows = make_collate(pad if pad is not None else 0, row_tokens=options.row_tokens)
+    return Materials(tokenizer, train, rows, collate, in_rows if options.in_rows else collate)
+
+
+def choose_physical(options: Options, materials: Materials, accelerator: Accelerator) -> Options:
+    """The options with the size of physical batches, which changes neither the result nor the privacy.
+
+    It may follow from the longest private record, so that it must not be published: the card has the options as given.
+
+    Raises:
+        ValueError: documents in several rows, whose tokens are to be spread over ranks.
+    """
+    given = options.max_physical_batch_size
+    if (spread := sequence_size(accelerator)) > 1:
+        if options.in_rows:
+            raise ValueError(
+                f"sp_size is {spread}, which spreads the tokens of one row, and with --pack documents a document has "
+                f"rows of {options.seq_len}. Give a --seq-len of at least --max-tokens-in-memory: one long row."
+            )
+        instead = f" instead of {given}" if given not in (None, 1) else ""
+        accelerator.print(f"sequence parallelism over {spread} ranks: physical batches of one example{instead}")
+        return replace(options, max_physical_batch_size=1)
+    if given is not None:
+        return options
+    if options.max_tokens_in_memory is None:
+        return replace(options, max_physical_batch_size=DEFAULT_PHYSICAL)
+    tokens = max(1, tokens_in_memory(longest(materials.train), options.row_tokens))
+    return replace(options, max_physical_batch_size=max(1, options.max_tokens_in_memory // tokens))
 
 
 def load_model(options: Options, dtype: torch.dtype) -> nn.Module:
@@ -119,18 +159,38 @@ def load_model(options: Options, dtype: torch.dtype) -> nn.Module:
         ValueError: the examples are longer than the model's positions.
         ImportError: LoRA was asked for, and peft is missing.
     """
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions and options.seq_len > positions:
+    config = AutoConfig.from_pretrained(options.model)
+    if options.rope_theta is not None:
+        _extend_positions(config, options)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and options.row_tokens > positions:
         raise ValueError(
-            f"--seq-len {options.seq_len} is more than the {positions} positions of {options.model!r}. Lower it, or "
-            "take a model with a longer context."
+            f"--seq-len {options.row_tokens} is more than the {positions} positions of {options.model!r}. Lower it, "
+            "take a model with a longer context, or give a larger --rope-theta."
         )
+    model = AutoModelForCausalLM.from_pretrained(options.model, config=config, dtype=dtype)
     model.config.use_cache = False
     if options.lora_r:
         model = _with_lora(model, options)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def _extend_positions(config: Any, options: Options) -> None:
+    """Another base of the rotary positions, and as many positions as the rows need; both are saved with the model."""
+    rope = getattr(config, "rope_parameters", None)
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        raise ValueError(f"--rope-theta: {options.model!r} has no rotary positions with one base. Leave it out.")
+    rope["rope_theta"] = options.rope_theta
+    config.max_position_embeddings = max(config.max_position_embeddings, options.row_tokens)
+
+
+def lengthen(model: nn.Module, options: Options, accelerator: Accelerator) -> nn.Module:
+    """``--long-context``: prepare the model for long texts, in place. Before dpft, which wraps inside of the tiles."""
+    if options.long_context:
+        # under ZeRO-3 each tile would gather the block's parameters
+        dpft.long_context(model, tile_mlp=None if engine_name(accelerator) == "zero3" else "auto")
     return model
 
 
@@ -181,8 +241,8 @@ def predicted_steps(model: nn.Module, options: Options, accelerator: Accelerator
     try:
         plan = dpft.plan(
             model,
-            batch_size=options.max_physical_batch_size,
-            seq_len=options.seq_len,
+            batch_size=options.max_physical_batch_size or 1,
+            seq_len=options.row_tokens,
             engine=engine,
             world_size=ranks,
         )

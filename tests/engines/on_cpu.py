@@ -27,7 +27,8 @@ def use_cpu() -> None:
         return "gloo", DistributedType.MULTI_GPU
 
     PartialState._prepare_backend = backend  # type: ignore[method-assign]  # the one way to gloo under every launcher
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+    spread = int(os.environ.get("PARALLELISM_CONFIG_SP_SIZE", "1")) > 1  # FSDP2 with DeepSpeed's attention
+    if spread or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
         import deepspeed.ops
 
         deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}  # only inference uses what it would build

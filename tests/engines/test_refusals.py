@@ -360,9 +360,11 @@ def test_models_whose_tokens_cannot_be_split() -> None:
 
     check(zoo.seeded(zoo.llama)("sdpa"))
     check(zoo.seeded(zoo.llama)("sdpa"), sp_attn_implementation="sdpa")
+    check(dpft.long_context(zoo.seeded(zoo.llama)("sdpa")), sp_attn_implementation="sdpa")
     for model, handler, match in (
         (zoo.seeded(zoo.llama)("eager"), {}, "attention is 'eager'"),
         (zoo.seeded(zoo.llama)("sdpa"), {"sp_attn_implementation": "flash_attention_2"}, "'flash_attention_2' and"),
+        (dpft.long_context(zoo.seeded(zoo.llama)("sdpa")), {"sp_attn_implementation": "flash_attention_2"}, "2' and"),
         (zoo.seeded(zoo.gemma3)("sdpa"), {}, "sliding_attention"),
         (zoo.seeded(zoo.hybrid)("sdpa"), {}, "linear_attention"),
         (zoo.seeded(zoo.bert)("sdpa"), {}, "needs a causal LM"),

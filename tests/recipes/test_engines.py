@@ -32,16 +32,16 @@ def whole(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
 
 
-def check_result(output: Path, dtype: torch.dtype) -> None:
+def check_result(output: Path, dtype: torch.dtype, steps: int = 5) -> None:
     """All that a run leaves is there. That the model's loss is that of the trained one, the recipe has checked."""
-    assert releases(output) == 5
+    assert releases(output) == steps
     model = AutoModelForCausalLM.from_pretrained(output)
     assert model.dtype == dtype
     assert model(torch.arange(8)[None]).logits.isfinite().all()
-    assert "| Steps released / planned | 5 / 5 |" in (output / "README.md").read_text()
+    assert f"| Steps released / planned | {steps} / {steps} |" in (output / "README.md").read_text()
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert sorted({row["step"] for row in rows if "loss" in row}) == [1, 2, 3, 4, 5]
-    assert whole(output)[-1] == "step_5"
+    assert sorted({row["step"] for row in rows if "loss" in row}) == list(range(1, steps + 1))
+    assert whole(output)[-1] == f"step_{steps}"
 
 
 @pytest.mark.slow
@@ -109,3 +109,21 @@ def test_zero2_lora_in_bfloat16(tmp_path: Path, records: str) -> None:
     words = words_of(records, output, "--bf16", "--lora-r", "2")
     succeed(launch("zero2", RECIPE, *words, scratch=tmp_path, timeout=150))
     check_result(output, torch.bfloat16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "more"), [("sp2_fsdp2", ["--gradient-checkpointing"]), ("sp2_zero3", ["--lora-r", "2"])]
+)
+def test_tokens_spread_over_two_ranks(config: str, more: list[str], tmp_path: Path) -> None:
+    """Documents of a folder, each one row, on which long_context is on: exported, reloaded, its loss the same."""
+    folder, output = tmp_path / "documents", tmp_path / "run"
+    folder.mkdir()
+    for number in range(40):
+        (folder / f"file{number}.md").write_text(f"Return the value number {number}, " + "or nothing " * (number % 9))
+    words = words_of(str(folder), output, "--num-steps", "3", "--expected-batch-size", "4", "--max-eval-examples", "4")
+    words += ["--long-context", "--pack", "documents", "--max-tokens-in-memory", "48", *more]
+    told = succeed(launch(config, RECIPE, *words, scratch=tmp_path, timeout=200))
+    assert "physical batches of one example instead of 4" in told
+    check_result(output, torch.float32, steps=3)
+    assert "tokens of each record; one record is one example" in (output / "README.md").read_text()

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.options import BASE_MODEL, Options, as_words, build_parser, parse, read_yaml
+from finetune.options import BASE_MODEL, Options
+from finetune.parsing import as_words, build_parser, parse, read_yaml
 
 CONFIGS = Path(__file__).resolve().parents[2] / "recipes" / "configs"
 
