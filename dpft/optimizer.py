@@ -16,7 +16,7 @@ _GUARD = "_dpft_guard"
 
 
 class Sums(Protocol):
-    """Holds the clipped sums instead of ``.grad`` when several processes train."""
+    """Holds the clipped sums instead of ``.grad``: of several processes, or in host memory."""
 
     parameters: dict[str, nn.Parameter]
 
@@ -155,6 +155,13 @@ class DPOptimizer(torch.optim.Optimizer):
                 "plus new gradients. Call optimizer.zero_grad() after every optimizer.step()."
             )
         self._before_release()
+        self._fill_gradients()
+        self._step_inner()
+        self.releases += 1
+        self._spent = True
+
+    def _fill_gradients(self) -> None:
+        """Give each parameter of the inner optimiser its release."""
         if self.sums is not None:
             self.sums.release(self.noise, self.noise_multiplier * self.max_grad_norm, self.expected_batch_size)
             names = {id(p): name for name, p in self.sums.parameters.items()}
@@ -166,13 +173,13 @@ class DPOptimizer(torch.optim.Optimizer):
                     self._release(p)
                 else:
                     p.grad = None  # frozen since then: the inner optimiser would apply its gradient without noise
+
+    def _step_inner(self) -> None:
         self._stepping = True
         try:
             self.inner.step()
         finally:
             self._stepping = False
-        self.releases += 1
-        self._spent = True
 
     def _is_rehearsal(self) -> bool:
         """Whether torch makes this step only to create the optimiser's state before it loads a checkpoint.
@@ -191,11 +198,9 @@ class DPOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _rehearse(self) -> None:
-        self._stepping = True
         try:
-            self.inner.step()
+            self._step_inner()
         finally:
-            self._stepping = False
             for p in self.parameters():
                 p.grad = None
 

@@ -15,6 +15,7 @@ from torch import nn
 from dpft.clipping.state import Clipping, ClipState, Isolation
 from dpft.clipping.strategy_choice import Choice, Strategy, allowance, choose_for_all, free_memory
 from dpft.engines.engine import SENDS_AT_ONCE, Kind, launch
+from dpft.engines.host import check_sums_device
 from dpft.engines.ranks import Ranks
 from dpft.engines.requirements import check_accelerator, check_model, check_prepared, dataset_mark, versions, watch
 from dpft.engines.shared_ledger import SharedLedger
@@ -53,6 +54,7 @@ def prepare(
     num_workers: int = 0,
     static_shapes: bool = False,
     isolation: Isolation = "default",
+    sums_device: Literal["cpu"] | None = None,
     test_seed: int | None = None,
 ) -> tuple[nn.Module, Any, PrivateDataLoader]:
     """Make a training loop private.
@@ -88,6 +90,8 @@ def prepare(
         num_workers: worker processes of the DataLoader.
         static_shapes: pad every physical batch to ``max_physical_batch_size`` rows.
         isolation: as :func:`dpft.wrap`; the report says where it is ``"off"``.
+        sums_device: ``"cpu"`` keeps the clipped sums and the optimiser in host memory, with float32 masters of the
+            parameters; one process only. None: in ``.grad``, on the model's device.
         test_seed: fixes sampling and noise, for tests only: the run is then not private, and the report says so.
 
     Returns:
@@ -107,6 +111,7 @@ def prepare(
         kind = check_accelerator(accelerator)
         check_model(accelerator, kind, model, optimizer)
         check_dataset(dataset)
+        check_sums_device(sums_device, kind, clipping, optimizer)
         if max_physical_batch_size != "auto":
             _check_whole("max_physical_batch_size", max_physical_batch_size, 1)
         elif clipping != "flash" or strategy != "auto":
@@ -142,6 +147,7 @@ def prepare(
             "seq_len": seq_len,
             "static_shapes": static_shapes,
             "isolation": isolation,
+            "sums_device": sums_device,
             "num_workers": num_workers,
             "continue_ledger": continue_ledger,
             "test_seed": test_seed,
@@ -158,7 +164,8 @@ def prepare(
         _check_whole("seq_len", seq_len, 1)
         assert seq_len is not None
         largest = math.ceil(schedule.expected_batch_size / ranks.world)  # more would be padding
-        planned = ranks.together(lambda: _planned_batch(model, optimizer, seq_len, kind, ranks, loss_chunk))
+        on_host = sums_device == "cpu"
+        planned = ranks.together(lambda: _planned_batch(model, optimizer, seq_len, kind, ranks, loss_chunk, on_host))
         max_physical_batch_size = int(ranks.minimum(min(planned.batch_size, largest)))
         memory = planned.allowance if memory is None else memory  # so that the strategy is the planned one
     wrap(
@@ -193,6 +200,7 @@ def prepare(
             model,
             optimizer,
             run,
+            on_host=sums_device == "cpu",
             noise=GaussianNoise(
                 secret=None if test_seed is None else _test_secret(test_seed, run),
                 stream=ranks.rank,
@@ -237,6 +245,7 @@ def _assemble(
     optimizer: torch.optim.Optimizer,
     run: PrivacyRun,
     *,
+    on_host: bool,
     noise: GaussianNoise,
     batches: PhysicalBatchSampler,
     loader: dict[str, Any],
@@ -266,7 +275,7 @@ def _assemble(
             check=guard.check,
         )
 
-    if kind == "single":
+    if kind == "single" and not on_host:
         prepared = accelerator.prepare_model(model)
         bare = accelerator.unwrap_model(prepared)
         private = make(DPOptimizer, optimizer, None)
@@ -278,7 +287,7 @@ def _assemble(
         ranks.together(lambda: check_prepared(accelerator, kind, prepared))
         engine.still = watch(kind, prepared, private.inner)
         state.engine = engine
-        if state.strategy == "auto":
+        if state.strategy == "auto" and kind != "single":
             state.decided = _agreed_strategy(state, kind, ranks, engine.max_batch_size)
     guard.model = bare
     state.parameters = {name: p for name, p in bare.named_parameters() if p.requires_grad}
@@ -289,7 +298,13 @@ def _assemble(
 
 
 def _planned_batch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, seq_len: int, kind: Kind, ranks: Ranks, loss_chunk: Any
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    seq_len: int,
+    kind: Kind,
+    ranks: Ranks,
+    loss_chunk: Any,
+    on_host: bool,
 ) -> Plan:
     """The plan of the physical batch with the least predicted time per example that fits where training will run.
 
@@ -297,7 +312,8 @@ def _planned_batch(
         UnsupportedModuleError: a model that cannot be planned; give a number then.
     """
     stateless = isinstance(optimizer, torch.optim.SGD) and not any(g["momentum"] for g in optimizer.param_groups)
-    states: Literal["adamw", "sgd"] = "sgd" if stateless else "adamw"
+    # With sums and optimiser in host memory the plan has one gradient too many on the device: on the safe side.
+    states: Literal["adamw", "sgd"] = "sgd" if stateless or on_host else "adamw"
     there = [p for p in model.parameters() if p.device.type == ranks.device.type]  # the others still have to be moved
     memory = free_memory(ranks.device) + sum(p.numel() * p.element_size() for p in there)
     return predict(

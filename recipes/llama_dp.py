@@ -78,7 +78,7 @@ def dry_run(options: Options, materials: Materials, model: nn.Module, accelerato
     accelerator.print(f"execution          {first}")
     for line in others:
         accelerator.print(f"                   {line}")
-    accelerator.print(f"memory             {steady_memory(model, accelerator)}")
+    accelerator.print(f"memory             {steady_memory(model, accelerator, options)}")
     accelerator.print("a physical batch   is predicted to take")
     for line in predicted_steps(model, options, accelerator):
         accelerator.print(f"                   {line}")

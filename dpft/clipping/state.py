@@ -24,7 +24,10 @@ Clipping = Literal["flash", "ghost", "fast", "per_sample", "none"]
 
 
 class Engine(Protocol):
-    """What the clipped backward needs from an engine that trains one model on several processes."""
+    """What the clipped backward needs from an engine, which has the clipped sums instead of ``.grad``."""
+
+    alone: bool
+    """Whether one process trains the whole model, and only its sums are elsewhere."""
 
     sharded: bool
     """Whether parameters are sharded between their uses, so that each traversal of the graph is a collective."""
@@ -120,7 +123,8 @@ class ClipState:
         guarded: ``id`` of each parameter that has a hook.
         row_tokens: T of the input of the last forward, in each of its rows.
         input_dim: number of dimensions of the model's input in the running forward.
-        engine: receives the clipped sums if several processes train; None leaves them in ``.grad``.
+        engine: receives the clipped sums, if several processes train, or they are in host memory; None leaves them in
+            ``.grad``.
         decided: the strategy of every batch, if all ranks had to agree on one beforehand.
         head: computes a causal LM's losses in chunks; None if the model's own head and loss are used.
         catches_losses: whether the losses that the model's forward computes of a batch must be caught and computed per
@@ -167,6 +171,15 @@ class ClipState:
     head: Head | None = None
     catches_losses: bool = True
     holds: Callable[[], BookKeeping] | None = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether one process trains the model: what it does, it need not agree on with others."""
+        return self.engine is None or self.engine.alone
+
+    def largest_batch(self, batch_size: int) -> int:
+        """The batch size by which it is decided what runs: this batch's, or the largest of all ranks'."""
+        return batch_size if self.engine is None or self.engine.alone else self.engine.max_batch_size
 
     def hold(self, weight: Tensor) -> AbstractContextManager[None]:
         """See :class:`dpft.rules.base.Host`."""
@@ -258,5 +271,7 @@ class ClipState:
         shape = (batch_size, seq_len)
         if shape not in self.choices:
             itemsize = max((p.element_size() for p in self.parameters.values()), default=4)
-            self.choices[shape] = choose_strategy(self.uses, batch_size, seq_len, itemsize, self.memory, device)
+            self.choices[shape] = choose_strategy(
+                self.uses, batch_size, seq_len, itemsize, self.memory, device, sums_elsewhere=self.engine is not None
+            )
         return self.choices[shape]

@@ -110,7 +110,7 @@ class Job:
 
         As rarely as the isolation check: it looks at every object of the process.
         """
-        due = self.state.engine is None and self.state.backwards & (self.state.backwards - 1) == 0
+        due = self.state.alone and self.state.backwards & (self.state.backwards - 1) == 0
         return foreign_leaves({id(p): n for n, p in self.state.parameters.items()}) if due and accumulates() else {}
 
     def traverse(self, running: Pass, losses: Tensor, seeds: Tensor, retain_graph: bool) -> None:
@@ -139,7 +139,7 @@ class Job:
         and whenever their number is four times that at the last. Such a step keeps the graph, as a two-pass step does.
         """
         state = self.state
-        largest = self.batch_size if state.engine is None else state.engine.max_batch_size
+        largest = state.largest_batch(self.batch_size)
         rarer = 2 if state.probed_at == 1 else 4
         if largest < 2 or (state.probed_at > 0 and state.backwards < rarer * state.probed_at):
             return None
@@ -372,7 +372,7 @@ def _example_gradient(state: ClipState, loss: Tensor, parameters: list[Tensor]) 
     for p in parameters:
         p.grad = None
     try:
-        if state.engine is None and may_accumulate(loss):
+        if state.alone and may_accumulate(loss):
             # What a backward inside of a backward computes can only be found in .grad.
             torch.autograd.backward(loss)
             return [p.grad for p in parameters]

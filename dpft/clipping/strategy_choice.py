@@ -152,7 +152,13 @@ def gradient_bytes(uses: Iterable[MatrixUse], itemsize: int) -> int:
 
 
 def choose_strategy(
-    uses: Iterable[MatrixUse], batch_size: int, seq_len: int, itemsize: int, memory: int | None, device: torch.device
+    uses: Iterable[MatrixUse],
+    batch_size: int,
+    seq_len: int,
+    itemsize: int,
+    memory: int | None,
+    device: torch.device,
+    sums_elsewhere: bool = False,
 ) -> Choice:
     """One-pass if the tensors it keeps fit, else two-pass.
 
@@ -165,14 +171,16 @@ def choose_strategy(
         itemsize: bytes per element of activations.
         memory: bytes that one-pass may keep beyond one gradient; None depends on what ``device`` has free.
         device: of the model.
+        sums_elsewhere: the sums are in host memory, so that the device has no other gradient than the kept ones.
     """
     uses = list(uses)
-    gradient = gradient_bytes(uses, itemsize)
+    gradient = 0 if sums_elsewhere else gradient_bytes(uses, itemsize)
     extra = max(0, kept_bytes(uses, batch_size, seq_len, itemsize) - gradient)
     allowed = allowance(memory, device)
+    beyond = "" if sums_elsewhere else f" beyond one gradient of {gradient / 2**20:.1f} MiB"
     numbers = (
-        f"B={batch_size}, T={seq_len}: one-pass keeps {extra / 2**20:.1f} MiB beyond one gradient of "
-        f"{gradient / 2**20:.1f} MiB; {allowed / 2**20:.1f} MiB allowed"
+        f"B={batch_size}, T={seq_len}: one-pass keeps {extra / 2**20:.1f} MiB{beyond}; "
+        f"{allowed / 2**20:.1f} MiB allowed"
     )
     if extra <= allowed:
         return Choice("one_pass", f"one_pass: 1.00 x the FLOPs of a plain step. {numbers}")

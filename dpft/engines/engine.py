@@ -14,6 +14,7 @@ from torch.overrides import has_torch_function
 
 from dpft.engines import zero_layout
 from dpft.engines.deepspeed_config import NO_LEAF_MODULES
+from dpft.engines.host import HostOptimizer, HostSums, Staging
 from dpft.engines.ranks import Ranks, limit_waiting
 from dpft.engines.sums import ClippedSums, ReplicatedSums, ShardedSums
 from dpft.engines.zero import ZeroOptimizer, ZeroSums
@@ -30,6 +31,7 @@ class TrainingEngine:
 
     Attributes:
         kind: which engine.
+        alone: see the protocol.
         sharded: see the protocol.
         reentrant: see the protocol.
         max_batch_size: see the protocol.
@@ -41,7 +43,8 @@ class TrainingEngine:
     def __init__(self, kind: Kind, model: nn.Module, ranks: Ranks, sums: ClippedSums, max_batch_size: int) -> None:
         self.kind, self.ranks, self.sums, self.max_batch_size = kind, ranks, sums, max_batch_size
         self.sharded = kind in ("fsdp2", "zero3")
-        self.reentrant = kind in ("ddp", "fsdp2")
+        self.alone = kind == "single"
+        self.reentrant = kind in ("single", "ddp", "fsdp2")
         self._model = model
         self._leaves: dict[str, Tensor] | None = None
         self.still: Callable[[], None] = lambda: None
@@ -118,7 +121,7 @@ def launch(
     max_batch_size: int,
     make: Callable[..., DPOptimizer],
 ) -> tuple[nn.Module, nn.Module, TrainingEngine, DPOptimizer, Any]:
-    """Prepare model and optimiser under an engine of several processes (or of one shard).
+    """Prepare model and optimiser under an engine of several processes, or of one with its sums in host memory.
 
     Args:
         accelerator: Accelerate's.
@@ -139,6 +142,14 @@ def launch(
         bare = accelerator.unwrap_model(prepared)
         sums: ClippedSums = ShardedSums(_trainable(bare), ranks)
         private.sums = sums
+    elif kind == "single":
+        prepared = accelerator.prepare_model(model)
+        bare = accelerator.unwrap_model(prepared)
+        trained = _trainable(bare)
+        host_sums = HostSums(trained, ranks, Staging(next(iter(trained.values())).device))
+        sums = host_sums
+        private = make(HostOptimizer, optimizer, host_sums)
+        stepped = accelerator.prepare_optimizer(private, device_placement=False)  # else its state went to the device
     elif kind == "ddp":
         # Without DistributedDataParallel: its buckets have the parameters' dtype, and would only take memory here.
         prepared = accelerator.prepare_model(model, evaluation_mode=True)

@@ -51,7 +51,7 @@ def clipped_forward(
         return out if losses is None else with_loss(out, mean_loss(_of_examples(losses, groups), weights))
     state.check_parameters(model)
     refuse_compiled(state, model)
-    if state.clipping != "none" and state.engine is None:
+    if state.clipping != "none" and state.alone:
         guard_parameters(state)
     shape = _batch_shape(args, kwargs)
     if shape is None:
@@ -112,7 +112,7 @@ def _may_run_one_by_one(state: ClipState) -> bool:
 
     Not under an engine, whose other ranks and gathered parameters are in the middle of this forward.
     """
-    return state.strategy == "auto" and state.clipping == "flash" and state.engine is None
+    return state.strategy == "auto" and state.clipping == "flash" and state.alone
 
 
 def _look_ahead(state: ClipState, out: Any) -> None:
@@ -347,7 +347,7 @@ def _forward_each(
     losses: list[Tensor] = []
     logits: dict[Any, list[Tensor]] = {}
     out: Any = None
-    largest = batch if state.engine is None else state.engine.max_batch_size
+    largest = state.largest_batch(batch)
     checked = random.SystemRandom().randrange(batch) if is_due(state, largest) else None
     for i in range(batch):
         row = {k: row_of(v, i, batch, k) for k, v in kwargs.items()}

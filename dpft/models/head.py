@@ -286,7 +286,7 @@ class Head:
             return plain(h)
         if self.state.batch_size is not None:
             return plain(h)  # the forward is still running: a loss term from these logits is a use like any other
-        if self.state.engine is None and _version(made.weight) != made.weight_version:
+        if self.state.alone and _version(made.weight) != made.weight_version:
             raise ClippingError(
                 "the logits were read after the head's weight had changed (optimizer.step?), and dpft computes them "
                 "when they are read. Read them earlier, or wrap with loss_chunk=None."

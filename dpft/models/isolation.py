@@ -87,7 +87,7 @@ class RowCheck:
         on all of them or on none. Where the forward draws random numbers, every second one after the first is left
         out (:meth:`compare`). Rows that are run one by one have a check of their own (:meth:`of_row`).
         """
-        largest = batch if state.engine is None else state.engine.max_batch_size
+        largest = state.largest_batch(batch)
         if state.strategy == "per_example" or not is_due(state, largest):
             return cls(state, model, None, args, kwargs, batch)
         number = state.backwards + 1

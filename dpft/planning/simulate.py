@@ -89,6 +89,7 @@ class Simulation:
 class _Rank:
     """Stand-in for an engine: takes the gradients as it would, and keeps its part of their sums in float32."""
 
+    alone = False
     reentrant = True
 
     def __init__(self, sharding: Sharding, batch_size: int) -> None:

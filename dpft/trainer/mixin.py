@@ -45,7 +45,7 @@ class PrivateMixin:
         privacy: everything that affects the privacy; None takes it from :class:`dpft.DPTrainingArguments`.
         privacy_options: further arguments of :func:`dpft.prepare`: ``ledger_path`` (default: in ``output_dir``),
             ``continue_ledger``, ``strategy``, ``clipping``, ``memory``, ``loss_chunk``, ``isolation``,
-            ``static_shapes``, ``test_seed``.
+            ``static_shapes``, ``sums_device``, ``test_seed``.
         *args: of the Trainer.
         **kwargs: of the Trainer.
 

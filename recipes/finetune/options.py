@@ -141,6 +141,7 @@ class Options:
     max_physical_batch_size: int = option(
         32, "execution", "examples in memory at once", also=("per_device_train_batch_size",), metavar="B"
     )
+    sums_device: str | None = option(None, "execution", "cpu: sums and AdamW in host memory", choices=("cpu",))
     cpu_threads: int | None = option(
         None, "execution", "threads of torch on a CPU; the cores that this process may use, if not given", metavar="N"
     )

@@ -102,6 +102,7 @@ def prepare(
         max_physical_batch_size=options.max_physical_batch_size,
         clipping=cast(Any, options.clipping),  # the command line has checked the choices
         strategy=cast(Any, options.strategy),
+        sums_device=cast(Any, options.sums_device),
         ledger_path=ledger,
     )
     return Prepared(model, optimizer, loader)

@@ -147,7 +147,7 @@ def _with_lora(model: nn.Module, options: Options) -> nn.Module:
     return get_peft_model(model, config)
 
 
-def steady_memory(model: nn.Module, accelerator: Accelerator) -> str:
+def steady_memory(model: nn.Module, accelerator: Accelerator, options: Options) -> str:
     """The memory that a process always needs, in words: parameters, clipped sums, AdamW."""
     engine, ranks = engine_name(accelerator), accelerator.num_processes
     zero = engine.startswith("zero")
@@ -156,6 +156,11 @@ def steady_memory(model: nn.Module, accelerator: Accelerator) -> str:
     # two moments of the weights' dtype; under ZeRO of float32, with a float32 copy of the weights
     adam = sum((12 if zero else 2 * p.element_size()) * _numel(p) for p in trainable)
     sums = sum(4 * _numel(p) for p in trainable)  # the clipped sum of a logical batch is float32 in any case
+    if options.sums_device == "cpu":
+        return (
+            f"{every / 2**20:,.1f} MiB of parameters held; in host memory {4 * sums / 2**20:,.1f} MiB: clipped sums "
+            f"{sums / 2**20:,.1f}, AdamW with float32 masters {3 * sums / 2**20:,.1f}"
+        )
     if engine in ("fsdp2", "zero3"):
         every /= ranks
     if engine in ("fsdp2", "zero2", "zero3"):
