@@ -34,7 +34,7 @@ LAYERS: dict[str, set[str]] = {
     "wrap": _ARITHMETIC | {"clipping", "models"},
     "custom": _GRADIENT,
     "long_context": _GRADIENT,
-    "planning": _GRADIENT,
+    "planning": _GRADIENT | {"long_context"},
     "noise": _LOW,
     "optimizer": _LOW | {"noise", "privacy", "clipping"},
     "workers": _LOW,
