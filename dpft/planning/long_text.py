@@ -139,10 +139,11 @@ def offloading(twin: nn.Module, meter: HostMeter | None) -> Iterator[None]:
     if installed is None:
         yield
         return
-    offloader = Offloader(None if meter is None else meter.park)
     functions = [layer.__dict__.get("_gradient_checkpointing_func") for layer in installed.layers]
     offloaded = [function for function in functions if isinstance(function, OffloadedCheckpoint)]
     before = [function._offloader for function in offloaded]
+    least = before[0]._least if before else 0
+    offloader = Offloader(None if meter is None else meter.park, least)
     for function in offloaded:
         function._offloader = offloader
     try:
