@@ -74,6 +74,7 @@ def wrap(
         loss_chunk: tokens per chunk in which a causal LM's head and loss are computed (``clipping="flash"``);
             ``out.logits`` is then computed when read. ``"auto"`` chooses; None computes all logits at once, as
             plain training does, and so do heads other than an ``nn.Linear`` and logits that are scaled or capped.
+            With ``clipping="none"`` only a number has an effect.
         impl: of the norm kernels of linear layers: ``"torch"``, ``"triton"``, or ``"auto"``, which uses torch: the
             Triton kernels were not measured on a GPU yet. One that is named never falls back.
         isolation: how often one random row is also run alone, and must have the loss, or the outputs, that it has in
@@ -156,7 +157,9 @@ def _wrapped(
         guard_parameters(state)
     causal_lm = find_causal_lm(model)
     state.catches_losses = not uses_loss_function(model, causal_lm)
-    chunked = _chunked_head(causal_lm, model) if clipping in ("flash", "none") and loss_chunk is not None else None
+    # Plain training keeps its logits, unless a number of tokens is asked for by name.
+    in_chunks = clipping == "flash" or (clipping == "none" and loss_chunk != "auto")
+    chunked = _chunked_head(causal_lm, model) if in_chunks and loss_chunk is not None else None
     for module, site_rule, keys in sites:
         module.__dict__[SITE] = (site_rule, state, keys)
         if module not in (model, chunked):

@@ -4,8 +4,8 @@
     python tools/plan_long_context.py --models llama-3.2-1b --trainings full --cards 1
 
 Each row is :func:`dpft.longest` of a model of bf16 parameters on meta, B = 1, AdamW, on cards of 80 GB (80e9 bytes):
-one with sums and optimiser in 128 GiB of host memory, or eight under FSDP2 with sequence parallelism over all of them
-and 1 TiB. Rows with `tokens` are the plan of that length. Everything here is predicted; nothing has run on a GPU.
+one with sums and optimiser in 128 GiB of host memory, or eight under ZeRO-2, whose whole parameters allow tiles, with
+sequence parallelism over all of them and 1 TiB. Rows with `tokens` are the plan of that length. Everything here is predicted; nothing has run on a GPU.
 A row is written as soon as it is known, and rows that are in the file already are kept.
 """
 
@@ -49,7 +49,7 @@ TRAININGS = ("lora", "full")
 LORA = {"r": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
 CARDS: dict[int, dict[str, Any]] = {
     1: {"host_memory": 128 * GIB, "sums_device": "cpu"},
-    8: {"host_memory": 1024 * GIB, "engine": "fsdp2", "world_size": 8, "sequence_parallel": 8},
+    8: {"host_memory": 1024 * GIB, "engine": "zero2", "world_size": 8, "sequence_parallel": 8},
 }
 # What was to be planned: model, training, cards, tokens.
 ASKED = (

@@ -8,7 +8,7 @@ of queries by block of queries with the keys of its window alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +101,7 @@ def mask_of(
 
 def _causal(same: Tensor, length: int, window: int | None) -> Spans:
     """From ``same [B, T - 1]``: whether a token sees the one before it."""
-    documents = None
+    documents: list[list[int]] | None = None
     if not bool(same.all()):
         documents = []
         for row in same.cpu():
@@ -214,7 +214,7 @@ def _row(
     """``[B, T, H, D]`` of rows with documents of these lengths."""
     # One node splits them all: its backward is one concatenation, and not a [T] of zeros for each piece.
     pieces = zip(*(t.split(lengths, 2) for t in (q, k, v)), strict=True)
-    outputs = [_document(run, *piece, window) for piece in pieces]
+    outputs = [_document(run, q_part, k_part, v_part, window) for q_part, k_part, v_part in pieces]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
 
@@ -224,7 +224,7 @@ def _document(run: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, windo
         return run(q, k, v)
     size = max(_BLOCKS[0], min(_BLOCKS[1], window))
     before = -(-(window - 1) // size)  # blocks of keys before the queries' own
-    blocks: Sequence[Sequence[Tensor]] = [t.split(size, 2) for t in (q, k, v)]
+    blocks = [list(t.split(size, 2)) for t in (q, k, v)]
     outputs = []
     for i, queries in enumerate(blocks[0]):
         first = max(0, i - before)

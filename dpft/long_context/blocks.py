@@ -195,6 +195,8 @@ def _cost_if_apart(
         whole, one, replaced = run(x), run(x[:, :1].contiguous()), run(changed)
         if not (_is_output(whole, x) and _is_output(one, x[:, :1]) and _is_output(replaced, x)):
             return None
+        if x.dim() == 4 and not _close(whole, run(x.transpose(1, 2)).transpose(1, 2), dtype):
+            return None  # heads may come before tokens: a norm of heads treats both apart
         parts = torch.cat([run(x[:, :at].contiguous()), run(x[:, at:].contiguous())], 1)
     alike = (
         _close(whole, parts, dtype)

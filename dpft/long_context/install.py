@@ -20,6 +20,8 @@ from dpft.long_context.tiles import Tiles, TileSize, run_in_tiles
 from dpft.wrap import LONG_CONTEXT
 
 _TILES, _BEFORE = "_dpft_tiles", "_dpft_untiled"
+# With which transformers lets the embeddings' output need a gradient when checkpointing is turned on.
+_INPUT_HOOKS = ("_require_grads_hook", "_require_grads_hooks")
 
 
 @dataclass
@@ -30,6 +32,7 @@ class LongContext:
         blocks: those that run in tiles.
         layers: checkpointed layers.
         checkpointing: what each module had of transformers' attributes for it, as far as they were its own.
+        inputs: the model whose checkpointing was turned on, and the hooks that its embeddings had then.
         attention: each configuration with the name of its attention.
         suspended: whether the tiles are off for the moment.
     """
@@ -37,6 +40,7 @@ class LongContext:
     blocks: list[Block] = field(default_factory=list)
     layers: list[nn.Module] = field(default_factory=list)
     checkpointing: list[tuple[nn.Module, dict[str, Any]]] = field(default_factory=list)
+    inputs: tuple[nn.Module, dict[str, Any]] | None = None
     attention: list[tuple[Any, str]] = field(default_factory=list)
     suspended: bool = True
 
@@ -132,6 +136,13 @@ def _restore(installed: LongContext) -> None:
         for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):
             module.__dict__.pop(name, None)
         module.__dict__.update(before)
+    if installed.inputs is not None:
+        model, hooks = installed.inputs
+        if not hooks and any(name in model.__dict__ for name in _INPUT_HOOKS):
+            model.disable_input_require_grads()  # type: ignore[operator]  # a method of transformers
+            for name in _INPUT_HOOKS:
+                model.__dict__.pop(name, None)
+        model.__dict__.update(hooks)
     restore_attention(installed.attention)
 
 
@@ -153,6 +164,7 @@ def _turn_checkpointing_on(model: nn.Module, installed: LongContext, offloader: 
             installed.checkpointing.append((module, {n: module.__dict__[n] for n in names if n in module.__dict__}))
     if not any(getattr(layer, "gradient_checkpointing", False) for layer in layers):
         inner = next(m for m in model.modules() if hasattr(m, "gradient_checkpointing_enable") and not _is_peft(m))
+        installed.inputs = inner, {name: inner.__dict__[name] for name in _INPUT_HOOKS if name in inner.__dict__}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # its newer name is not in all versions
             inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]  # a method of transformers

@@ -154,14 +154,13 @@ class _Side:
                 )
 
 
-_SIDES: dict[int, _Side] = {}
+_SIDES: dict[torch.device, _Side] = {}
 
 
 def _side(device: torch.device) -> _Side:
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    if index not in _SIDES:
-        _SIDES[index] = _Side(device)
-    return _SIDES[index]
+    if device not in _SIDES:  # a tensor's, which has an index
+        _SIDES[device] = _Side(device)
+    return _SIDES[device]
 
 
 class PinnedCopy:

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from dpft.clipping.coverage import check_coverage
 from dpft.clipping.probe import drew_since, random_states
 from dpft.clipping.state import ClipState
+from dpft.errors import ClippingError
 from dpft.models.sites import sites_in
 from dpft.rules.base import SiteFunction, running_pass
 from dpft.rules.tiles import TilePass
@@ -62,6 +63,10 @@ def run_in_tiles(tiles: Tiles, plain: Callable[..., Any], *args: Any, **kwargs: 
     x = args[0] if len(args) == 1 and not kwargs else None
     if type(x) is not Tensor or x.dim() < 3 or not x.is_floating_point() or len(x) == 0:
         return plain(*args, **kwargs)
+    if x.dim() == 4 and x.shape[1] < x.shape[2]:  # [B, H, T, D] of a norm of heads
+        return run_in_tiles(tiles, lambda t: plain(t.transpose(1, 2)).transpose(1, 2), x.transpose(1, 2)).transpose(
+            1, 2
+        )
     step = tiles.tokens(x.shape[1])
     if x.shape[1] <= step:
         return plain(x)
@@ -110,6 +115,7 @@ class _Call:
         sites = sites_in(tiles.members)
         states = [state for _, state, _ in sites if state.strategy != "per_example"]
         self.host: ClipState | None = states[0] if states else None
+        _refuse_sharded(self.host)
         self.names: list[str] = []
         if self.host is None:
             found = {id(p): p for m in tiles.members for p in m.parameters() if p.requires_grad}
@@ -174,14 +180,15 @@ class _Call:
             y = self.plain(part)
         if self.host is not None:
             sharded = self.host.engine is not None and self.host.engine.sharded
-            check_coverage(y, None if sharded else {id(p): name for name, p in self.host.parameters.items()})
+            names = None if sharded else {id(p): name for name, p in self.host.parameters.items()}
+            check_coverage(y, names)
             inputs: list[Tensor] = [self.host.tap]
         else:
             inputs = self.parameters
         inputs = inputs if dx is None else [part, *inputs]
         if not inputs or not y.requires_grad:
             return
-        grads = list(torch.autograd.grad(y, inputs, g, allow_unused=True))
+        grads: list[Tensor | None] = list(torch.autograd.grad(y, inputs, g, allow_unused=True))
         if dx is not None:
             found = grads.pop(0)
             dx.zero_() if found is None else dx.copy_(found)
@@ -224,6 +231,20 @@ class _Call:
                 if device.type == "cuda":
                     torch.cuda.set_rng_state(self._random[1], device)
             yield
+
+
+def _refuse_sharded(host: ClipState | None) -> None:
+    """Tiles have not run under an engine that gathers weights for each call of a layer: it would do so for each tile.
+
+    Raises:
+        ClippingError: says what to do.
+    """
+    if host is not None and host.engine is not None and host.engine.sharded:
+        raise ClippingError(
+            "a block runs in tiles under an engine that shards parameters, which has not been verified: its weights "
+            "would be gathered for each tile. Use dpft.long_context(model, tile_mlp=None), which keeps offloaded "
+            "checkpoints and attention, or DDP"
+        )
 
 
 def _tile_of(x: Tensor, span: slice) -> Tensor:

@@ -16,6 +16,7 @@ from dpft.clipping.strategy_choice import free_memory
 from dpft.errors import UnsupportedModuleError
 from dpft.kernels.head import auto_chunk
 from dpft.models.causal_lm import find_causal_lm
+from dpft.long_context.install import LongContext
 from dpft.planning.hardware import HARDWARE, Hardware, measure
 from dpft.planning.long_text import find_long_context, install_on_meta
 from dpft.planning.longest import STEP, Longest, find_longest
@@ -70,7 +71,7 @@ def plan(
         loss_chunk: as in :func:`dpft.wrap`.
         long_context: whether :func:`dpft.long_context` is on; a model on which it is on is planned with it in any
             case. Of a model on meta, the blocks that run in tiles are found by their shapes alone. On a GPU the
-            inputs of checkpoints are in host memory.
+            inputs of checkpoints are in host memory. Under an engine that shards parameters there are no tiles.
         sequence_parallel: S, the ranks over which the tokens of a text are spread (Ulysses), each ``T / S``.
         host_memory: bytes of host memory that the offloaded tensors of all ranks have to fit into. None: whatever
             they take.
@@ -159,7 +160,12 @@ def _predictor(
         if checkpointing is False:
             raise ValueError("checkpointing is False; long context is with gradient checkpointing. Leave it None")
         if not known:
-            install_on_meta(twin)
+            install_on_meta(twin, None if sharding.parameters else "auto")
+        elif sharding.parameters and (find_long_context(twin) or LongContext()).blocks:
+            raise ValueError(
+                f"blocks run in tiles, which {engine} refuses, as it shards parameters. Use "
+                "dpft.long_context(model, tile_mlp=None), or an engine that does not shard them (zero2)"
+            )
     if optimizer is not None:
         for p in twin.parameters():
             if p.dtype.itemsize < 4 and p.is_floating_point():

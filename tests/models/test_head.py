@@ -298,6 +298,16 @@ def test_ghost_and_the_other_baselines_keep_their_logits() -> None:
         assert not is_lazy(model(**case.batch).logits)
 
 
+def test_plain_training_in_chunks_if_asked_for() -> None:
+    """The sum of all gradients, of several rows at once, without clipping."""
+    case = case_of(zoo.LLAMA_TIED, tokens=LONG)
+    model = dpft.wrap(case.build(), clipping="none", loss_chunk=4)
+    out = model(**case.batch)
+    assert is_lazy(out.logits)
+    out.loss.backward()
+    check_grads(case, model, torch.ones(len(case.exact.norms)))
+
+
 @pytest.mark.parametrize("bad", [0, -1, 1.5, True, "some"])
 def test_a_chunk_that_is_none_is_refused(bad: Any) -> None:
     with pytest.raises(ValueError, match="loss_chunk"):

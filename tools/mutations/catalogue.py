@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from tools.mutations.gradients import GRADIENT_MUTATIONS
 from tools.mutations.host import HOST_MUTATIONS
+from tools.mutations.long_context import LONG_CONTEXT_MUTATIONS
 from tools.mutations.mechanism import MECHANISM_MUTATIONS
 from tools.mutations.rules import RULE_MUTATIONS
 from tools.mutations.trainers import TRAINER_MUTATIONS
 
-MUTATIONS = (*GRADIENT_MUTATIONS, *MECHANISM_MUTATIONS, *HOST_MUTATIONS, *RULE_MUTATIONS, *TRAINER_MUTATIONS)
+MUTATIONS = (
+    *GRADIENT_MUTATIONS,
+    *LONG_CONTEXT_MUTATIONS,
+    *MECHANISM_MUTATIONS,
+    *HOST_MUTATIONS,
+    *RULE_MUTATIONS,
+    *TRAINER_MUTATIONS,
+)

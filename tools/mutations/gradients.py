@@ -124,8 +124,8 @@ GRADIENT_MUTATIONS = (
         "cross_term_once",
         "two-pass counts the cross term once",
         _PASSES,
-        "self.sq += 2 * (rows.double() * g).sum((1, 2))",
-        "self.sq += (rows.double() * g).sum((1, 2))",
+        "self.sq += tied_cross_term(",
+        "self.sq += 0.5 * tied_cross_term(",
         GRADIENTS,
     ),
     Mutation(
