@@ -26,8 +26,7 @@ _MECHANISM = _LOW | {"privacy", "noise", "optimizer", "loader", "workers"}
 
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
-    "privacy": _LOW,
-    "kernels": _LOW,
+    **dict.fromkeys(("privacy", "kernels"), _LOW),
     "rules": _LOW | {"kernels"},
     "clipping": _ARITHMETIC,
     "models": _ARITHMETIC | {"clipping"},
@@ -50,7 +49,7 @@ LAYERS["__init__"] = set(LAYERS)
 INSIDE_TOOLS = {
     "tools.benchmarks.norm_times": frozenset({"kernels"}),
     "tools.measure_long_context": frozenset({"long_context"}),
-    "tools.memory.simulate": frozenset({"kernels", "planning"}),
+    "tools.memory.simulate": frozenset({"kernels", "long_context", "planning"}),
     "tools.auditing.plants": frozenset({"clipping", "loader", "noise", "optimizer", "privacy", "run"}),
 }
 
