@@ -26,13 +26,13 @@ _MECHANISM = _LOW | {"privacy", "noise", "optimizer", "loader", "workers"}
 
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
-    "privacy": _LOW,
-    "kernels": _LOW,
+    **dict.fromkeys(("privacy", "kernels"), _LOW),
     "rules": _LOW | {"kernels"},
     "clipping": _ARITHMETIC,
     "models": _ARITHMETIC | {"clipping"},
     "wrap": _ARITHMETIC | {"clipping", "models"},
-    **dict.fromkeys(("custom", "long_context", "planning"), _GRADIENT),
+    **dict.fromkeys(("custom", "long_context"), _GRADIENT),
+    "planning": _GRADIENT | {"long_context"},
     "noise": _LOW,
     "optimizer": _LOW | {"noise", "privacy", "clipping"},
     "workers": _LOW,
@@ -50,7 +50,7 @@ INSIDE_TOOLS = {
     "tools.benchmarks.norm_times": frozenset({"kernels"}),
     "tools.engines.worker": frozenset({"engines"}),
     "tools.measure_long_context": frozenset({"long_context"}),
-    "tools.memory.simulate": frozenset({"kernels", "planning"}),
+    "tools.memory.simulate": frozenset({"kernels", "long_context", "planning"}),
     "tools.auditing.plants": frozenset({"clipping", "loader", "noise", "optimizer", "privacy", "run"}),
 }
 
