@@ -24,7 +24,8 @@ from dpft.long_context.install import long_context
 from dpft.noise import GaussianNoise
 from dpft.optimizer import DPOptimizer
 from dpft.planning.hardware import Hardware
-from dpft.planning.plan import plan
+from dpft.planning.longest import Longest
+from dpft.planning.plan import longest, plan
 from dpft.planning.result import Plan
 from dpft.prepare import prepare
 from dpft.privacy import PrivacyConfig, PrivacySchedule, privacy_report, privacy_statement_markdown
@@ -49,6 +50,7 @@ __all__ = [
     "Hardware",
     "KernelError",
     "LedgerError",
+    "Longest",
     "MissingPackageError",
     "Plan",
     "PrivacyConfig",
@@ -64,6 +66,7 @@ __all__ = [
     "clipped_loss",
     "explain",
     "long_context",
+    "longest",
     "plan",
     "prepare",
     "privacy_report",

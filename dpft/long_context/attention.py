@@ -77,6 +77,9 @@ def mask_of(
             device=device,
             **kwargs,
         )
+    if torch.device(device).type == "meta":
+        # A model without values (a plan's): all rows are full, and a mask is the same on any device.
+        device, attention_mask = "cpu", None
     rows = torch.arange(batch_size, device=device).view(-1, 1, 1, 1)
     head = torch.zeros((1, 1, 1, 1), dtype=torch.long, device=device)
     at = torch.arange(q_length, device=device)

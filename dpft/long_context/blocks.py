@@ -112,10 +112,15 @@ def _may_be_block(module: nn.Module, inside: bool) -> bool:
     if next(module.parameters(), None) is None or isinstance(module, nn.Linear | nn.Embedding | nn.ModuleList):
         return False
     own = [p for p in module._parameters.values() if p is not None]
-    if any(p.numel() == 0 or p.device.type == "meta" for p in module.parameters()):
-        return False  # an engine has its values
+    if any(_is_elsewhere(p) for p in module.parameters()):
+        return False
     linear = len(own) > 0 and any(p.dim() > 1 for p in own)  # Conv1D of GPT-2, a quantised layer
     return not linear and (inside or _is_norm(module))
+
+
+def _is_elsewhere(parameter: Tensor) -> bool:
+    """Whether an engine has the parameter's values."""
+    return parameter.numel() == 0 or parameter.device.type == "meta"
 
 
 def _is_norm(module: nn.Module) -> bool:

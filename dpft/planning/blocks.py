@@ -2,7 +2,9 @@
 
 A step of n equal blocks runs each operation ``a + b n`` times. Its memory is a sequence of phases: the forward of a
 block, head and loss, the backward of a block, what follows. The peak of the first, or the last, of its kind is affine
-in n, and between those two it is affine in the block's place. So simulated steps of 2 and 3 blocks give those of n.
+in n, and between those two it is affine in the block's place: each block before it adds what a forward keeps, as one
+more does to the last, and each behind it what a backward keeps, as one more does to the first. So simulated steps of 2
+and 3 blocks give those of n.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from torch import Tensor, nn
 from dpft.planning.step_meter import Operation, StepMeter
 
 SHALLOW = (2, 3)
+# The device still holds the inputs of two blocks while they are copied to the host.
+OFFLOADED = (3, 4)
 # Fewer blocks are simulated as they are.
 DEEP = 6
 
@@ -117,25 +121,64 @@ def phases(meter: StepMeter, blocks: nn.ModuleList) -> Iterator[None]:
             hook.remove()
 
 
-def deeper_peak(few: Mapping[Any, int], more: Mapping[Any, int], count: int) -> int | None:
-    """The peak of ``count`` blocks from the peaks by phase of :data:`SHALLOW` ones; None if it is not that simple."""
-    a, b = SHALLOW
-    if few.keys() != {phase for phase in more if phase[2] != "between"}:
+def deeper_peaks(
+    few: Mapping[Any, int], more: Mapping[Any, int], count: int, shallow: tuple[int, int] = SHALLOW
+) -> dict[Any, int] | None:
+    """The peaks by phase of ``count`` blocks from those of ``shallow`` ones; None if it is not that simple."""
+    a, b = shallow
+    ends = {phase for phase in few if phase[2] != "between"}
+    if ends != {phase for phase in more if phase[2] != "between"}:
         return None
-    peaks = {phase: few[phase] + (more[phase] - few[phase]) * (count - a) // (b - a) for phase in few}
-    for phase, peak in more.items():
-        ends = [more.get((*phase[:2], end), 0) for end in ("first", "last")]
-        if phase[2] == "between" and peak > max(ends):
-            return None
-    return max(peaks.values())
+    grown = {phase: (more[phase] - few[phase]) // (b - a) for phase in ends}
+    peaks = {phase: few[phase] + grown[phase] * (count - a) for phase in ends}
+    for phase in more.keys() - ends:
+        # the block nearest to one of the ends
+        steepest = max(grown.get((*phase[:2], end), 0) for end in ("first", "last"))
+        peaks[phase] = more[phase] + steepest * (count - b)
+    return peaks
 
 
-def deeper_operations(few: Counter[Operation], more: Counter[Operation], count: int) -> Counter[Operation]:
+def deeper_parts(
+    few: Mapping[Any, Counter[str]],
+    more: Mapping[Any, Counter[str]],
+    few_peaks: Mapping[Any, int],
+    more_peaks: Mapping[Any, int],
+    count: int,
+    shallow: tuple[int, int] = SHALLOW,
+) -> dict[Any, Counter[str]]:
+    """Bytes by name of the peaks that :func:`deeper_peaks` finds."""
+    a, b = shallow
+    found: dict[Any, Counter[str]] = {}
+    for phase, parts in more.items():
+        like, steps = phase, (count - a) // (b - a)
+        start = few.get(phase)
+        if start is None or phase[2] == "between":
+            ends = [(*phase[:2], end) for end in ("first", "last") if (*phase[:2], end) in few]
+            if not ends:
+                continue
+            like = max(ends, key=lambda end: more_peaks[end] - few_peaks[end])
+            start, steps = parts, (count - b) // (b - a)
+        names = start.keys() | more[like].keys()
+        found[phase] = Counter({n: start[n] + (more[like][n] - few[like][n]) * steps for n in names})
+    return found
+
+
+def deeper_counts(
+    few: Counter[int], more: Counter[int], count: int, shallow: tuple[int, int] = SHALLOW
+) -> Counter[int]:
+    """How many tensors of each size are offloaded by ``count`` blocks."""
+    a, b = shallow
+    return Counter({size: few[size] + (more[size] - few[size]) * (count - a) // (b - a) for size in more})
+
+
+def deeper_operations(
+    few: Counter[Operation], more: Counter[Operation], count: int, shallow: tuple[int, int] = SHALLOW
+) -> Counter[Operation]:
     """The operations of ``count`` blocks.
 
     One that runs over the parameters of all blocks (foreach) is as often in both, with other bytes.
     """
-    a, b = SHALLOW
+    a, b = shallow
     steps = (count - a) // (b - a)
     found = Counter({op: few[op] + (more[op] - few[op]) * steps for op in few.keys() & more.keys()})
     alone: list[list[Operation]] = [sorted(x.keys() - y.keys(), key=_order) for x, y in ((few, more), (more, few))]

@@ -37,6 +37,7 @@ class Hardware:
         overhead: seconds that the host needs to launch one operation.
         asynchronous: whether the device runs while the host launches further operations.
         source: of the figures.
+        link: bytes/s between page-locked host memory and the device, in one direction.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Hardware:
     overhead: float
     asynchronous: bool
     source: str
+    link: float = 25e9
 
     def seconds(self, operations: Mapping[Operation, int]) -> float:
         """Predicted seconds of a step that runs each of ``operations`` the given number of times."""
@@ -62,20 +64,24 @@ class Hardware:
         return max(flops / rate, op.moved / self.bandwidth)
 
 
-def _published(name: str, memory: float, bandwidth: float, attention: float, source: str, **tera: float) -> Hardware:
-    """From a data sheet: rates (TFLOP/s, dense) times 0.7, bandwidth (GB/s) times 0.8."""
+def _published(
+    name: str, memory: float, bandwidth: float, attention: float, link: float, source: str, **tera: float
+) -> Hardware:
+    """From a data sheet: rates (TFLOP/s, dense) times 0.7, bandwidth and link (GB/s) times 0.8."""
     dtypes = {"bf16": (torch.bfloat16, torch.float16), "fp32": (torch.float32,), "fp64": (torch.float64,)}
     rates = {dtype: 0.7 * tera[key] * _TERA for key, both in dtypes.items() for dtype in both}
-    return Hardware(name, int(memory * _GIGA), rates, attention / 0.7, 0.8 * bandwidth * _GIGA, 8e-6, True, source)
+    achieved = 0.8 * bandwidth * _GIGA, 8e-6, True, source, 0.8 * link * _GIGA
+    return Hardware(name, int(memory * _GIGA), rates, attention / 0.7, *achieved)
 
 
 # Attention: the fraction of the data sheet's bf16 rate that FlashAttention-2 achieves: 35 % on an H100 (Shah et al.
 # 2024, arXiv 2407.08608), 50 to 73 % on an A100 (Dao 2023, arXiv 2307.08691). The factors 0.7 and 0.8 above and 8 us
-# per operation are our assumptions, not measured: they hardly affect the ratio of two steps of one model.
+# per operation are our assumptions, not measured: they hardly affect the ratio of two steps of one model. Links: PCIe
+# 4.0 and 5.0 with 16 lanes.
 HARDWARE: dict[str, Hardware] = {
-    "a100": _published("a100", 80, 2039, 0.6, "NVIDIA A100 data sheet, 80 GB SXM", bf16=312, fp32=19.5, fp64=19.5),
-    "h100": _published("h100", 80, 3350, 0.35, "NVIDIA H100 data sheet, SXM", bf16=989.5, fp32=67, fp64=67),
-    "h200": _published("h200", 141, 4800, 0.35, "NVIDIA H200 data sheet, SXM", bf16=989.5, fp32=67, fp64=67),
+    "a100": _published("a100", 80, 2039, 0.6, 32, "NVIDIA A100 data sheet, 80 GB SXM", bf16=312, fp32=19.5, fp64=19.5),
+    "h100": _published("h100", 80, 3350, 0.35, 64, "NVIDIA H100 data sheet, SXM", bf16=989.5, fp32=67, fp64=67),
+    "h200": _published("h200", 141, 4800, 0.35, 64, "NVIDIA H200 data sheet, SXM", bf16=989.5, fp32=67, fp64=67),
 }
 
 
@@ -110,6 +116,7 @@ def _measure(device: torch.device, threads: int) -> Hardware:
         overhead=_best_of(small, device) / repeats,
         asynchronous=gpu,
         source="measured here",
+        link=_link_rate(device) if gpu else 8 * block.numel() / _best_of(lambda: block + 1, device),
     )
 
 
@@ -129,6 +136,12 @@ def _best_of(run: Callable[[], Any], device: torch.device, times: int = 3) -> fl
 def _matmul_rate(edge: int, dtype: torch.dtype, device: torch.device) -> float:
     a = torch.ones(edge, edge, dtype=dtype, device=device)
     return 2 * edge**3 / _best_of(lambda: a @ a, device)
+
+
+def _link_rate(device: torch.device) -> float:
+    host = torch.empty(2**26, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty_like(host, device=device)
+    return host.numel() / _best_of(lambda: host.copy_(there, non_blocking=True), device)
 
 
 def _attention_rate(device: torch.device, dtype: torch.dtype) -> float:

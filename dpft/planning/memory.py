@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 from dpft.planning.simulate import Sharding
 
-__all__ = ["OPTIMIZERS", "OptimizerName", "resting_bytes"]
+__all__ = ["OPTIMIZERS", "OptimizerName", "host_bytes", "resting_bytes"]
+
+# Page-locked buffers between device and sums (dpft.engines.host): bytes of one, and how many.
+PIECE, BUFFERS = 1 << 26, 2
 
 OptimizerName = Literal["adamw", "sgd"]
 OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
@@ -30,7 +33,7 @@ def resting_bytes(model: nn.Module, sharding: Sharding, optimizer: OptimizerName
     held = sum(sharding.part(p.numel(), sharding.parameters) * p.element_size() for p in parameters)
     found = {"parameters and buffers": held + sum(_bytes(b) for b in model.buffers())}
     deepspeed = sharding.engine.startswith("zero")
-    if optimizer is not None:
+    if optimizer is not None and not sharding.sums_on_host:
         # DeepSpeed updates a float32 copy of its shard; the others the parameters, with states in their dtype.
         states = 2 if optimizer == "adamw" else 0
         found["optimiser states"] = sum(
@@ -46,6 +49,19 @@ def resting_bytes(model: nn.Module, sharding: Sharding, optimizer: OptimizerName
         largest = max((sum(_bytes(p) for p in block.parameters()) for block in blocks), default=0)
         # One block is in use while the next one is gathered.
         found["gathered parameters"] = min(outside + 2 * largest, sum(map(_bytes, parameters)))
+    return {name: size for name, size in found.items() if size}
+
+
+def host_bytes(model: nn.Module, sharding: Sharding, optimizer: OptimizerName | None, gpu: bool) -> dict[str, int]:
+    """Bytes that a rank has in host memory besides offloaded checkpoints, by kind: those of ``sums_device="cpu"``."""
+    if not sharding.sums_on_host:
+        return {}
+    # float32, or float64 for float64 parameters
+    each = sum(p.numel() * max(4, p.element_size()) for p in model.parameters() if p.requires_grad)
+    found = {"clipped sums": each, "page-locked buffers": BUFFERS * PIECE if gpu else 0}
+    if optimizer is not None:
+        found["float32 masters"] = each
+        found["optimiser states"] = 2 * each if optimizer == "adamw" else 0
     return {name: size for name, size in found.items() if size}
 
 

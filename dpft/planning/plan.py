@@ -1,8 +1,12 @@
-"""``plan``: predicts FLOPs, time and memory of a private step without running it, and chooses the strategy."""
+"""``plan``: predicts FLOPs, time and memory of a private step without running it, and chooses the strategy.
+
+``longest``: the longest text of which a step fits.
+"""
 
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -12,14 +16,17 @@ from dpft.clipping.strategy_choice import free_memory
 from dpft.errors import UnsupportedModuleError
 from dpft.kernels.head import auto_chunk
 from dpft.models.causal_lm import find_causal_lm
+from dpft.long_context.install import LongContext
 from dpft.planning.hardware import HARDWARE, Hardware, measure
-from dpft.planning.memory import OPTIMIZERS, OptimizerName, resting_bytes
+from dpft.planning.long_text import find_long_context, install_on_meta
+from dpft.planning.longest import STEP, Longest, find_longest
+from dpft.planning.memory import OPTIMIZERS, OptimizerName, host_bytes, resting_bytes
 from dpft.planning.predictor import Predictor
 from dpft.planning.result import Plan
 from dpft.planning.simulate import ENGINES, EngineName, Sharding
 from dpft.planning.twin import make_twin
 
-__all__ = ["plan"]
+__all__ = ["longest", "plan"]
 
 _DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
 
@@ -36,6 +43,10 @@ def plan(
     hardware: str | Hardware | None = None,
     optimizer: OptimizerName | None = None,
     loss_chunk: int | Literal["auto"] | None = "auto",
+    long_context: bool = False,
+    sequence_parallel: int = 1,
+    host_memory: int | None = None,
+    sums_device: Literal["cpu"] | None = None,
 ) -> Plan:
     """Predict a private training step of a causal LM and choose its strategy, without running it.
 
@@ -58,17 +69,103 @@ def plan(
         optimizer: ``"adamw"`` or ``"sgd"``, under :class:`dpft.DPOptimizer`: counts its states, and float32 gradients
             of bf16 parameters. None plans the model alone.
         loss_chunk: as in :func:`dpft.wrap`.
+        long_context: whether :func:`dpft.long_context` is on; a model on which it is on is planned with it in any
+            case. Of a model on meta, the blocks that run in tiles are found by their shapes alone. On a GPU the
+            inputs of checkpoints are in host memory. Under an engine that shards parameters there are no tiles.
+        sequence_parallel: S, the ranks over which the tokens of a text are spread (Ulysses), each ``T / S``.
+        host_memory: bytes of host memory that the offloaded tensors of all ranks have to fit into. None: whatever
+            they take.
+        sums_device: ``"cpu"``: clipped sums, float32 masters and the optimiser are in host memory, of one process.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument out of range, or :func:`dpft.long_context` refuses the model.
         UnsupportedModuleError: no trainable parameter, or a model that cannot run on meta tensors.
     """
+    predictor = _predictor(
+        model, batch_size, seq_len, dtype, checkpointing, memory, engine, world_size, hardware, optimizer, loss_chunk,
+        long_context, sequence_parallel, host_memory, sums_device,
+    )  # fmt: skip
+    size = predictor.best_batch_size() if batch_size == "auto" else batch_size
+    return predictor.plan(size, type(model).__name__, optimizer)
+
+
+def longest(
+    model: nn.Module,
+    *,
+    memory: int | None = None,
+    host_memory: int | None = None,
+    engine: EngineName = "single",
+    world_size: int = 1,
+    sequence_parallel: int = 1,
+    long_context: bool = True,
+    batch_size: int = 1,
+    dtype: torch.dtype | str | None = None,
+    checkpointing: bool | None = None,
+    hardware: str | Hardware | None = None,
+    optimizer: OptimizerName | None = "adamw",
+    loss_chunk: int | Literal["auto"] | None = "auto",
+    sums_device: Literal["cpu"] | None = None,
+    most: int = 1 << 24,
+) -> Longest:
+    """Find the longest text of which a private training step fits, by plans of several lengths.
+
+    The arguments are those of :func:`plan`. The strategy of each length is the one that its plan chooses.
+
+    Args:
+        most: no longer text is tried.
+
+    Returns:
+        T, a multiple of 1,024, its plan, and what does not fit of the next one.
+
+    Raises:
+        ValueError: as :func:`plan`; or 1,024 tokens do not fit.
+        UnsupportedModuleError: as :func:`plan`.
+    """
+    if type(most) is not int or most < STEP:
+        raise ValueError(f"most is {most!r}; expected a whole number of tokens >= {STEP}")
+    predictor = _predictor(
+        model, batch_size, STEP, dtype, checkpointing, memory, engine, world_size, hardware, optimizer, loss_chunk,
+        long_context, sequence_parallel, host_memory, sums_device,
+    )  # fmt: skip
+    return find_longest(predictor, batch_size, most, type(model).__name__, optimizer)
+
+
+def _predictor(
+    model: nn.Module,
+    batch_size: int | Literal["auto"],
+    seq_len: int,
+    dtype: torch.dtype | str | None,
+    checkpointing: bool | None,
+    memory: int | None,
+    engine: EngineName,
+    world_size: int,
+    hardware: str | Hardware | None,
+    optimizer: OptimizerName | None,
+    loss_chunk: int | Literal["auto"] | None,
+    long_context: bool,
+    sequence_parallel: int,
+    host_memory: int | None,
+    sums_device: Literal["cpu"] | None,
+) -> Predictor:
+    """Of arguments that are checked here."""
     sharding = _checked(model, batch_size, seq_len, memory, engine, world_size)
+    sharding = _spread(model, sharding, batch_size, sequence_parallel, host_memory, sums_device)
     if optimizer not in (None, *OPTIMIZERS):
         raise ValueError(f"optimizer is {optimizer!r}; expected one of {', '.join(map(repr, OPTIMIZERS))}, or None")
     device = next(p.device for p in model.parameters())
     machine = _machine(hardware, device)
+    known = find_long_context(model) is not None
     twin = make_twin(model, _dtype(dtype), checkpointing)
+    if known or long_context:
+        if checkpointing is False:
+            raise ValueError("checkpointing is False; long context is with gradient checkpointing. Leave it None")
+        if not known:
+            install_on_meta(twin, None if sharding.parameters else "auto")
+        elif sharding.parameters and (find_long_context(twin) or LongContext()).blocks:
+            raise ValueError(
+                f"blocks run in tiles, which {engine} refuses, as it shards parameters. Use "
+                "dpft.long_context(model, tile_mlp=None), or an engine that does not shard them (zero2)"
+            )
     if optimizer is not None:
         for p in twin.parameters():
             if p.dtype.itemsize < 4 and p.is_floating_point():
@@ -78,11 +175,51 @@ def plan(
         limit = machine.memory if device.type == "meta" or isinstance(hardware, str) else _whole_memory(model, device)
     if loss_chunk == "auto":  # as on the planned device, not on meta
         loss_chunk = auto_chunk(torch.device("cuda" if machine.asynchronous else "cpu"))
-    predictor = Predictor(
-        twin, seq_len, sharding, machine, limit, resting_bytes(twin, sharding, optimizer), loss_chunk
+    return Predictor(
+        twin,
+        seq_len,
+        sharding,
+        machine,
+        limit,
+        resting_bytes(twin, sharding, optimizer),
+        loss_chunk,
+        host=host_bytes(twin, sharding, optimizer, machine.asynchronous),
+        host_memory=host_memory,
+        by_shapes=long_context and not known and device.type == "meta",
     )
-    size = predictor.best_batch_size() if batch_size == "auto" else batch_size
-    return predictor.plan(size, type(model).__name__, optimizer)
+
+
+def _spread(
+    model: nn.Module, sharding: Sharding, batch_size: Any, ranks: Any, host_memory: Any, sums_device: Any
+) -> Sharding:
+    """With what is spread and offloaded, after checks."""
+    if type(ranks) is not int or ranks < 1:
+        raise ValueError(f"sequence_parallel is {ranks!r}; expected a whole number >= 1")
+    if host_memory is not None and (type(host_memory) is not int or host_memory < 1):
+        raise ValueError(f"host_memory is {host_memory!r}; expected bytes, a whole number >= 1, or None")
+    if sums_device not in (None, "cpu"):
+        raise ValueError(f"sums_device is {sums_device!r}; expected None or 'cpu'")
+    if sums_device is not None and sharding.engine != "single":
+        raise ValueError(f"sums_device='cpu' is of one process, and the engine is {sharding.engine!r}; leave it None")
+    if ranks > 1:
+        if sharding.engine not in ("fsdp2", "zero1", "zero2", "zero3"):
+            raise ValueError(
+                f"sequence_parallel is {ranks} and engine {sharding.engine!r}; expected fsdp2, zero1, zero2 or zero3"
+            )
+        if sharding.world_size % ranks:
+            raise ValueError(f"sequence_parallel is {ranks}; expected a divisor of world_size {sharding.world_size}")
+        if batch_size != 1:
+            raise ValueError(f"batch_size is {batch_size!r}; expected 1 under sequence parallelism")
+        config: Any = getattr(model, "config", None)
+        text = getattr(config, "get_text_config", lambda: config)()
+        heads = getattr(text, "num_attention_heads", None)
+        kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        if isinstance(heads, int) and (heads % ranks or (kv_heads % ranks and ranks % kv_heads)):
+            raise ValueError(
+                f"sequence_parallel is {ranks}, and the model has {heads} heads and {kv_heads} of keys: Ulysses "
+                "gives each rank as many. Expected a divisor of the heads, and of those of keys or a multiple of them"
+            )
+    return replace(sharding, sequence=ranks, sums_on_host=sums_device == "cpu")
 
 
 def _checked(model: nn.Module, batch_size: Any, seq_len: Any, memory: Any, engine: Any, world_size: Any) -> Sharding:
@@ -109,7 +246,7 @@ def _checked(model: nn.Module, batch_size: Any, seq_len: Any, memory: Any, engin
     if isinstance(longest, int) and seq_len > longest:
         warnings.warn(
             f"seq_len {seq_len} is beyond the model's max_position_embeddings {longest}: planned all the same",
-            stacklevel=3,
+            stacklevel=4,
         )
     return Sharding(engine, world_size)
 

@@ -17,10 +17,11 @@ from dpft.clipping.strategy_choice import (
     kept_bytes,
     use_details,
 )
-from dpft.errors import DPFTError
+from dpft.errors import DPFTError, UnsupportedModuleError
 from dpft.planning.hardware import Hardware
+from dpft.planning.long_text import find_long_context, page_locked_bytes, total_bytes
 from dpft.planning.memory import OptimizerName
-from dpft.planning.result import LayerPlan, Plan, Prediction
+from dpft.planning.result import LayerPlan, LongText, Plan, Prediction, Transfer, named
 from dpft.planning.simulate import Sharding, Simulation, simulate
 from dpft.planning.step_meter import Cost
 from dpft.rules.base import MatrixUse
@@ -36,6 +37,8 @@ MAX_EXAMPLES_ALONE = 8
 SHORT = 16
 # A larger batch has to be faster by this fraction to be worth its memory.
 WORTH = 0.02
+# Inputs of checkpoints that a GPU still holds while they are copied to the host (dpft.long_context.offload).
+_IN_TRANSIT = 2
 
 
 # A step with the isolation check needs up to 4.8 % more memory than one without (*measured*).
@@ -54,7 +57,12 @@ class Predictor:
         memory: int,
         resting: dict[str, int],
         loss_chunk: int | None,
+        host: dict[str, int] | None = None,
+        host_memory: int | None = None,
+        by_shapes: bool = False,
     ) -> None:
+        self.host, self.host_memory, self.by_shapes = host or {}, host_memory, by_shapes
+        self.installed = find_long_context(twin)
         self.twin, self.seq_len, self.sharding, self.machine = twin, seq_len, sharding, machine
         self.memory, self.resting, self.loss_chunk = memory, resting, loss_chunk
         trainable = [p for p in twin.parameters() if p.requires_grad]
@@ -64,6 +72,10 @@ class Predictor:
         self._costs: dict[Hashable, Cost] = {}
         self._simulated: dict[tuple[int, Strategy | None], Simulation] = {}
         self.uses = self._find_uses()
+
+    def restart(self, seq_len: int) -> None:
+        """Predict another length; for a copy."""
+        self.seq_len, self._simulated, self._costs = seq_len, {}, {}
 
     def _find_uses(self) -> list[MatrixUse]:
         """The matrices that rules cover; none if one example at a time is the only way, with the reason."""
@@ -89,8 +101,56 @@ class Predictor:
                 self.loss_chunk,
                 gpu=self.machine.asynchronous,
                 costs=self._costs,
+                in_transit=_IN_TRANSIT if self.machine.asynchronous and self.installed is not None else None,
             )
         return self._simulated[key]
+
+    def on_host(self, simulation: Simulation) -> dict[str, int]:
+        """Bytes of host memory of one rank, by kind."""
+        offloaded = total_bytes(simulation.offloaded)
+        rounding = page_locked_bytes(simulation.offloaded) - offloaded
+        found = {"checkpoint inputs": offloaded, "rounded up to powers of two": rounding, **self.host}
+        return {name: size for name, size in found.items() if size}
+
+    def on_all_hosts(self, simulation: Simulation) -> int:
+        """Bytes of host memory of all ranks."""
+        return sum(self.on_host(simulation).values()) * self.sharding.world_size
+
+    def fits(self, simulation: Simulation) -> bool:
+        """Whether device and host have the memory."""
+        return self.total(simulation) <= self.memory and (
+            self.host_memory is None or self.on_all_hosts(simulation) <= self.host_memory
+        )
+
+    def margin(self, batch_size: int) -> float:
+        """Fraction of the memory that the chosen strategy leaves, of the device or of the host: the lesser."""
+        simulation = self.simulated(batch_size, self.choose(batch_size).strategy)
+        left = [1 - self.total(simulation) / self.memory]
+        if self.host_memory is not None:
+            left.append(1 - self.on_all_hosts(simulation) / self.host_memory)
+        return min(left)
+
+    def short(self, batch_size: int) -> str:
+        """What does not fit under the chosen strategy, as text."""
+        strategy = self.choose(batch_size).strategy
+        simulation = self.simulated(batch_size, strategy)
+        found = []
+        if self.total(simulation) > self.memory:
+            found.append(
+                f"the device, {self.total(simulation) / 2**30:.2f} of {self.memory / 2**30:.2f} GiB in "
+                f"{simulation.at_peak}: {named(self.on_device(simulation), 4)}"
+            )
+        if self.host_memory is not None and self.on_all_hosts(simulation) > self.host_memory:
+            found.append(
+                f"the host, {self.on_all_hosts(simulation) / 2**30:.2f} of {self.host_memory / 2**30:.2f} GiB: "
+                f"{named(self.on_host(simulation), 4)} of each rank"
+            )
+        return f"{strategy} needs " + ", and ".join(found) if found else "nothing"
+
+    def on_device(self, simulation: Simulation) -> dict[str, int]:
+        """Bytes of the device at the peak, by name."""
+        parts = simulation.parts or {"a step": max(simulation.peak, simulation.accumulating_peak)}
+        return {**self.resting, **parts}
 
     def total(self, simulation: Simulation) -> int:
         return sum(self.resting.values()) + max(simulation.peak, simulation.accumulating_peak)
@@ -109,7 +169,9 @@ class Predictor:
 
     def extra(self, batch_size: int) -> int:
         """Bytes that one-pass keeps beyond one gradient, by the closed form."""
-        gradient = gradient_bytes(self.uses, self.itemsize)
+        gradient = 0 if self.sharding.sums_on_host else gradient_bytes(self.uses, self.itemsize)
+        if self.sharding.sequence > 1:
+            return 0  # there is no other strategy
         if self.sharding.engine != "single":
             return gradient * (batch_size - (0 if self.sharding.gradients else 1))
         return max(0, kept_bytes(self.uses, batch_size, self.seq_len, self.itemsize) - gradient)
@@ -117,11 +179,15 @@ class Predictor:
     def choose(self, batch_size: int) -> Choice:
         """Chooses with the function that a wrapped model uses; per-example if no rule covers the model."""
         if self.uncovered:
+            if self.sharding.sequence > 1:
+                raise UnsupportedModuleError(f"one example at a time has no sequence parallelism. {self.uncovered}")
             return Choice("per_example", f"per_example: one example at a time, the only way. {self.uncovered}")
+        if self.sharding.sequence > 1:
+            return Choice("one_pass", "one_pass: the only way for an example whose tokens are spread over ranks")
         allowed = self.allowance(batch_size)
         if self.sharding.engine == "single":
-            meta = torch.device("meta")
-            return choose_strategy(self.uses, batch_size, self.seq_len, self.itemsize, allowed, meta)
+            meta, elsewhere = torch.device("meta"), self.sharding.sums_on_host
+            return choose_strategy(self.uses, batch_size, self.seq_len, self.itemsize, allowed, meta, elsewhere)
         return choose_for_all(
             self.uses, batch_size, self.itemsize, allowed, self.sharding.gradients, self.sharding.parameters
         )
@@ -131,9 +197,9 @@ class Predictor:
         found: list[tuple[int, float]] = []
         for size in _sizes():
             simulation = self.simulated(size, self.choose(size).strategy)
-            if self.total(simulation) * (1.0 if size == 1 else PROBE) > self.memory:
+            if self.total(simulation) * (1.0 if size == 1 else PROBE) > self.memory or not self.fits(simulation):
                 break
-            found.append((size, self.machine.seconds(simulation.operations) / size))
+            found.append((size, self._seconds(simulation) / size))
             if len(found) > 4 and found[-1][1] > (1 - WORTH) * found[-3][1]:
                 break  # twice as large and no faster: larger ones will not be either
         best = min((seconds for _, seconds in found), default=0.0)
@@ -143,7 +209,10 @@ class Predictor:
         plain = self.simulated(batch_size, None)
         strategies: Iterable[Strategy] = ("per_example",)
         if not self.uncovered:
-            strategies = STRATEGIES if batch_size <= MAX_EXAMPLES_ALONE else STRATEGIES[:2]
+            alone = batch_size <= MAX_EXAMPLES_ALONE and self.installed is None
+            strategies = STRATEGIES if alone else STRATEGIES[:2]
+            if self.sharding.sequence > 1:
+                strategies = STRATEGIES[:1]
         predictions = {s: self._predict(self.simulated(batch_size, s), plain) for s in strategies}
         choice = self._settle(self.choose(batch_size), predictions)
         return Plan(
@@ -156,17 +225,40 @@ class Predictor:
             plain=self._predict(plain, plain),
             predictions=predictions,
             layers=self._layers(choice.strategy, batch_size),
-            allowance=self.allowance(batch_size) if not self.uncovered else 0,
+            allowance=0 if self.uncovered or self.sharding.sequence > 1 else self.allowance(batch_size),
             memory=self.memory,
             resting=self.resting,
             hardware=self.machine,
             engine=self.sharding.engine,
             world_size=self.sharding.world_size,
             notes=self._notes(optimizer, batch_size),
+            long=self._long(batch_size, choice.strategy),
+        )
+
+    def _long(self, batch_size: int, strategy: Strategy) -> LongText | None:
+        """What there is to say of tiles, host memory and sequence parallelism; None if there is none of them."""
+        simulation = self.simulated(batch_size, strategy)
+        host = self.on_host(simulation)
+        if self.installed is None and not host and self.sharding.sequence == 1:
+            return None
+        transfer = None
+        if simulation.offloaded:
+            each = max(simulation.offloaded)
+            forward, backward = (self.machine.seconds(operations) for operations in simulation.layer)
+            transfer = Transfer(each, each / self.machine.link, forward, backward)
+        return LongText(
+            tiled=self.installed is not None,
+            sequence_parallel=self.sharding.sequence,
+            device=self.on_device(simulation),
+            at_peak=simulation.at_peak,
+            host=host,
+            host_total=self.on_all_hosts(simulation),
+            host_memory=self.host_memory,
+            transfer=transfer,
         )
 
     def _predict(self, simulation: Simulation, plain: Simulation) -> Prediction:
-        seconds = self.machine.seconds(simulation.operations)
+        seconds = self._seconds(simulation)
         total = self.total(simulation)
         return Prediction(
             flops=simulation.flops(),
@@ -175,10 +267,18 @@ class Predictor:
             peak_bytes=simulation.peak,
             accumulating_peak_bytes=simulation.accumulating_peak,
             total_bytes=total,
-            time_ratio=seconds / self.machine.seconds(plain.operations),
+            time_ratio=seconds / self._seconds(plain),
             memory_ratio=simulation.peak / plain.peak,
-            fits=total <= self.memory,
+            fits=self.fits(simulation),
         )
+
+    def _seconds(self, simulation: Simulation) -> float:
+        """Of a step, with the time that it waits for checkpoints' inputs on their way to the host and back."""
+        seconds = self.machine.seconds(simulation.operations)
+        for size, count in simulation.offloaded.items():
+            moves = (self.machine.seconds(operations) for operations in simulation.layer)
+            seconds += sum(max(0.0, size / self.machine.link - computes) for computes in moves) * count
+        return seconds
 
     def _settle(self, choice: Choice, predictions: dict[Strategy, Prediction]) -> Choice:
         """The choice, with the reason extended by the predictions; per-example if only that fits."""
@@ -192,7 +292,8 @@ class Predictor:
         reason = choice.reason
         if not chosen.fits:
             short = (chosen.total_bytes - self.memory) / 2**30
-            reason += f". DOES NOT FIT: {short:.2f} GiB too much. A shorter T or a smaller B, checkpointing, an engine"
+            where = f"{short:.2f} GiB too much" if short > 0 else "too much in host memory"
+            reason += f". DOES NOT FIT: {where}. A shorter T or a smaller B, checkpointing, an engine"
             reason += " that shards, or LoRA"
         elif alone is not None and alone.fits and alone.seconds < 0.95 * chosen.seconds:
             reason += f". per_example is predicted {alone.seconds / chosen.seconds:.2f} x its time: ask for it in wrap"
@@ -216,6 +317,15 @@ class Predictor:
             notes.append("no optimiser is counted: optimizer='adamw' adds its states")
         if self.sharding.engine != "single":
             notes.append("communication takes no time here; engine figures are counted, not measured on devices")
+        if self.installed is not None and self.sharding.parameters:
+            notes.append(f"{self.sharding.engine} shards parameters, so that nothing runs in tiles; zero2 has tiles")
+        elif self.by_shapes:
+            notes.append("the blocks that run in tiles were found by their shapes: dpft.long_context looks at values")
+        if self.installed is not None:
+            notes.append("plain is with dpft.long_context and a head in chunks, too; its .grad is on the device")
+        longest = getattr(getattr(self.twin, "config", None), "max_position_embeddings", None)
+        if self.installed is not None and isinstance(longest, int) and self.seq_len > longest:
+            notes.append(f"the model's max_position_embeddings are {longest:,}")
         if batch_size > 1:
             notes.append("backward 1, 2, 4, 8, ... have the isolation check besides, and hold what two_pass holds")
         return notes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from dpft.clipping.strategy_choice import Strategy
 from dpft.planning.hardware import Hardware
 from dpft.planning.simulate import EngineName
 
-__all__ = ["LayerPlan", "Plan", "Prediction"]
+__all__ = ["LayerPlan", "LongText", "Plan", "Prediction", "Transfer", "named"]
 
 _GIB = 2**30
 
@@ -64,6 +65,61 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class Transfer:
+    """The way of one layer's input to host memory and back, beside the computation.
+
+    Attributes:
+        bytes: of the input.
+        seconds: one way, by the hardware's link.
+        forward_seconds: of the layer's forward, beside which it goes to the host.
+        backward_seconds: of its backward with the recomputation, beside which that of the layer before comes back.
+    """
+
+    bytes: int
+    seconds: float
+    forward_seconds: float
+    backward_seconds: float
+
+    @property
+    def binds(self) -> bool:
+        """Whether the computation waits for it."""
+        return self.seconds > min(self.forward_seconds, self.backward_seconds)
+
+
+@dataclass(frozen=True)
+class LongText:
+    """Long context, host memory and sequence parallelism of a plan, under its choice.
+
+    Attributes:
+        tiled: whether :func:`dpft.long_context` is on.
+        sequence_parallel: ranks over which a text is spread.
+        device: bytes of a rank's device at the peak, by name, those at rest among them.
+        at_peak: what runs then.
+        host: bytes of host memory of a rank, by name.
+        host_total: of all ranks.
+        host_memory: what they have to fit into; None: whatever they take.
+        transfer: of checkpoints' inputs; None: they stay on the device.
+    """
+
+    tiled: bool
+    sequence_parallel: int
+    device: dict[str, int]
+    at_peak: str
+    host: dict[str, int]
+    host_total: int
+    host_memory: int | None
+    transfer: Transfer | None
+
+
+def named(sizes: dict[str, int], most: int = 8) -> str:
+    """The largest of the sizes, in GiB, with what they are."""
+    ranked = sorted(sizes.items(), key=lambda item: -item[1])
+    found = [f"{name} {size / _GIB:.2f}" for name, size in ranked[:most] if size >= 0.005 * _GIB]
+    rest = sum(size for _, size in ranked) - sum(size for _, size in ranked[: len(found)])
+    return ", ".join([*found, *([f"the rest {rest / _GIB:.2f}"] if rest >= 0.005 * _GIB else [])]) + " GiB"
+
+
+@dataclass(frozen=True)
 class Plan:
     """The result of :func:`dpft.plan`. ``str()`` is a table; :meth:`to_dict` is for JSON.
 
@@ -85,6 +141,7 @@ class Plan:
         engine: the training engine.
         world_size: its number of ranks.
         notes: what the figures do not include.
+        long: tiles, host memory and sequence parallelism; None where there is none of them.
     """
 
     model: str
@@ -103,6 +160,7 @@ class Plan:
     engine: EngineName
     world_size: int
     notes: list[str]
+    long: LongText | None = None
 
     @property
     def fits(self) -> bool:
@@ -158,8 +216,40 @@ def _table(plan: Plan) -> str:
             ),
         ]
     )
+    lines += _long_lines(plan)
     lines += ["", f"* {plan.reason}", *(f"- {note}" for note in plan.notes)]
     return "\n".join(lines)
+
+
+def _long_lines(plan: Plan) -> list[str]:
+    long = plan.long
+    if long is None:
+        return []
+    total = plan.predictions[plan.choice].total_bytes
+    lines = [
+        "",
+        f"device: {total / _GIB:.2f} of {plan.memory / _GIB:.2f} GiB, most in {long.at_peak or 'a step'}:",
+        *_indented(named(long.device)),
+    ]
+    if long.sequence_parallel > 1:
+        lines.insert(1, f"{long.sequence_parallel} ranks share the tokens of a text")
+    if long.host:
+        of = "" if long.host_memory is None else f" of {long.host_memory / _GIB:.2f}"
+        ranks = "" if plan.world_size == 1 else f" for {plan.world_size} ranks, of each"
+        lines += [f"host: {long.host_total / _GIB:.2f}{of} GiB{ranks}:", *_indented(named(long.host))]
+    if long.transfer is not None:
+        move = long.transfer
+        lines.append(
+            f"offload: an input of {move.bytes / _GIB:.2f} GiB takes {1e3 * move.seconds:.1f} ms one way, beside "
+            f"{1e3 * move.forward_seconds:.1f} ms of a layer's"
+        )
+        words = "THE STEP WAITS FOR IT" if move.binds else "no waiting"
+        lines.append(f"  forward and {1e3 * move.backward_seconds:.1f} ms of its backward: {words}")
+    return lines
+
+
+def _indented(text: str) -> list[str]:
+    return textwrap.wrap(text, 115, initial_indent="  ", subsequent_indent="  ")
 
 
 def _row(name: str, found: Prediction) -> list[str]:

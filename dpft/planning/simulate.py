@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpft.clipping import strategies
 from dpft.clipping.strategy_choice import Strategy
 from dpft.errors import UnsupportedModuleError
 from dpft.kernels import impl
 from dpft.kernels.gram import REMEMBERED, InputCache
 from dpft.kernels.head import HeadProducts, chunked_head_loss
-from dpft.planning.blocks import SHALLOW, deeper_operations, deeper_peak, phases, repeated_blocks, shortened
+from dpft.planning.blocks import (
+    OFFLOADED,
+    SHALLOW,
+    deeper_counts,
+    deeper_operations,
+    deeper_parts,
+    deeper_peaks,
+    phases,
+    repeated_blocks,
+    shortened,
+)
+from dpft.planning.long_text import HostMeter, find_long_context, offloading, spread_attention
+from dpft.planning.parts import HEAD, Parts
+from dpft.planning.shares import SharePass
 from dpft.planning.step_meter import Cost, Operation, StepMeter
 from dpft.planning.twin import on_meta
 from dpft.rules import base
@@ -42,10 +58,14 @@ class Sharding:
     Attributes:
         engine: its name.
         world_size: number of ranks.
+        sequence: S, ranks over which the tokens of an example are spread; it divides ``world_size``.
+        sums_on_host: whether clipped sums and optimiser are in host memory (``sums_device="cpu"``), of one process.
     """
 
     engine: EngineName = "single"
     world_size: int = 1
+    sequence: int = 1
+    sums_on_host: bool = False
 
     @property
     def parameters(self) -> bool:
@@ -55,7 +75,7 @@ class Sharding:
     @property
     def gradients(self) -> bool:
         """Whether a rank keeps only its shard of the gradients (plain) or of the clipped sums (private)."""
-        return self.engine in ("fsdp2", "zero2", "zero3")
+        return self.engine in ("fsdp2", "zero2", "zero3") or self.sequence > 1
 
     @property
     def states(self) -> bool:
@@ -75,11 +95,19 @@ class Simulation:
         peak: bytes above parameters, buffers and the batch, of a step that starts without gradients.
         accumulating_peak: the same for a step that adds to the previous physical batch's gradient, which is included.
         operations: of the step, with counts.
+        offloaded: what is in host memory at most, of checkpoints' inputs: bytes of a tensor, and how many there are.
+        parts: bytes of ``accumulating_peak`` by name; empty without long context.
+        at_peak: what ran then.
+        layer: operations of a layer's forward, and of its backward with the recomputation.
     """
 
     peak: int
     accumulating_peak: int
     operations: Counter[Operation]
+    offloaded: Counter[int] = field(default_factory=Counter)
+    parts: dict[str, int] = field(default_factory=dict)
+    at_peak: str = ""
+    layer: tuple[Counter[Operation], Counter[Operation]] = field(default_factory=lambda: (Counter(), Counter()))
 
     def flops(self, attention: bool = True) -> int:
         """FLOPs, with or without fused attention."""
@@ -89,15 +117,18 @@ class Simulation:
 class _Rank:
     """Stand-in for an engine: takes the gradients as it would, and keeps its part of their sums in float32."""
 
-    alone = gathers_by_call = False
+    gathers_by_call = False
     reentrant = True
     spread = sequence = None
 
     def __init__(self, sharding: Sharding, batch_size: int) -> None:
+        self.alone = sharding.sums_on_host
         self.sharding, self.sharded, self.max_batch_size = sharding, sharding.parameters, batch_size
         self._sums: dict[str, Tensor] = {}
 
     def _add_to(self, name: str, grad: Tensor, dtype: torch.dtype) -> None:
+        if self.sharding.sums_on_host:
+            return
         part = grad.flatten()[: self.sharding.part(grad.numel(), self.sharding.gradients)]
         if name in self._sums:
             self._sums[name].add_(part)
@@ -111,7 +142,8 @@ class _Rank:
         """A hook for plain training: moves the gradient from ``.grad`` to the engine as soon as it is accumulated."""
 
         def hook(parameter: Tensor) -> None:
-            assert parameter.grad is not None
+            if parameter.grad is None:  # clipping="none" runs a backward within the backward, which had it
+                return
             self._add_to(name, parameter.grad, parameter.grad.dtype)
             parameter.grad = None
 
@@ -145,22 +177,38 @@ def _prepared(
     loss_chunk: int | Literal["auto"] | None,
 ) -> Iterator[None]:
     """A context in which the twin's steps use ``strategy`` (None: plain) on a rank of ``sharding``; then undone."""
-    rank = None if sharding.engine == "single" else _Rank(sharding, batch_size)
+    rank = None if sharding.engine == "single" and not sharding.sums_on_host else _Rank(sharding, batch_size)
     hooks = []
+    plain_long = strategy is None and find_long_context(twin) is not None
+    passes = contextlib.ExitStack()
+    if plain_long:  # with the chunked head, too
+        ready_on_meta(wrap(twin, clipping="none", loss_chunk=loss_chunk))
     if strategy is not None:
         ready_on_meta(wrap(twin, strategy=strategy, loss_chunk=loss_chunk))
         get_state(twin).engine = rank
+        if sharding.sequence > 1:
+            made = functools.partial(
+                SharePass, sharding.sequence, _used_twice(twin), sharding.world_size > sharding.sequence
+            )
+            passes.enter_context(mock.patch.object(strategies, "KeepPass", made))
     elif rank is not None and sharding.gradients:
         named = [(name, p) for name, p in twin.named_parameters() if p.requires_grad]
         hooks = [p.register_post_accumulate_grad_hook(rank.take(name)) for name, p in named]
     try:
         yield
     finally:
+        passes.close()
         for hook in hooks:
             hook.remove()
-        if strategy is not None:
+        if strategy is not None or plain_long:
             unwrap(twin)
         twin.zero_grad(set_to_none=True)
+
+
+def _used_twice(twin: nn.Module) -> set[str]:
+    """Names of the matrices with more than one use: tied ones."""
+    uses = Counter(use.key for use in get_state(twin).uses)
+    return {key for key, count in uses.items() if count > 1}
 
 
 def simulate(
@@ -173,6 +221,7 @@ def simulate(
     gpu: bool = False,
     whole: bool = False,
     costs: dict[Hashable, Cost] | None = None,
+    in_transit: int | None = None,
 ) -> Simulation:
     """Run two steps, ``model(input_ids=ids, labels=ids).loss.backward()``; the second accumulates onto the first.
 
@@ -180,41 +229,79 @@ def simulate(
         twin: from :func:`dpft.planning.twin.make_twin`, or any causal LM on meta in training mode.
         batch_size: B.
         seq_len: T; every row is full.
-        strategy: of the private step; None for the plain one.
+        strategy: of the private step; None for the plain one, which under long context has a chunked head, too.
         sharding: the engine; None is one process.
         loss_chunk: as in :func:`dpft.wrap`.
         gpu: whether kernels run as on a GPU.
         whole: run the twin with all of its blocks, however many there are.
         costs: what was counted once, shared by simulations of the same ``gpu``.
+        in_transit: checkpoints' inputs go to host memory, and the device still holds so many whose copies have not
+            ended: 2 on a GPU. None: they stay on the device. Of twins with long context.
 
     Raises:
         UnsupportedModuleError: the model cannot run on meta tensors, or ``strategy`` does not cover it.
     """
+    run = functools.partial(_run, twin, batch_size, seq_len, strategy, sharding or Sharding(), loss_chunk, gpu, costs)
     blocks = None if whole else repeated_blocks(twin)
+    found: list[_Step] = []
     if blocks is not None:
-        count = len(blocks)
         runs = []
-        for few in SHALLOW:
+        shallow = SHALLOW if in_transit is None else OFFLOADED
+        for few in shallow:
             with shortened(twin, blocks, few):
-                runs.append(_run(twin, batch_size, seq_len, strategy, sharding, loss_chunk, gpu, blocks, costs))
-        peaks = [deeper_peak(a.phases, b.phases, count) for a, b in zip(*runs, strict=True)]
-        operations = deeper_operations(runs[0][0].operations, runs[1][0].operations, count)
-        found = [_Step(peak, operations, {}) for peak in peaks if peak is not None]
-    if blocks is None or len(found) < 2:
-        found = _run(twin, batch_size, seq_len, strategy, sharding, loss_chunk, gpu, None, costs)
+                runs.append(run(in_transit, blocks))
+        deeper = [_deeper(a, b, len(blocks), shallow) for a, b in zip(*runs, strict=True)]
+        found = [step for step in deeper if step is not None]
+    if len(found) < 2:
+        found = run(in_transit, None)
     # DistributedDataParallel, which private training does not use, keeps its buckets between steps.
     buckets = strategy is None and sharding is not None and sharding.engine == "ddp"
     held = sum(p.numel() * p.element_size() for p in twin.parameters() if p.requires_grad) if buckets else 0
-    return Simulation(found[0].peak + held, found[1].peak + held, found[0].operations)
+    first, second = found
+    # Tiles find the shape of their output once, in the first step.
+    steady = first if find_long_context(twin) is None else second
+    phase = max(second.phases, key=lambda phase: second.phases[phase])
+    return Simulation(
+        first.peak + held,
+        second.peak + held,
+        steady.operations,
+        second.offloaded,
+        {name: size for name, size in second.parts.get(phase, Counter()).items() if size},
+        _words(phase),
+        second.layer,
+    )
 
 
 @dataclass(frozen=True)
 class _Step:
-    """Peak, operations, and peaks by phase of one step."""
+    """One step: peak, operations; and what :class:`Simulation` has, by phase."""
 
     peak: int
     operations: Counter[Operation]
     phases: dict[Any, int]
+    parts: dict[Any, Counter[str]]
+    offloaded: Counter[int]
+    layer: tuple[Counter[Operation], Counter[Operation]]
+
+
+def _deeper(few: _Step, more: _Step, count: int, shallow: tuple[int, int]) -> _Step | None:
+    """A step of ``count`` blocks, from those of ``shallow`` ones; None if it is not that simple."""
+    phases = deeper_peaks(few.phases, more.phases, count, shallow)
+    if phases is None:
+        return None
+    operations = deeper_operations(few.operations, more.operations, count, shallow)
+    offloaded = deeper_counts(few.offloaded, more.offloaded, count, shallow)
+    parts = deeper_parts(few.parts, more.parts, few.phases, more.phases, count, shallow)
+    return _Step(max(phases.values()), operations, phases, parts, offloaded, more.layer)
+
+
+def _words(phase: Any) -> str:
+    kind, _, place = phase
+    if kind == "between":
+        return "head and loss" if place == "last" else "between two layers"
+    if kind == "after":
+        return "the embedding's backward, and the release"
+    return f"the {kind} of a layer"
 
 
 def _run(
@@ -222,25 +309,52 @@ def _run(
     batch_size: int,
     seq_len: int,
     strategy: Strategy | None,
-    sharding: Sharding | None,
+    sharding: Sharding,
     loss_chunk: int | Literal["auto"] | None,
     gpu: bool,
-    blocks: nn.ModuleList | None,
     costs: dict[Hashable, Cost] | None,
+    in_transit: int | None,
+    blocks: nn.ModuleList | None,
 ) -> list[_Step]:
     """Two steps of the twin as it is; ``blocks``: with peaks by phase."""
-    ids = torch.empty((batch_size, seq_len), dtype=torch.int64, device="meta")
+    ids = torch.empty((batch_size, -(-seq_len // sharding.sequence)), dtype=torch.int64, device="meta")
     found: list[_Step] = []
-    prepared = _prepared(twin, strategy, sharding or Sharding(), batch_size, loss_chunk)
-    with warnings.catch_warnings(), prepared:
+    installed = find_long_context(twin)
+    parts = None if installed is None else Parts(twin, installed)
+    host = None if in_transit is None else HostMeter(in_transit)
+    if blocks is None and installed is not None:
+        blocks = next((m for m in twin.modules() if isinstance(m, nn.ModuleList) and installed.layers[0] in m), None)
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore")  # the model's warnings: the real step will repeat them
-        meter = StepMeter([*twin.parameters(), *twin.buffers(), ids], costs)
-        labelled = contextlib.nullcontext() if blocks is None else phases(meter, blocks)
-        with meter, simulated(meter, gpu, meter), labelled:
-            for _ in range(2):
-                meter.reset()
-                _step(twin, ids)
-                found.append(_Step(meter.peak, meter.operations, dict(meter.phases)))
+        stack.enter_context(offloading(twin, host))
+        stack.enter_context(_prepared(twin, strategy, sharding, batch_size, loss_chunk))
+        meter = StepMeter([*twin.parameters(), *twin.buffers(), ids], costs, parts)
+        stack.enter_context(meter)
+        stack.enter_context(simulated(meter, gpu, meter, parts))
+        if sharding.sequence > 1:
+            attention = spread_attention(F.scaled_dot_product_attention, sharding.sequence)
+            stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention))
+        if parts is not None:
+            stack.enter_context(parts.watching())
+        if blocks is not None:
+            stack.enter_context(phases(meter, blocks))
+        for _ in range(2):
+            meter.reset()
+            if host is not None:
+                host.reset()
+            _step(twin, ids)
+            meter.enter(("end", 0, "last"))
+            ends = [meter.phase_operations.get((*kind, "first"), Counter()) for kind in (("forward", 0), ("backward", 1))]
+            found.append(
+                _Step(
+                    meter.peak,
+                    meter.operations,
+                    {phase: peak for phase, peak in meter.phases.items() if phase[0] != "end"},
+                    meter.phase_parts,
+                    Counter() if host is None else host.most,
+                    (ends[0], ends[1]),
+                )
+            )
     return found
 
 
@@ -260,11 +374,13 @@ def ready_on_meta(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def simulated(meter: Meter, gpu: bool, steps: StepMeter | None = None) -> Iterator[None]:
+def simulated(
+    meter: Meter, gpu: bool, steps: StepMeter | None = None, parts: Parts | None = None
+) -> Iterator[None]:
     """A context in which models on meta can run steps, with the kernels of a GPU or of a CPU.
 
     The norm of a layer of long texts is run once for each shape and counted whenever it is used; in short texts layers
-    with the same input share products. For ``steps`` so is the head with its loss.
+    with the same input share products. For ``steps`` so is the head with its loss. ``parts`` is told what it is.
     """
 
     def counted(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -281,7 +397,8 @@ def simulated(meter: Meter, gpu: bool, steps: StepMeter | None = None) -> Iterat
         shapes = [(a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a for a in args]
         if steps is None:
             return chunked_head_loss(*args, **kwargs)
-        return steps.once((*shapes, *kwargs.items()), lambda: chunked_head_loss(*args, **kwargs))
+        with contextlib.nullcontext() if parts is None else parts.inside(HEAD):
+            return steps.once((*shapes, *kwargs.items()), lambda: chunked_head_loss(*args, **kwargs), HEAD)
 
     names = ("upper_sq_norm", "embedding_sq_norm")
     replaced: dict[str, Any] = {name: counted(getattr(base, name)) for name in names}

@@ -72,13 +72,21 @@ class StepMeter(TorchDispatchMode):
         peak: the largest :attr:`live` since the start or the last :meth:`reset`.
         phases: the same by phase of a step (:meth:`enter`).
         operations: how often each operation ran since the start or the last :meth:`reset`.
+        phase_operations: the same by phase, where bytes have names.
+        phase_parts: by phase, the bytes of its peak by the names of ``name``.
 
     Args:
         known: tensors that existed before and are not counted: parameters, buffers, the batch.
         costs: what :meth:`once` found, shared by meters of the same kind of device.
+        name: the name of a storage that is born now, by which bytes are told apart; None: they are not.
     """
 
-    def __init__(self, known: Iterable[Tensor], costs: dict[Hashable, Cost] | None = None) -> None:
+    def __init__(
+        self,
+        known: Iterable[Tensor],
+        costs: dict[Hashable, Cost] | None = None,
+        name: Callable[[], str] | None = None,
+    ) -> None:
         # Not at the top: it imports Triton, which takes half a second, and only a plan needs it.
         from torch.utils.flop_counter import flop_registry
 
@@ -87,7 +95,11 @@ class StepMeter(TorchDispatchMode):
         self.live = self.peak = 0
         self.operations: Counter[Operation] = Counter()
         self.phases: dict[Hashable, int] = {}
+        self.phase_operations: dict[Hashable, Counter[Operation]] = {}
+        self.phase_parts: dict[Hashable, Counter[str]] = {}
+        self._name, self._parts = name, Counter[str]()
         self._phase: Hashable = ("forward", 0, "first")
+        self._before: Counter[Operation] = Counter()
         self._held = list(known)  # a reference, so that their keys are not reused
         self._known = {t.untyped_storage()._cdata for t in self._held}
         self._kinds: dict[Any, _Kind] = {}
@@ -126,30 +138,47 @@ class StepMeter(TorchDispatchMode):
         self._known.add(key)
         self.live += size
         self.peak = max(self.peak, self.live)
+        name = "" if self._name is None else self._name()
+        self._parts[name] += size
         self._note_phase(self.live)
-        weakref.finalize(storage, self._died, key, size)
+        weakref.finalize(storage, self._died, key, size, name)
 
-    def _died(self, key: int, size: int) -> None:
+    def _died(self, key: int, size: int, name: str) -> None:
         self._known.discard(key)
         self.live -= size
+        self._parts[name] -= size
 
     def reset(self) -> None:
         """Restart the peaks, from the live bytes, and the operations, from none."""
         self.peak = self.live
         self.operations = Counter()
-        self.phases = {}
-        self.enter(("forward", 0, "first"))
+        self.phases, self.phase_operations, self.phase_parts = {}, {}, {}
+        self._before = Counter()
+        self._phase = ("forward", 0, "first")
+        self._note_phase(self.live)
 
     def enter(self, phase: Hashable) -> None:
         """A phase of the step begins; it may come again."""
+        if self._name is not None:
+            ran = Counter({op: n - self._before[op] for op, n in self.operations.items() if n > self._before[op]})
+            self.phase_operations.setdefault(self._phase, Counter()).update(ran)
+            self._before = self.operations.copy()
         self._phase = phase
         self._note_phase(self.live)
 
-    def _note_phase(self, live: int) -> None:
-        self.phases[self._phase] = max(self.phases.get(self._phase, 0), live)
+    def _note_phase(self, live: int, passing: str = "") -> None:
+        """``passing``: the name of what is live besides :attr:`live`, for a moment."""
+        if live <= self.phases.get(self._phase, -1):
+            return
+        self.phases[self._phase] = live
+        if self._name is not None:
+            self.phase_parts[self._phase] = found = self._parts.copy()
+            found[passing] += live - self.live
 
-    def once(self, key: Hashable, run: Callable[[], T]) -> T:
+    def once(self, key: Hashable, run: Callable[[], T], passing: str = "") -> T:
         """``run()`` the first time; for the same ``key`` again, count its cost and return a result of that shape.
+
+        ``passing`` names what it has for a moment.
 
         ``run`` returns a tensor or a dataclass of tensors. For a function on meta tensors that keeps no memory besides
         its result: a model computes the same norms in every block, and each consists of thousands of small operations.
@@ -165,7 +194,7 @@ class StepMeter(TorchDispatchMode):
             operations, extra = self.operations, self.peak - live
             self._costs[key] = operations, extra, _maker(result)
         self.peak = max(peak, live + extra)
-        self._note_phase(live + extra)
+        self._note_phase(live + extra, passing)
         self.operations = outside
         self.operations.update(operations)
         return result

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from dpft.clipping.state import ClipState
 from dpft.errors import UnsupportedModuleError
 from dpft.kernels import impl
+from dpft.long_context.attention import NAME as LONG_ATTENTION
 from dpft.rules.experts import match_experts
-from dpft.wrap import unwrap
+from dpft.wrap import LONG_CONTEXT, unwrap
 
 __all__ = ["make_twin", "on_meta"]
 
@@ -73,9 +74,10 @@ def make_twin(model: nn.Module, dtype: torch.dtype | None, checkpointing: bool |
             hooks = getattr(module, name)
             for key in [k for k, hook in hooks.items() if not _is_own(hook)]:
                 del hooks[key]
-    _set_checkpointing(twin, checkpointing)
+    if not any(LONG_CONTEXT in module.__dict__ for module in twin.modules()):  # which has checkpointing of its own
+        _set_checkpointing(twin, checkpointing)
     config: Any = getattr(twin, "config", None)
-    if getattr(config, "_attn_implementation", None) not in (None, "eager", "sdpa"):  # a kernel that needs its device
+    if getattr(config, "_attn_implementation", None) not in (None, "eager", "sdpa", LONG_ATTENTION):  # a kernel that needs its device
         config._attn_implementation = "sdpa"
     for module in twin.modules():
         if match_experts(module) is not None:  # 'eager' looks which experts have tokens
@@ -179,10 +181,13 @@ def on_meta() -> Iterator[None]:
     packed sequences, which reads the data (there are none); and the product of experts, which get equally many tokens.
     torch's random state is restored.
     """
-    enabled, autocast = torch.is_autocast_enabled, torch.autocast
+    enabled, autocast, autocast_dtype = torch.is_autocast_enabled, torch.autocast, torch.get_autocast_dtype
 
     def is_autocast_enabled(*device: str) -> bool:
         return device != ("meta",) and enabled(*device)
+
+    def get_autocast_dtype(device_type: str) -> torch.dtype:
+        return torch.bfloat16 if device_type == "meta" else autocast_dtype(device_type)
 
     def autocast_or_nothing(device_type: str, *args: Any, **kwargs: Any) -> Any:
         return contextlib.nullcontext() if device_type == "meta" else autocast(device_type, *args, **kwargs)
@@ -193,6 +198,7 @@ def on_meta() -> Iterator[None]:
         for owner, name, value in (
             (F, "scaled_dot_product_attention", _fused_attention(F.scaled_dot_product_attention)),
             (torch, "is_autocast_enabled", is_autocast_enabled),
+            (torch, "get_autocast_dtype", get_autocast_dtype),
             (torch, "autocast", autocast_or_nothing),
         ):
             patches.enter_context(mock.patch.object(owner, name, value))
