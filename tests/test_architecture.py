@@ -26,8 +26,7 @@ _MECHANISM = _LOW | {"privacy", "noise", "optimizer", "loader", "workers"}
 
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
-    "privacy": _LOW,
-    "kernels": _LOW,
+    **dict.fromkeys(("privacy", "kernels"), _LOW),
     "rules": _LOW | {"kernels"},
     "clipping": _ARITHMETIC,
     "models": _ARITHMETIC | {"clipping"},
@@ -51,7 +50,7 @@ INSIDE_TOOLS = {
     "tools.benchmarks.norm_times": frozenset({"kernels"}),
     "tools.engines.worker": frozenset({"engines"}),
     "tools.measure_long_context": frozenset({"long_context"}),
-    "tools.memory.simulate": frozenset({"kernels", "planning"}),
+    "tools.memory.simulate": frozenset({"kernels", "long_context", "planning"}),
     "tools.auditing.plants": frozenset({"clipping", "loader", "noise", "optimizer", "privacy", "run"}),
 }
 

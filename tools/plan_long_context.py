@@ -1,12 +1,12 @@
-"""The longest private texts that fit, planned: by model, training and number of cards. On any machine, without weights.
+"""The longest private texts that fit, planned: by model, training and number of cards. Anywhere, without weights.
 
     python tools/plan_long_context.py --json docs/benchmarks/long_context_planned.json
     python tools/plan_long_context.py --models llama-3.2-1b --trainings full --cards 1
 
 Each row is :func:`dpft.longest` of a model of bf16 parameters on meta, B = 1, AdamW, on cards of 80 GB (80e9 bytes):
 one with sums and optimiser in 128 GiB of host memory, or eight under ZeRO-2, whose whole parameters allow tiles, with
-sequence parallelism over all of them and 1 TiB. Rows with `tokens` are the plan of that length. Everything here is predicted; nothing has run on a GPU.
-A row is written as soon as it is known, and rows that are in the file already are kept.
+sequence parallelism over all of them and 1 TiB. Rows with `tokens` are the plan of that length. Everything here is
+predicted; nothing has run on a GPU. A row is written when it is known, and those in the file already are kept.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def build(name: str, training: str) -> nn.Module:
         if training == "lora":
             import peft
 
-            model = peft.get_peft_model(model, peft.LoraConfig(**LORA, task_type="CAUSAL_LM"))  # type: ignore[arg-type]
+            model = peft.get_peft_model(model, peft.LoraConfig(**LORA, task_type="CAUSAL_LM"))
     return model
 
 
@@ -133,7 +133,8 @@ def main(description: str | None, arguments: list[str] | None = None) -> None:
         tokens, mark = (row["tokens"], " ") if "tokens" in row else (row["longest"], "*")
         figures = f"{row['device_bytes'] / GIB:10.2f}  {row['host_bytes'] / GIB:8.2f}  {row['seconds'] / 3600:5.2f}"
         fits = "yes" if row["fits"] else "no"
-        print(f"{row['model']:14}{row['training']:10}{row['cards']:5}{tokens:11,}{mark} {fits:4} {figures}  {row['peak_in']}")
+        what = f"{row['model']:14}{row['training']:10}{row['cards']:5}{tokens:11,}{mark}"
+        print(f"{what} {fits:4} {figures}  {row['peak_in']}")
     print("* the most that fit")
 
 

@@ -134,7 +134,7 @@ def install_on_meta(twin: nn.Module, tile_mlp: TileSize | None = "auto") -> None
 
 @contextlib.contextmanager
 def offloading(twin: nn.Module, meter: HostMeter | None) -> Iterator[None]:
-    """A context in which the checkpoints of a twin offload their inputs to ``meter``; None: they stay on the device."""
+    """A context in which the checkpoints of a twin offload their inputs to ``meter``, or, if None, do not."""
     installed = find_long_context(twin)
     if installed is None:
         yield

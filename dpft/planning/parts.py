@@ -39,7 +39,8 @@ class Parts:
             for name, child in layer.named_children():
                 for module in child.modules():
                     self._names[id(module)] = f"{name} of one layer"
-        self._tiled = {id(block.owner.__dict__["_dpft_tiles"][block.method]): block.owner for block in installed.blocks}
+        # by the id of a block's dpft.long_context.tiles.Tiles
+        self._tiled = {id(b.owner.__dict__["_dpft_tiles"][b.method]): b.owner for b in installed.blocks}
         self._stack: list[str] = []
         self._numbers: list[int] = []
         self._makers: list[str] = []
@@ -58,7 +59,7 @@ class Parts:
         function = "" if frame is None else frame.f_code.co_name
         if name.startswith(_PRIVATE) and function not in _ONLY_STARTS:
             return GRADIENTS
-        if name == "dpft.planning.simulate" and function == "_add_to":
+        if name == "dpft.planning.rank" and function == "_add_to":
             return SUMS
         if name == "dpft.planning.long_text" and function == "fetch":
             return INPUTS

@@ -15,8 +15,8 @@ from torch import nn
 from dpft.clipping.strategy_choice import free_memory
 from dpft.errors import UnsupportedModuleError
 from dpft.kernels.head import auto_chunk
-from dpft.models.causal_lm import find_causal_lm
 from dpft.long_context.install import LongContext
+from dpft.models.causal_lm import find_causal_lm
 from dpft.planning.hardware import HARDWARE, Hardware, measure
 from dpft.planning.long_text import find_long_context, install_on_meta
 from dpft.planning.longest import STEP, Longest, find_longest
@@ -212,8 +212,8 @@ def _spread(
             raise ValueError(f"batch_size is {batch_size!r}; expected 1 under sequence parallelism")
         config: Any = getattr(model, "config", None)
         text = getattr(config, "get_text_config", lambda: config)()
-        heads = getattr(text, "num_attention_heads", None)
-        kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        heads: Any = getattr(text, "num_attention_heads", None)
+        kv_heads: Any = getattr(text, "num_key_value_heads", None) or heads
         if isinstance(heads, int) and (heads % ranks or (kv_heads % ranks and ranks % kv_heads)):
             raise ValueError(
                 f"sequence_parallel is {ranks}, and the model has {heads} heads and {kv_heads} of keys: Ulysses "

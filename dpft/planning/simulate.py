@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 from unittest import mock
 
 import torch
@@ -36,6 +34,7 @@ from dpft.planning.blocks import (
 )
 from dpft.planning.long_text import HostMeter, find_long_context, offloading, spread_attention
 from dpft.planning.parts import HEAD, Parts
+from dpft.planning.rank import ENGINES, EngineName, Rank, Sharding
 from dpft.planning.shares import SharePass
 from dpft.planning.step_meter import Cost, Operation, StepMeter
 from dpft.planning.twin import on_meta
@@ -45,46 +44,10 @@ from dpft.wrap import get_state, unwrap, wrap
 
 __all__ = ["ENGINES", "EngineName", "Meter", "Sharding", "Simulation", "ready_on_meta", "simulate", "simulated"]
 
-EngineName = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
-ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 # The isolation check runs on backward 1, 2, 4, 8, ...: the simulated step is never one of them.
 _NEVER = 1 << 62
-
-
-@dataclass(frozen=True)
-class Sharding:
-    """What an engine shards over its ranks; see ``docs/engines.md``.
-
-    Attributes:
-        engine: its name.
-        world_size: number of ranks.
-        sequence: S, ranks over which the tokens of an example are spread; it divides ``world_size``.
-        sums_on_host: whether clipped sums and optimiser are in host memory (``sums_device="cpu"``), of one process.
-    """
-
-    engine: EngineName = "single"
-    world_size: int = 1
-    sequence: int = 1
-    sums_on_host: bool = False
-
-    @property
-    def parameters(self) -> bool:
-        """Whether a rank keeps only its shard of the parameters, and gathers them to use them."""
-        return self.engine in ("fsdp2", "zero3")
-
-    @property
-    def gradients(self) -> bool:
-        """Whether a rank keeps only its shard of the gradients (plain) or of the clipped sums (private)."""
-        return self.engine in ("fsdp2", "zero2", "zero3") or self.sequence > 1
-
-    @property
-    def states(self) -> bool:
-        """Whether a rank keeps only its shard of the optimiser's states."""
-        return self.engine not in ("single", "ddp")
-
-    def part(self, numel: int, sharded: bool) -> int:
-        """Number of elements that a rank holds of ``numel``."""
-        return math.ceil(numel / self.world_size) if sharded else numel
+# The phase behind a step.
+_END = ("end", 0, "last")
 
 
 @dataclass(frozen=True)
@@ -114,60 +77,6 @@ class Simulation:
         return sum(op.flops * n for op, n in self.operations.items() if attention or not op.attention)
 
 
-class _Rank:
-    """Stand-in for an engine: takes the gradients as it would, and keeps its part of their sums in float32."""
-
-    gathers_by_call = False
-    reentrant = True
-    spread = sequence = None
-
-    def __init__(self, sharding: Sharding, batch_size: int) -> None:
-        self.alone = sharding.sums_on_host
-        self.sharding, self.sharded, self.max_batch_size = sharding, sharding.parameters, batch_size
-        self._sums: dict[str, Tensor] = {}
-
-    def _add_to(self, name: str, grad: Tensor, dtype: torch.dtype) -> None:
-        if self.sharding.sums_on_host:
-            return
-        part = grad.flatten()[: self.sharding.part(grad.numel(), self.sharding.gradients)]
-        if name in self._sums:
-            self._sums[name].add_(part)
-        else:
-            self._sums[name] = part.to(dtype, copy=True)
-
-    def add(self, name: str, grad: Tensor) -> None:
-        self._add_to(name, grad, torch.promote_types(grad.dtype, torch.float32))
-
-    def take(self, name: str) -> Callable[[Tensor], None]:
-        """A hook for plain training: moves the gradient from ``.grad`` to the engine as soon as it is accumulated."""
-
-        def hook(parameter: Tensor) -> None:
-            if parameter.grad is None:  # clipping="none" runs a backward within the backward, which had it
-                return
-            self._add_to(name, parameter.grad, parameter.grad.dtype)
-            parameter.grad = None
-
-        return hook
-
-    def settle(self) -> None:
-        return None
-
-    def any(self, flag: bool) -> bool:
-        return flag
-
-    def same_everywhere(self, words: str) -> bool:
-        return True
-
-    def hold(self, weight: Tensor) -> AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    def rewind(self) -> Callable[[], None]:
-        return lambda: None
-
-    def leaves(self) -> dict[str, Tensor]:
-        return {}
-
-
 @contextlib.contextmanager
 def _prepared(
     twin: nn.Module,
@@ -177,7 +86,7 @@ def _prepared(
     loss_chunk: int | Literal["auto"] | None,
 ) -> Iterator[None]:
     """A context in which the twin's steps use ``strategy`` (None: plain) on a rank of ``sharding``; then undone."""
-    rank = None if sharding.engine == "single" and not sharding.sums_on_host else _Rank(sharding, batch_size)
+    rank = None if sharding.engine == "single" and not sharding.sums_on_host else Rank(sharding, batch_size)
     hooks = []
     plain_long = strategy is None and find_long_context(twin) is not None
     passes = contextlib.ExitStack()
@@ -343,16 +252,18 @@ def _run(
             if host is not None:
                 host.reset()
             _step(twin, ids)
-            meter.enter(("end", 0, "last"))
-            ends = [meter.phase_operations.get((*kind, "first"), Counter()) for kind in (("forward", 0), ("backward", 1))]
+            meter.enter(_END)
+            forward, backward = (
+                meter.phase_operations.get((*kind, "first"), Counter()) for kind in (("forward", 0), ("backward", 1))
+            )
             found.append(
                 _Step(
                     meter.peak,
                     meter.operations,
-                    {phase: peak for phase, peak in meter.phases.items() if phase[0] != "end"},
+                    {phase: peak for phase, peak in meter.phases.items() if phase != _END},
                     meter.phase_parts,
                     Counter() if host is None else host.most,
-                    (ends[0], ends[1]),
+                    (forward, backward),
                 )
             )
     return found
@@ -374,9 +285,7 @@ def ready_on_meta(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def simulated(
-    meter: Meter, gpu: bool, steps: StepMeter | None = None, parts: Parts | None = None
-) -> Iterator[None]:
+def simulated(meter: Meter, gpu: bool, steps: StepMeter | None = None, parts: Parts | None = None) -> Iterator[None]:
     """A context in which models on meta can run steps, with the kernels of a GPU or of a CPU.
 
     The norm of a layer of long texts is run once for each shape and counted whenever it is used; in short texts layers

@@ -77,7 +77,8 @@ def make_twin(model: nn.Module, dtype: torch.dtype | None, checkpointing: bool |
     if not any(LONG_CONTEXT in module.__dict__ for module in twin.modules()):  # which has checkpointing of its own
         _set_checkpointing(twin, checkpointing)
     config: Any = getattr(twin, "config", None)
-    if getattr(config, "_attn_implementation", None) not in (None, "eager", "sdpa", LONG_ATTENTION):  # a kernel that needs its device
+    # Another kernel needs its device.
+    if getattr(config, "_attn_implementation", None) not in (None, "eager", "sdpa", LONG_ATTENTION):
         config._attn_implementation = "sdpa"
     for module in twin.modules():
         if match_experts(module) is not None:  # 'eager' looks which experts have tokens

@@ -1,0 +1,111 @@
+"""One rank of an engine, in a simulated step: what it shards, and what it takes."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+__all__ = ["ENGINES", "EngineName", "Rank", "Sharding"]
+
+EngineName = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
+ENGINES: tuple[EngineName, ...] = get_args(EngineName)
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """What an engine shards over its ranks; see ``docs/engines.md``.
+
+    Attributes:
+        engine: its name.
+        world_size: number of ranks.
+        sequence: S, ranks over which the tokens of an example are spread; it divides ``world_size``.
+        sums_on_host: whether clipped sums and optimiser are in host memory (``sums_device="cpu"``), of one process.
+    """
+
+    engine: EngineName = "single"
+    world_size: int = 1
+    sequence: int = 1
+    sums_on_host: bool = False
+
+    @property
+    def parameters(self) -> bool:
+        """Whether a rank keeps only its shard of the parameters, and gathers them to use them."""
+        return self.engine in ("fsdp2", "zero3")
+
+    @property
+    def gradients(self) -> bool:
+        """Whether a rank keeps only its shard of the gradients (plain) or of the clipped sums (private)."""
+        return self.engine in ("fsdp2", "zero2", "zero3") or self.sequence > 1
+
+    @property
+    def states(self) -> bool:
+        """Whether a rank keeps only its shard of the optimiser's states."""
+        return self.engine not in ("single", "ddp")
+
+    def part(self, numel: int, sharded: bool) -> int:
+        """Number of elements that a rank holds of ``numel``."""
+        return math.ceil(numel / self.world_size) if sharded else numel
+
+
+class Rank:
+    """Stand-in for an engine: takes the gradients as it would, and keeps its part of their sums in float32."""
+    gathers_by_call = False  # tiles are not planned where parameters are sharded
+    reentrant = True
+    reentrant = True
+    spread = sequence = None
+
+    def __init__(self, sharding: Sharding, batch_size: int) -> None:
+        self.alone = sharding.sums_on_host
+        self.sharding, self.sharded, self.max_batch_size = sharding, sharding.parameters, batch_size
+        self._sums: dict[str, Tensor] = {}
+
+    def _add_to(self, name: str, grad: Tensor, dtype: torch.dtype, ranks: int) -> None:
+        """``ranks``: to which the gradient is given, where gradients are sharded."""
+        if self.sharding.sums_on_host:
+            return
+        part = grad.flatten()[: math.ceil(grad.numel() / ranks) if self.sharding.gradients else grad.numel()]
+        if name in self._sums:
+            self._sums[name].add_(part)
+        else:
+            self._sums[name] = part.to(dtype, copy=True)
+
+    def add(self, name: str, grad: Tensor) -> None:
+        # Of a spread example it is a share, 1 / S of the elements.
+        ranks = self.sharding.world_size // self.sharding.sequence
+        self._add_to(name, grad, torch.promote_types(grad.dtype, torch.float32), ranks)
+
+    def take(self, name: str) -> Callable[[Tensor], None]:
+        """A hook for plain training: moves the gradient from ``.grad`` to the engine as soon as it is accumulated."""
+
+        def hook(parameter: Tensor) -> None:
+            if parameter.grad is None:  # clipping="none" runs a backward within the backward, which had it
+                return
+            self._add_to(name, parameter.grad, parameter.grad.dtype, self.sharding.world_size)
+            parameter.grad = None
+
+        return hook
+
+    def settle(self) -> None:
+        return None
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+    def same_everywhere(self, words: str) -> bool:
+        return True
+
+    def hold(self, weight: Tensor) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def rewind(self) -> Callable[[], None]:
+        return lambda: None
+
+    def leaves(self) -> dict[str, Tensor]:
+        return {}
