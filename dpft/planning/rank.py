@@ -56,8 +56,8 @@ class Sharding:
 
 class Rank:
     """Stand-in for an engine: takes the gradients as it would, and keeps its part of their sums in float32."""
+
     gathers_by_call = False  # tiles are not planned where parameters are sharded
-    reentrant = True
     reentrant = True
     spread = sequence = None
 
