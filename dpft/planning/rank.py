@@ -57,6 +57,7 @@ class Sharding:
 class Rank:
     """Stand-in for an engine: takes the gradients as it would, and keeps its part of their sums in float32."""
 
+    gathers_by_call = False  # tiles are not planned where parameters are sharded
     reentrant = True
     gathers_by_call = False
     spread = sequence = None
