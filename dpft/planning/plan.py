@@ -71,7 +71,7 @@ def plan(
         loss_chunk: as in :func:`dpft.wrap`.
         long_context: whether :func:`dpft.long_context` is on; a model on which it is on is planned with it in any
             case. Of a model on meta, the blocks that run in tiles are found by their shapes alone. On a GPU the
-            inputs of checkpoints are in host memory. Under an engine that shards parameters there are no tiles.
+            inputs of checkpoints are in host memory. Under ZeRO-3 there are no tiles.
         sequence_parallel: S, the ranks over which the tokens of a text are spread (Ulysses), each ``T / S``.
         host_memory: bytes of host memory that the offloaded tensors of all ranks have to fit into. None: whatever
             they take.
@@ -160,11 +160,11 @@ def _predictor(
         if checkpointing is False:
             raise ValueError("checkpointing is False; long context is with gradient checkpointing. Leave it None")
         if not known:
-            install_on_meta(twin, None if sharding.parameters else "auto")
-        elif sharding.parameters and (find_long_context(twin) or LongContext()).blocks:
+            install_on_meta(twin, None if engine == "zero3" else "auto")
+        elif engine == "zero3" and (find_long_context(twin) or LongContext()).blocks:
             raise ValueError(
-                f"blocks run in tiles, which {engine} refuses, as it shards parameters. Use "
-                "dpft.long_context(model, tile_mlp=None), or an engine that does not shard them (zero2)"
+                "blocks run in tiles, which zero3 refuses, as it gathers weights for each call of a layer. Use "
+                "dpft.long_context(model, tile_mlp=None), or another engine (fsdp2)"
             )
     if optimizer is not None:
         for p in twin.parameters():

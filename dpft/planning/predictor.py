@@ -317,8 +317,10 @@ class Predictor:
             notes.append("no optimiser is counted: optimizer='adamw' adds its states")
         if self.sharding.engine != "single":
             notes.append("communication takes no time here; engine figures are counted, not measured on devices")
-        if self.installed is not None and self.sharding.parameters:
-            notes.append(f"{self.sharding.engine} shards parameters, so that nothing runs in tiles; zero2 has tiles")
+        if self.installed is not None and self.sharding.engine == "zero3":
+            notes.append(
+                "zero3 gathers weights for each call of a layer, so that nothing runs in tiles; fsdp2 has tiles"
+            )
         elif self.by_shapes:
             notes.append("the blocks that run in tiles were found by their shapes: dpft.long_context looks at values")
         if self.installed is not None:

@@ -123,7 +123,9 @@ class StepMeter(TorchDispatchMode):
         dtype = next((t.dtype for t in inputs if t.dtype.is_floating_point), None)
         if dtype is None:
             dtype = (inputs or outputs)[0].dtype if inputs or outputs else torch.int64
-        counted = _with_equal_heads(kind.name, args) if "attention" in kind.name else args
+        # A dtype of the result (bmm's out_dtype) is none of the formulas' arguments.
+        counted = [a for a in args if not isinstance(a, torch.dtype)]
+        counted = _with_equal_heads(kind.name, args) if "attention" in kind.name else counted
         flops = 0 if kind.formula is None else int(kind.formula(*counted, **kwargs, out_val=out))
         moved = 0 if kind.name in _FREE else sum(map(_bytes_touched, (*inputs, *outputs)))
         at = kind.causal_at

@@ -62,6 +62,10 @@ def tied_llama() -> nn.Module:
     return rounded(zoo.seeded(lambda attention: zoo.llama(attention, tie_word_embeddings=True))("sdpa"))
 
 
+def grouped() -> nn.Module:  # two queries a key
+    return rounded(zoo.seeded(lambda attention: zoo.llama(attention, num_key_value_heads=2))("sdpa"))
+
+
 def frozen_embedding() -> nn.Module:
     model = plain_llama()
     model.get_submodule("model.embed_tokens").requires_grad_(False)
@@ -95,6 +99,7 @@ def hybrid() -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama": plain_llama,
     "tied": tied_llama,
+    "grouped": grouped,
     "frozen embedding": frozen_embedding,
     "lora": with_lora,
     "gpt2": gpt2,

@@ -70,6 +70,7 @@ def run_sequence(bench: Bench) -> None:
         ("llama", False, 96),
         ("tied", "non-reentrant", 96),
         ("lora", "non-reentrant", 96),
+        ("grouped", False, 96),
         ("llama", "non-reentrant", TOKENS),
         ("experts", False, TOKENS),
         ("frozen embedding", False, TOKENS),
