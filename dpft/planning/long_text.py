@@ -21,6 +21,7 @@ from dpft.planning.twin import on_meta
 from dpft.wrap import LONG_CONTEXT
 
 __all__ = [
+    "IN_TRANSIT",
     "HostMeter",
     "find_long_context",
     "install_on_meta",
@@ -30,6 +31,8 @@ __all__ = [
     "total_bytes",
 ]
 
+# Inputs of checkpoints that a GPU still holds while they are copied to the host (dpft.long_context.offload).
+IN_TRANSIT = 2
 # Layers that mix tokens and are called with one tensor, as a block is: recurrent ones and convolutions.
 _MIXING = (nn.modules.conv._ConvNd, nn.RNNBase, nn.ZeroPad2d)
 
@@ -106,7 +109,7 @@ def find_long_context(model: nn.Module) -> LongContext | None:
     return next((m.__dict__[LONG_CONTEXT] for m in model.modules() if LONG_CONTEXT in m.__dict__), None)
 
 
-def install_on_meta(twin: nn.Module, tile_mlp: TileSize | None = "auto") -> None:
+def install_on_meta(twin: nn.Module, tile_mlp: TileSize | None = "auto", offloader: Offloader | None = None) -> None:
     """:func:`dpft.long_context` on a twin, whose blocks are found by their shapes, as there are no values.
 
     A module that has what mixes tokens (a convolution, a recurrent layer) is no block.
@@ -129,7 +132,7 @@ def install_on_meta(twin: nn.Module, tile_mlp: TileSize | None = "auto") -> None
         mock.patch.object(blocks, "_may_be_block", may_be_block),
         mock.patch.object(blocks, "_close", same_shape),
     ):
-        install(twin, tile_mlp, Offloader())
+        install(twin, tile_mlp, offloader or Offloader())
 
 
 @contextlib.contextmanager

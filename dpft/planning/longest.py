@@ -49,26 +49,28 @@ def find_longest(
     """
     known: dict[int, float] = {}
 
+    made: dict[int, Predictor] = {}
+
     def at(units: int) -> Predictor:
-        made = copy.copy(predictor)
-        made.restart(units * STEP)
-        return made
+        if units not in made:
+            made[units] = copy.copy(predictor)
+            made[units].restart(units * STEP)
+        return made[units]
 
     def margin(units: int) -> float:
-        """Fraction of the memory that is left, of the device or of the host, whichever is less."""
+        """Fraction of the device's memory that is left; below 0 also where the host has too little."""
         if units not in known:
             known[units] = at(units).margin(batch_size)
         return known[units]
 
     if margin(1) < 0:
         raise ValueError(f"not even {STEP} tokens fit: {at(1).short(batch_size)}")
-    low, high = 1, most // STEP
-    probe = min(high, 64)
+    low, high, probe = 1, most // STEP, min(most // STEP, 64)
+    if margin(probe) >= 0:
+        high = max(probe, min(high, at(probe).host_limit(batch_size, STEP, high)))
     while low < high:
         if margin(probe) >= 0:
             low = probe
-            if probe == most // STEP:
-                break
         else:
             high = probe - 1
         if low >= high:

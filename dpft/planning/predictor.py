@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Hashable, Iterable
 
 import torch
@@ -19,7 +21,7 @@ from dpft.clipping.strategy_choice import (
 )
 from dpft.errors import DPFTError, UnsupportedModuleError
 from dpft.planning.hardware import Hardware
-from dpft.planning.long_text import find_long_context, page_locked_bytes, total_bytes
+from dpft.planning.long_text import IN_TRANSIT, find_long_context, page_locked_bytes, total_bytes
 from dpft.planning.memory import OptimizerName
 from dpft.planning.result import LayerPlan, LongText, Plan, Prediction, Transfer, named
 from dpft.planning.simulate import Sharding, Simulation, simulate
@@ -37,8 +39,6 @@ MAX_EXAMPLES_ALONE = 8
 SHORT = 16
 # A larger batch has to be faster by this fraction to be worth its memory.
 WORTH = 0.02
-# Inputs of checkpoints that a GPU still holds while they are copied to the host (dpft.long_context.offload).
-_IN_TRANSIT = 2
 
 
 # A step with the isolation check needs up to 4.8 % more memory than one without (*measured*).
@@ -101,7 +101,7 @@ class Predictor:
                 self.loss_chunk,
                 gpu=self.machine.asynchronous,
                 costs=self._costs,
-                in_transit=_IN_TRANSIT if self.machine.asynchronous and self.installed is not None else None,
+                in_transit=IN_TRANSIT if self.machine.asynchronous and self.installed is not None else None,
             )
         return self._simulated[key]
 
@@ -123,12 +123,22 @@ class Predictor:
         )
 
     def margin(self, batch_size: int) -> float:
-        """Fraction of the memory that the chosen strategy leaves, of the device or of the host: the lesser."""
+        """Fraction of the device's memory that the choice leaves; below 0 also where the host has too little."""
         simulation = self.simulated(batch_size, self.choose(batch_size).strategy)
-        left = [1 - self.total(simulation) / self.memory]
-        if self.host_memory is not None:
-            left.append(1 - self.on_all_hosts(simulation) / self.host_memory)
-        return min(left)
+        left = 1 - self.total(simulation) / self.memory
+        return left if left < 0 or self.fits(simulation) else -1.0
+
+    def host_limit(self, batch_size: int, step: int, most: int) -> int:
+        """Multiples of ``step`` tokens, at most ``most``, for which the host has the memory: checkpoints' inputs are
+        proportional to T."""
+        simulation = self.simulated(batch_size, self.choose(batch_size).strategy)
+
+        def fits(units: int) -> bool:
+            sizes = Counter({size * units * step // self.seq_len: n for size, n in simulation.offloaded.items()})
+            each = page_locked_bytes(sizes) + sum(self.host.values())
+            return self.host_memory is None or each * self.sharding.world_size <= self.host_memory
+
+        return bisect_left(range(1, most + 1), True, key=lambda units: not fits(units))
 
     def short(self, batch_size: int) -> str:
         """What does not fit under the chosen strategy, as text."""

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace, setup: Setup) -> int:
     What is measured is written as it becomes known: an interrupted run leaves the memory of the experiments that it
     has finished, and their times if it has come to them.
     """
-    names = find_experiments(args.experiments, args.simulate)
+    names = find_experiments(args.experiments, args.simulate, args.long_context)
     directory = run_directory(args.output_dir)
     start = time.monotonic()
 
@@ -99,7 +99,7 @@ def report(args: argparse.Namespace, results: list[dict[str, Any]], directory: P
 
 def single(args: argparse.Namespace, setup: Setup) -> int:
     """Measure one experiment into one file; returns the exit status."""
-    (name,) = find_experiments([args.experiment], args.simulate)
+    (name,) = find_experiments([args.experiment], args.simulate, args.long_context)
     try:
         (result,) = measure([name], setup, args.repetitions, say, lambda _: None)
     except KeyboardInterrupt:

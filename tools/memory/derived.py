@@ -141,8 +141,12 @@ def conditions(results: Results) -> str:
     for key, name in (("seq_len", "T="), ("batch_size", "B="), ("dtype", "")):
         value = _distinct(config.get(key) for config in configs)
         parts += [f"{name}{value}"] if value else []
-    kinds = _distinct("checkpointed" if c.get("gradient_checkpointing") else "not checkpointed" for c in configs)
+    kinds = _distinct(
+        "checkpointed" if c.get("gradient_checkpointing") or c.get("long_context") else "not checkpointed"
+        for c in configs
+    )
     parts += [kinds] if kinds != "not checkpointed" else []
+    parts += ["long context"] if any(c.get("long_context") for c in configs) else []
     for key, usual in (("strategy", "auto"), ("loss_chunk", "auto"), ("engine", "single")):
         value = _distinct(str(config.get(key, usual)) for config in configs)
         parts += [f"{key.replace('_', ' ')} {value}"] if value != usual else []

@@ -100,6 +100,7 @@ class Measured:
             "largest": found.get("largest", []),
             "highest": found.get("highest"),
             "timeline": found.get("timeline"),
+            "host": found.get("host"),
             "notes": found.get("notes", []),
             "profiling": {
                 "time_ratio": tracked / statistics.median(values) if tracked and values else None,

@@ -23,7 +23,7 @@ from tools.memory.allocator import allocator_of
 from tools.memory.owners import owners_of
 from tools.memory.profile_fields import PARTS, Profile, Readings, phase_of
 from tools.memory.setup import EXPERIMENTS, Setup, make_model
-from tools.memory.simulate import make_ready, resolved, shares_of, simulation
+from tools.memory.simulate import make_ready, resolved, shares_of, simulation, turn_long_context_on
 from tools.memory.steps import Steps
 from tools.memory.tracker import Tracker
 from tools.trainers.implementations import DPFlashClippingTrainer
@@ -50,6 +50,7 @@ def measure_memory(setup: Setup, name: str) -> dict[str, Any]:
     report("model")
     private_mb = psutil.Process().memory_full_info().uss / MIB
     model = make_model(setup, experiment)
+    host = turn_long_context_on(setup, model)
     allocator = allocator_of(setup.device, setup.simulate)
     readings = Readings(allocator, setup.simulate)
     batch: list[Tensor] = []
@@ -121,6 +122,7 @@ def measure_memory(setup: Setup, name: str) -> dict[str, Any]:
         "highest": {f"{name}_mb": size / MIB for name, size in profile.timeline.highest.items()},
         "notes": strategy_notes(run),
         "timeline": profile.timeline_fields(setup.num_iter - 1),
+        "host": None if host is None else profile.host_fields(setup.num_iter - 1, host.events),
         "tracked_step_ms": profile.step_ms(),
         "independent_peak_mb": None if setup.simulate else breakdown["peak_allocated_mb"],
         "tracked_peak_mb": profile.tracked_peak(),

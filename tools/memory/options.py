@@ -105,6 +105,8 @@ def add_setup(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--warmup-iter", type=positive, help="steps before them; default 2, simulated 1")
     group.add_argument("--dtype", type=_dtype, default="float32", help="of the parameters: float32 or bfloat16")
     group.add_argument("--gradient-checkpointing", action="store_true")
+    tiles = "with dpft.long_context, plain training too: tiles, and checkpoints' inputs in host memory"
+    group.add_argument("--long-context", action="store_true", help=tiles)
     group.add_argument("--lora", type=_not_negative, default=0, metavar="RANK", help="train adapters on all linears")
     strategy = group.add_mutually_exclusive_group()
     strategy.add_argument("--strategy", choices=("auto", *STRATEGIES), default="auto", help="of flash_clip")
@@ -143,6 +145,8 @@ def setup_of(args: argparse.Namespace) -> Setup:
         raise ValueError(f"--world-size {args.world_size} and --engine single is one process; name the engine")
     if args.engine != "single" and args.world_size == 1:
         raise ValueError(f"--engine {args.engine} needs --world-size of at least 2")
+    if args.long_context and args.engine in ("fsdp2", "zero3"):
+        raise ValueError(f"--engine {args.engine} shards parameters, where --long-context has no tiles; use zero2")
     if args.memory_limit is not None and args.simulate:
         raise ValueError("--memory-limit is of real runs; a simulated one takes no memory")
     if args.memory_limit is not None and not 0 < args.memory_limit < 2**30:
@@ -189,15 +193,19 @@ def check_model(setup: Setup) -> None:
         )
 
 
-def find_experiments(names: list[str], simulate: bool = False) -> list[str]:
+def find_experiments(names: list[str], simulate: bool = False, long_context: bool = False) -> list[str]:
     """The names, each once.
 
     Raises:
-        ValueError: an unknown one, or one that cannot be simulated.
+        ValueError: an unknown one, or one that cannot be simulated or has no long context.
     """
     if simulate and "opacus_ghost" in names:
         raise ValueError("opacus_ghost reads token ids to take an embedding's norm; it cannot be simulated")
     for name in names:
         if name not in EXPERIMENTS:
             raise ValueError(f"experiment {name!r} is unknown; expected one of {', '.join(EXPERIMENTS)}")
+        if long_context and EXPERIMENTS[name].reentrant:
+            raise ValueError(
+                f"{name} needs reentrant checkpoints, which --long-context has not; leave one of them out"
+            )
     return list(dict.fromkeys(names))

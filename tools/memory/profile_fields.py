@@ -10,6 +10,7 @@ import functools
 import statistics
 import time
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -217,6 +218,26 @@ class Profile:
             if peak.inside and peak.name.startswith(prefix):
                 _insert(points, self._inside_an_operation(peak, event, start))
         return {"unit": "ms", "columns": [f"{name}_mb" for name in TRACKED], "points": points, "marks": marks}
+
+    def host_fields(self, iteration: int, changes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        """Host memory: the most in the measured iterations, and through one of them.
+
+        Args:
+            iteration: whose timeline :meth:`timeline_fields` gives.
+            changes: nanoseconds, and bytes from then on.
+        """
+
+        def span(prefix: str) -> tuple[int, int]:
+            inside = [phase for phase in self.timeline.phases if phase.name.startswith(prefix)]
+            return self.tracker.events[inside[0].first].at, self.tracker.events[inside[-1].first].at
+
+        start, end = span(f"iter{iteration}_")
+        before = [size for at, size in changes if at <= start]
+        points = [[0.0, before[-1] / MIB if before else 0.0]]
+        points += [[(at - start) / 1e6, size / MIB] for at, size in changes if start < at <= end]
+        first, last = span("iter")
+        most = max((size for at, size in changes if first <= at <= last), default=0)
+        return {"peak_mb": most / MIB, "points": points}
 
     def _inside_an_operation(self, peak: Peak, event: int, start: int) -> list[list[float]]:
         """The operation of a peak that takes memory inside itself, from the event before it to the next."""

@@ -147,6 +147,21 @@ def _timeline(data: Mapping[str, Any]) -> None:
         _field({"time": mark[0]}, "time", NUMBER, f"timeline.marks[{number}]")
 
 
+def _host(data: Mapping[str, Any]) -> None:
+    """Host memory, which is in no total: its peak, and ``[milliseconds, MiB]`` through the timeline's step."""
+    host = _field({"host": None, **data}, "host", (dict,), null=True)
+    if host is None:
+        return
+    most = _amount(host, "peak_mb", "host")
+    for number, point in enumerate(_field(host, "points", (list,), "host")):
+        if not isinstance(point, list) or len(point) != 2:
+            raise ResultError(f"host.points[{number}] is {_short(point)}; expected [milliseconds, MiB]")
+        row = dict(zip(("time", "mb"), point, strict=True))
+        _field(row, "time", NUMBER, f"host.points[{number}]")
+        if _amount(row, "mb", f"host.points[{number}]") > most + ABSOLUTE_MB:
+            raise ResultError(f"host.points[{number}] has {row['mb']} MiB; expected at most host.peak_mb, {most}")
+
+
 def _breakdown(data: Mapping[str, Any], null: bool) -> None:
     breakdown = _field(data, "breakdown", (dict,), null=null)
     if breakdown is None:
@@ -232,6 +247,7 @@ def validate(data: object) -> None:
     for name in highest:
         _amount(highest, name, "highest")
     _timeline(data)
+    _host(data)
     profiling = _field(data, "profiling", (dict,), null=failed) or {}
     for name in ("time_ratio", "independent_peak_mb", "tracked_peak_mb"):
         _amount({name: None, **profiling}, name, "profiling", null=True)

@@ -36,6 +36,7 @@ class Setup:
         model: a folder, or a name on the hub.
         dtype: of the parameters.
         lora: rank; 0 trains everything.
+        long_context: whether ``dpft.long_context`` is on, in plain training too.
         strategy, loss_chunk: of :func:`dpft.wrap`, for the experiments that leave them open.
         memory_limit: bytes that the process may allocate beyond its model; None: no limit.
         simulate: on tensors without data.
@@ -66,6 +67,7 @@ class Setup:
     simulate: bool = False
     engine: str = "single"
     world_size: int = 1
+    long_context: bool = False
 
     @property
     def shape(self) -> Shape:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+import time
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from dpft.kernels.head import auto_chunk
+from dpft.long_context.install import install
+from dpft.long_context.offload import HostCopies, Offloader, Parked, PinnedCopy
+from dpft.planning.long_text import IN_TRANSIT, HostMeter, install_on_meta
 from dpft.planning.memory import resting_bytes
 from dpft.planning.simulate import Sharding, ready_on_meta, simulated
 from tools.memory.replay import Shares
@@ -62,6 +67,48 @@ def resolved(setup: Setup) -> Setup:
     if not setup.simulate or setup.loss_chunk != "auto":
         return setup
     return replace(setup, loss_chunk=auto_chunk(torch.device(setup.device)))
+
+
+class HostCount:
+    """Checkpoints' inputs in host memory: what the tracker, which follows one device, does not see.
+
+    Attributes:
+        events: nanoseconds of ``time.perf_counter_ns``, and bytes from then on.
+
+    Args:
+        park: takes a tensor to the host.
+    """
+
+    def __init__(self, park: Callable[[Tensor], Parked]) -> None:
+        self._park = park
+        self.events: list[tuple[int, int]] = [(time.perf_counter_ns(), 0)]
+
+    def park(self, t: Tensor) -> Parked:
+        """For an offloader."""
+        parked, size = self._park(t), t.numel() * t.element_size()
+        self._change(size)
+        weakref.finalize(parked, self._change, -size)
+        return parked
+
+    def _change(self, size: int) -> None:
+        self.events.append((time.perf_counter_ns(), self.events[-1][1] + size))
+
+
+def turn_long_context_on(setup: Setup, model: nn.Module) -> HostCount | None:
+    """``dpft.long_context``, plain or private, where the setup asks for it.
+
+    On a CPU the inputs of checkpoints are copied to memory that its allocator has not made, as a GPU's are to its
+    host's; without data they are counted.
+    """
+    if not setup.long_context:
+        return None
+    if setup.simulate:
+        count = HostCount(HostMeter(IN_TRANSIT if setup.device == "cuda" else 0).park)
+        install_on_meta(model, offloader=Offloader(count.park))
+        return count
+    count = HostCount(PinnedCopy if setup.device == "cuda" else HostCopies)
+    install(model, "auto", Offloader(count.park))
+    return count
 
 
 def make_ready(setup: Setup, model: nn.Module, library: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from tools.common.processes import limit_memory
 from tools.common.worker import report
 from tools.memory.setup import EXPERIMENTS, Experiment, Setup, make_batch, make_model
+from tools.memory.simulate import turn_long_context_on
 from tools.trainers.implementations import DPFlashClippingTrainer
 
 TINY = 8  # tokens of the steps that take the place of those with dpft's isolation check
@@ -68,6 +69,7 @@ class TimedSteps:
     def __init__(self, setup: Setup, name: str) -> None:
         report("model")
         model = make_model(setup, EXPERIMENTS[name])
+        turn_long_context_on(setup, model)
         if setup.memory_limit is not None:
             limit_memory(setup.device, setup.memory_limit)
         self.setup, self.steps = setup, Steps(setup, EXPERIMENTS[name], model)

@@ -175,6 +175,13 @@ def highest_table(results: Results) -> Table | None:
     return Table(title, ("", *(r["experiment"] for r in known)), tuple(rows[:-1])) if known else None
 
 
+def host_table(results: Results) -> Table | None:
+    """The most MiB of host memory that an experiment's offloaded tensors took; None where none has any."""
+    rows = [(r["experiment"], _mb(r["host"]["peak_mb"])) for r in results if r.get("host")]
+    title = "Checkpoint inputs in host memory, MiB (in no other figure)"
+    return Table(title, ("experiment", "most"), tuple(rows)) if rows else None
+
+
 def largest_table(results: Results, most: int = LARGEST) -> Table | None:
     """The largest storages at the peak, some of each experiment."""
     rows = []
@@ -220,6 +227,12 @@ def remarks(results: Results) -> list[str]:
 
 def tables_of(results: Results) -> tuple[list[Table], list[Table]]:
     """Every table that there is something in: what was measured, and what explains it."""
-    first = (peak_table(results), component_table(results), added_table(results), lost_table(results))
+    first = (
+        peak_table(results),
+        component_table(results),
+        added_table(results),
+        lost_table(results),
+        host_table(results),
+    )
     second = (highest_table(results), where_table(results), largest_table(results), quality_table(results))
     return [table for table in first if table], [table for table in second if table]

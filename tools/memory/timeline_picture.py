@@ -14,6 +14,8 @@ from tools.memory.picture_style import COLOURS, SMALL, VISIBLE, caption, legend,
 from tools.memory.units import Unit, grouped, unit_for
 
 POINTS = 2000
+# The line of host memory, which is in no total.
+HOST = "#8a2be2"
 
 
 def _thinned(points: list[list[float]]) -> Any:
@@ -38,6 +40,9 @@ def _draw_timeline(axis: Any, result: dict[str, Any], unit: Unit, colour: str) -
         axis.fill_between(times, floor, ceiling, step="post", color=COLOURS[key], linewidth=0)
         floor = ceiling
     axis.step(times, floor, where="post", color="black", linewidth=0.5)
+    if host := (result.get("host") or {}).get("points"):
+        ends_at = [*([time for time, _ in host]), max(times[-1], host[-1][0])]
+        axis.step(ends_at, unit.of(1.0) * np.array([*(mb for _, mb in host), host[-1][1]]), where="post", color=HOST)
     peak = result["breakdown"]["peak_allocated_mb"] if result["breakdown"] else result["peak_memory_mb"]
     ends = [times[0], times[-1], *(mark[0] for mark in timeline["marks"])]
     axis.set_xlim(min(ends), max(ends) if max(ends) > min(ends) else min(ends) + 1)
@@ -92,6 +97,8 @@ def timeline_figure(results: Results) -> Figure:
         if slower:
             ratios = dict.fromkeys(f"{ratio:.1f}" for ratio in (min(slower), max(slower)))
             notes.append(f"Profiling made the step {' to '.join(ratios)} times as long.")
+    if any(result.get("host") for result in drawn):
+        notes.append("The violet line is host memory: checkpoint inputs, not part of the total.")
     caption(figure, results, notes)
     return figure
 
@@ -99,6 +106,7 @@ def timeline_figure(results: Results) -> Figure:
 def _draw_panels(figure: Figure, drawn: Results, shape: tuple[int, int], colours: dict[str, str]) -> None:
     totals = [max(sum(point[1:]) for point in result["timeline"]["points"]) for result in drawn]
     totals += [result["breakdown"]["peak_allocated_mb"] for result in drawn if result["breakdown"]]
+    totals += [result["host"]["peak_mb"] for result in drawn if result.get("host")]
     unit = unit_for(totals)
     axes = figure.subplots(*shape, squeeze=False, sharey=True)
     panels = []

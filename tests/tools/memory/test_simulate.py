@@ -10,6 +10,7 @@ import transformers as hf
 
 import dpft
 from tests.tools.memory.measured import MIB, TINY, TOKENS, VOCAB, WIDTH, at, measured
+from tools.memory.options import find_experiments
 from tools.memory.setup import EXPERIMENTS, make_model
 
 
@@ -82,3 +83,25 @@ def test_simulated_ranks_divide_what_their_engine_divides() -> None:
             factor *= copies if component == "optimizer_states" else 1.0
             assert rank[f"{component}_mb"] == pytest.approx(factor * whole[f"{component}_mb"], rel=0.01), component
         assert found["peak_memory_mb"] == pytest.approx(found["breakdown"]["total_allocated_mb"])
+
+
+def test_long_context_on_the_device_and_on_the_host() -> None:
+    """An input of 1,100 x 256 float32 is offloaded, and in no total; simulated as real, plain and private."""
+    changes: dict[str, Any] = {"long_context": True, "hidden_dim": 256, "seq_len": 1100, "num_layers": 1}
+    for name in ("vanilla", "flash_clip"):
+        real, simulated = (measured(name, **changes, simulate=on) for on in (False, True))
+        for found in (real, simulated):
+            assert found["host"]["peak_mb"] * MIB == 1100 * 256 * 4
+            assert max(mb for _, mb in found["host"]["points"]) == found["host"]["peak_mb"]
+        assert simulated["tracked_peak_mb"] == pytest.approx(real["tracked_peak_mb"], rel=0.001)
+        # a CPU's kernel of attention takes memory inside itself
+        assert simulated["peak_memory_mb"] == pytest.approx(real["peak_memory_mb"], rel=0.05)
+        # the allocator has not seen the host's copy
+        assert abs(real["breakdown"]["unattributed_mb"]) < 0.01 * real["peak_memory_mb"]
+    assert measured("vanilla")["host"] is None
+
+
+def test_long_context_is_refused_where_checkpoints_are_reentrant() -> None:
+    assert find_experiments(["vanilla", "flash_clip"], long_context=True) == ["vanilla", "flash_clip"]
+    with pytest.raises(ValueError, match="opacus_fast needs reentrant checkpoints"):
+        find_experiments(["vanilla", "opacus_fast"], long_context=True)
