@@ -124,8 +124,9 @@ class StepMeter(TorchDispatchMode):
         if dtype is None:
             dtype = (inputs or outputs)[0].dtype if inputs or outputs else torch.int64
         # A dtype of the result (bmm's out_dtype) is none of the formulas' arguments.
-        counted = [a for a in args if not isinstance(a, torch.dtype)]
-        counted = _with_equal_heads(kind.name, args) if "attention" in kind.name else counted
+        counted: Any = [a for a in args if not isinstance(a, torch.dtype)]
+        if "attention" in kind.name:
+            counted = _with_equal_heads(kind.name, args)
         flops = 0 if kind.formula is None else int(kind.formula(*counted, **kwargs, out_val=out))
         moved = 0 if kind.name in _FREE else sum(map(_bytes_touched, (*inputs, *outputs)))
         at = kind.causal_at
