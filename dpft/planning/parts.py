@@ -21,7 +21,7 @@ __all__ = ["GRADIENTS", "HEAD", "HIDDEN", "INPUTS", "Parts"]
 GRADIENTS, SUMS, HEAD = "gradients and norms", "clipped sums", "head chunk"
 INPUTS, LAYER, HIDDEN = "checkpoint inputs on the device", "activations of one layer", "hidden states outside layers"
 # Code that makes gradients and norms. The functions below only start a backward.
-_PRIVATE = ("dpft.kernels.", "dpft.clipping.", "dpft.rules.base", "dpft.rules.tiles", "dpft.planning.shares")
+_PRIVATE = ("dpft.kernels.", "dpft.clipping.", "dpft.rules.base", "dpft.rules.tiles", "dpft.planning.rank")
 _ONLY_STARTS = {"traverse", "run_plain", "backward", "_example_gradient"}
 _NO_MODULE = 1 << 63  # nodes that accumulate gradients have the largest number there is
 
@@ -57,10 +57,10 @@ class Parts:
                 break
             frame = frame.f_back
         function = "" if frame is None else frame.f_code.co_name
-        if name.startswith(_PRIVATE) and function not in _ONLY_STARTS:
-            return GRADIENTS
         if name == "dpft.planning.rank" and function == "_add_to":
             return SUMS
+        if name.startswith(_PRIVATE) and function not in _ONLY_STARTS:
+            return GRADIENTS
         if name == "dpft.planning.long_text" and function == "fetch":
             return INPUTS
         return self._forced[-1] if self._forced else self._module()

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["ENGINES", "EngineName", "Rank", "Sharding"]
+__all__ = ["ENGINES", "EngineName", "Rank", "Sharding", "Shares"]
 
 EngineName = Literal["single", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
@@ -54,15 +54,46 @@ class Sharding:
         return math.ceil(numel / self.world_size) if sharded else numel
 
 
+class Shares:
+    """A rank's part in the gradients of an example whose tokens are spread, without data; a ``Spread``.
+
+    Of each gradient a rank keeps one share of S, and holds the whole one while it is on its way.
+    """
+
+    def __init__(self, sharding: Sharding, add: Callable[[str, Tensor], None]) -> None:
+        self._size, self._add = sharding.sequence, add
+        # Where there are several groups, a gradient is put into another order before it is sent.
+        self._copies = sharding.world_size > sharding.sequence
+
+    def share(self, name: str, grad: Tensor) -> Callable[[], Tensor]:
+        sent = grad.clone() if self._copies else grad
+        own = sent.new_empty(math.ceil(sent.numel() / self._size))
+
+        def arrived(sent: Tensor = sent) -> Tensor:  # which is held until then
+            return own
+
+        return arrived
+
+    def add_share(self, name: str, share: Tensor | None) -> None:
+        if share is not None:
+            self._add(name, share)
+
+    def total(self, values: Tensor) -> Tensor:
+        return values.clone()
+
+    def same_everywhere(self, words: str) -> bool:
+        return True
+
+
 class Rank:
     """Stand-in for an engine: takes the gradients as it would, and keeps its part of their sums in float32."""
 
-    gathers_by_call = False  # tiles are not planned where parameters are sharded
+    gathers_by_call = False  # of ZeRO-3, for which no tiles are planned
     reentrant = True
-    gathers_by_call = False
-    spread = sequence = None
+    sequence = None  # the twin's input has one rank's tokens
 
     def __init__(self, sharding: Sharding, batch_size: int) -> None:
+        self.spread = Shares(sharding, self.add) if sharding.sequence > 1 else None
         self.alone = sharding.sums_on_host
         self.sharding, self.sharded, self.max_batch_size = sharding, sharding.parameters, batch_size
         self._sums: dict[str, Tensor] = {}

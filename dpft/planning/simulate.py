@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dpft.clipping import strategies
 from dpft.clipping.strategy_choice import Strategy
 from dpft.errors import UnsupportedModuleError
 from dpft.kernels import impl
@@ -35,7 +34,6 @@ from dpft.planning.blocks import (
 from dpft.planning.long_text import HostMeter, find_long_context, offloading, spread_attention
 from dpft.planning.parts import HEAD, Parts
 from dpft.planning.rank import ENGINES, EngineName, Rank, Sharding
-from dpft.planning.shares import SharePass
 from dpft.planning.step_meter import Cost, Operation, StepMeter
 from dpft.planning.twin import on_meta
 from dpft.rules import base
@@ -89,35 +87,22 @@ def _prepared(
     rank = None if sharding.engine == "single" and not sharding.sums_on_host else Rank(sharding, batch_size)
     hooks = []
     plain_long = strategy is None and find_long_context(twin) is not None
-    passes = contextlib.ExitStack()
     if plain_long:  # with the chunked head, too
         ready_on_meta(wrap(twin, clipping="none", loss_chunk=loss_chunk))
     if strategy is not None:
         ready_on_meta(wrap(twin, strategy=strategy, loss_chunk=loss_chunk))
         get_state(twin).engine = rank
-        if sharding.sequence > 1:
-            made = functools.partial(
-                SharePass, sharding.sequence, _used_twice(twin), sharding.world_size > sharding.sequence
-            )
-            passes.enter_context(mock.patch.object(strategies, "KeepPass", made))
     elif rank is not None and sharding.gradients:
         named = [(name, p) for name, p in twin.named_parameters() if p.requires_grad]
         hooks = [p.register_post_accumulate_grad_hook(rank.take(name)) for name, p in named]
     try:
         yield
     finally:
-        passes.close()
         for hook in hooks:
             hook.remove()
         if strategy is not None or plain_long:
             unwrap(twin)
         twin.zero_grad(set_to_none=True)
-
-
-def _used_twice(twin: nn.Module) -> set[str]:
-    """Names of the matrices with more than one use: tied ones."""
-    uses = Counter(use.key for use in get_state(twin).uses)
-    return {key for key, count in uses.items() if count > 1}
 
 
 def simulate(
