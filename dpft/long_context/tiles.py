@@ -151,7 +151,9 @@ class _Call:
         before = random_states(x.device)
         for span in self.spans:
             running = None if self.host is None else self.host.active
-            with self._tile(span, running), _saved_as_they_are(), torch.set_grad_enabled(self.host is not None):
+            # All tiles are one use of a weight.
+            again = contextlib.nullcontext() if self.host is None or span.start == 0 else self.host.unrecorded()
+            with again, self._tile(span, running), _saved_as_they_are(), torch.set_grad_enabled(self.host is not None):
                 part = self.plain(_tile_of(x, span)).detach()
             y[:, span].copy_(part)
         self._random = before if drew_since(before, x.device) else None

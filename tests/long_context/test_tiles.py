@@ -372,3 +372,12 @@ def test_evaluation_runs_in_tiles_too() -> None:
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-5, atol=1e-6)
     assert F.mse_loss(model(input_ids=ids).logits, plain(input_ids=ids).logits) < 1e-10
+
+
+def test_tiles_are_one_use_of_a_weight() -> None:
+    """As which it is sent to other ranks when its gradient is complete, and not kept for further uses."""
+    model = dpft.wrap(long(zoo.LLAMA_TIED.build()))
+    model(input_ids=zoo.token_batch(1, 9)["input_ids"])
+    uses = model.__dict__["_dpft_state"].trace.uses
+    assert uses.pop("model.embed_tokens.weight") == 2 and set(uses.values()) == {1}
+    assert "model.layers.0.mlp.up_proj.weight" in uses
