@@ -31,6 +31,20 @@ GPU = Hardware("card", 2**33, {FP32: 1e13, BF16: 1e14, torch.float64: 1e13}, 0.5
 LEAST = 1 << 15
 
 
+@pytest.fixture
+def simulated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans of one model that differ in their memory share its simulations, which do not depend on it."""
+    known: dict[Any, Any] = {}
+
+    def once(twin: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        key = args, tuple((name, value) for name, value in kwargs.items() if name != "costs")
+        if key not in known:
+            known[key] = simulate(twin, *args, **kwargs)
+        return known[key]
+
+    monkeypatch.setattr("dpft.planning.predictor.simulate", once)
+
+
 class DeviceMeter(MemoryMeter):
     """Leaves out what stands for host memory, numpy's, of which it keeps the peak."""
 
@@ -116,6 +130,7 @@ def test_a_deep_model_is_that_of_shallow_ones_with_offload() -> None:
     assert sum(found.parts.values()) == found.accumulating_peak and found.at_peak == whole.at_peak
 
 
+@pytest.mark.usefixtures("simulated_once")
 def test_host_bytes_are_named_and_counted() -> None:
     """Inputs of checkpoints, rounded up as page-locked memory is; sums, masters and moments. To the last byte."""
     model = llama(1, hidden_size=1024)
@@ -216,6 +231,7 @@ def test_the_longest_fits_and_the_next_does_not(margin: Any, expected: int) -> N
     assert len(line.tried) == len(set(line.tried)) <= 30
 
 
+@pytest.mark.usefixtures("simulated_once")
 def test_longest_of_a_model_is_where_its_plans_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("plan", "longest"):
         monkeypatch.setattr(f"dpft.planning.{module}.STEP", 40)
