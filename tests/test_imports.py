@@ -134,7 +134,17 @@ print(json.dumps({{
 """
 
 
-@pytest.mark.parametrize("changes", [{}, {"accountant": "rdp"}, {"sampler": "shuffle", "num_steps": 2}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        *(
+            pytest.param(changes, marks=pytest.mark.slow)
+            for changes in ({"accountant": "rdp"}, {"sampler": "shuffle", "num_steps": 2})
+        ),
+    ],
+    ids=str,
+)
 def test_given_noise_trains_without_the_accountant_and_states_no_epsilon(
     tmp_path: Path, changes: dict[str, Any]
 ) -> None:

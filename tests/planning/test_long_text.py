@@ -231,6 +231,7 @@ def test_the_longest_fits_and_the_next_does_not(margin: Any, expected: int) -> N
     assert len(line.tried) == len(set(line.tried)) <= 30
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("simulated_once")
 def test_longest_of_a_model_is_where_its_plans_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("plan", "longest"):

@@ -276,6 +276,7 @@ def test_warns_beyond_the_models_positions() -> None:
         planned(llama(1), 1, 1024)
 
 
+@pytest.mark.slow
 def test_experts_are_planned_with_tokens_spread_evenly() -> None:
     """The steps of a mixture of experts run without its data-dependent routing; FLOPs are those of a real step."""
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}

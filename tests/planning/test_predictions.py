@@ -45,7 +45,7 @@ def nothing_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("name", "examples", "tokens", "checkpointing", "dtype", "strategies"),
-    STEPS,
+    [*STEPS[:-2], *(pytest.param(*step, marks=pytest.mark.slow) for step in STEPS[-2:])],
     ids=[f"{s[0]}-{s[1]}x{s[2]}-{'checkpointed-' * s[3]}{str(s[4])[6:]}" for s in STEPS],
 )
 def test_peak_and_flops_are_those_of_the_real_step(

@@ -63,6 +63,7 @@ def test_sft(tmp_path: Path) -> None:
     assert refused.returncode == 2 and "packing=True" in refused.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_labels_are_the_packages() -> None:
     train, test, names = labelled("docstrings", "text", "label")
     assert names == list(PACKAGES) and set(train["label"]) == set(range(len(names)))
