@@ -77,6 +77,10 @@ class Engine(Protocol):
         """Whether ``flag`` is true on any rank. A collective."""
         ...
 
+    def pick(self, count: int) -> int:
+        """A random number below ``count``, the same on all ranks. A collective."""
+        ...
+
     def same_everywhere(self, words: str) -> bool:
         """Whether all ranks pass the same ``words``, as they must to run the same collectives. A collective."""
         ...

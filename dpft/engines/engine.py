@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
@@ -72,6 +73,9 @@ class TrainingEngine:
 
     def any(self, flag: bool) -> bool:
         return self.ranks.any(flag, "the isolation check")
+
+    def pick(self, count: int) -> int:
+        return self.ranks.from_first(random.SystemRandom().randrange(count))
 
     def same_everywhere(self, words: str) -> bool:
         return self.kind not in SENDS_AT_ONCE or self.ranks.same(words)

@@ -344,7 +344,7 @@ def _forward_each(
     logits: dict[Any, list[Tensor]] = {}
     out: Any = None
     largest = state.largest_batch(batch)
-    checked = random.SystemRandom().randrange(batch) if is_due(state, largest) else None
+    checked = _pick(state, batch) if is_due(state, largest) else None
     for i in range(batch):
         row = {k: row_of(v, i, batch, k) for k, v in kwargs.items()}
         given, targets = tuple(row_of(a, i, batch) for a in args), targets_of(row)
@@ -376,6 +376,13 @@ def _forward_each(
         return (loss, *(together.values() or [None]))
     assert out is not None
     return type(out)(loss=loss, **together)
+
+
+def _pick(state: ClipState, batch: int) -> int:
+    """A random row. Its further forward gathers parameters where they are sharded: it is the same row on all ranks."""
+    if state.engine is not None and state.engine.sharded:
+        return state.engine.pick(batch)
+    return random.SystemRandom().randrange(batch)
 
 
 def _logits_of(out: Any) -> Iterator[tuple[Any, Tensor]]:
