@@ -42,8 +42,8 @@ class ZeroSums(ClippedSums):
     def _send(self, name: str, grad: Tensor) -> None:
         flat = grad.reshape(-1).float()  # the master weights are float32
         parts, world, rank = self.layout.fragments[name], self.ranks.world, self.ranks.rank
-        if self.layout.stage == 3:
-            part = int(self.parameters[name].ds_tensor.ds_numel)  # type: ignore[attr-defined]  # ZeRO-3's attribute
+        part = self.equal_parts(name)
+        if part is not None:
             if flat.numel() < part * world:
                 flat = torch.nn.functional.pad(flat, (0, part * world - flat.numel()))
             own = torch.empty(part, dtype=flat.dtype, device=flat.device)

@@ -31,20 +31,6 @@ GPU = Hardware("card", 2**33, {FP32: 1e13, BF16: 1e14, torch.float64: 1e13}, 0.5
 LEAST = 1 << 15
 
 
-@pytest.fixture
-def simulated_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plans of one model that differ in their memory share its simulations, which do not depend on it."""
-    known: dict[Any, Any] = {}
-
-    def once(twin: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        key = args, tuple((name, value) for name, value in kwargs.items() if name != "costs")
-        if key not in known:
-            known[key] = simulate(twin, *args, **kwargs)
-        return known[key]
-
-    monkeypatch.setattr("dpft.planning.predictor.simulate", once)
-
-
 class DeviceMeter(MemoryMeter):
     """Leaves out what stands for host memory, numpy's, of which it keeps the peak."""
 

@@ -20,7 +20,7 @@ from dpft.planning.hardware import HARDWARE, Hardware
 from dpft.planning.plan import plan
 from dpft.planning.predictor import PROBE
 from dpft.planning.result import Plan
-from dpft.planning.simulate import ENGINES, EngineName, simulate
+from dpft.planning.simulate import ENGINES, EngineName
 from tests.clipping.test_one_by_one import ENTRIES
 from tests.planning.models import VOCAB, built, llama
 
@@ -32,20 +32,6 @@ CPU = Hardware(
 
 def planned(model: nn.Module, *args: Any, **kwargs: Any) -> Plan:
     return plan(model, *args, **({"hardware": CPU} | kwargs))
-
-
-@pytest.fixture
-def simulated_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plans of one model that differ in their memory share its simulations, which do not depend on it."""
-    known: dict[Any, Any] = {}
-
-    def once(twin: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        key = args, tuple((name, value) for name, value in kwargs.items() if name != "costs")
-        if key not in known:
-            known[key] = simulate(twin, *args, **kwargs)
-        return known[key]
-
-    monkeypatch.setattr("dpft.planning.predictor.simulate", once)
 
 
 @functools.cache
