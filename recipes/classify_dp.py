@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, HfArgumentParse
 
 import dpft
 from finetune.comparison import Result, report, without_privacy
-from finetune.labelled import ENCODER, labelled, load_classifier, measure, tokenised
+from finetune.data.labelled import ENCODER, labelled, load_classifier, measure, tokenised
 
 
 @dataclass

@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 from accelerate import Accelerator
 from dpft import DPFTError
 from finetune import auditing, checkpoints
-from finetune.documents import document_losses
+from finetune.data.documents import document_losses
 from finetune.engine import ending_all, engine_name, from_first, make_accelerator, sequence_size, weight_dtype
 from finetune.evaluation import sample_text, validation_loss
 from finetune.export import export, reload_and_check

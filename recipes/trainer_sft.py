@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 import dpft
 from finetune.comparison import Result, report, without_privacy
-from finetune.data import load_texts
+from finetune.data.loading import load_texts
 from finetune.options import BASE_MODEL
 
 try:

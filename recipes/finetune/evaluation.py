@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from accelerate import Accelerator
-from finetune.documents import IGNORED_LABEL
+from finetune.data.documents import IGNORED_LABEL
 
 TOKENS_AT_ONCE = 4096  # of an evaluation without gradients
 TEMPERATURE, TOP_K = 0.7, 40  # of samples

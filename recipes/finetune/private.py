@@ -12,7 +12,7 @@ from torch import nn
 
 import dpft
 from accelerate import Accelerator
-from finetune.documents import document_losses
+from finetune.data.documents import document_losses
 from finetune.options import Options
 
 LEDGER = "ledger.jsonl"

@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 import dpft
 from accelerate import Accelerator
-from finetune.data import load_texts, make_collate, text_column, tokenise
-from finetune.documents import longest, rows_of, tokens_in_memory
+from finetune.data.documents import longest, rows_of, tokens_in_memory
+from finetune.data.examples import make_collate, text_column, tokenise
+from finetune.data.loading import load_texts
 from finetune.engine import WHOLE, engine_name, from_first, sequence_size
 from finetune.evaluation import choose_examples
 from finetune.options import DEFAULT_PHYSICAL, Options

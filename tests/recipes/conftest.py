@@ -18,7 +18,7 @@ if str(RECIPES) not in sys.path:
 @pytest.fixture(scope="session")
 def docstrings() -> list[dict[str, str]]:
     """The records of the demonstration: read once, since it takes seconds."""
-    from finetune.corpora import stdlib_docstrings
+    from finetune.data.corpora import stdlib_docstrings
 
     return stdlib_docstrings()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune.data import make_collate
+from finetune.data.examples import make_collate
 from finetune.evaluation import choose_examples, sample_text, validation_loss
 from finetune.options import BASE_MODEL
 

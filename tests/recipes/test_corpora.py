@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.corpora import in_validation, stdlib_docstrings, synthetic_tickets
+from finetune.data.corpora import in_validation, stdlib_docstrings, synthetic_tickets
 from tools.base_model.text import split_topics
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpft
 from accelerate import Accelerator
-from finetune.data import load_texts, make_collate, text_column, tokenise
+from finetune.data.examples import make_collate, text_column, tokenise
+from finetune.data.loading import load_texts
 from finetune.options import BASE_MODEL
 
 TEXTS = [f"Record {number}: " + "some words " * (number % 7) for number in range(60)]
@@ -25,7 +26,7 @@ def tokenizer() -> Any:
 
 
 def test_built_in_docstrings_split_disjoint(docstrings: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.data.stdlib_docstrings", lambda: docstrings)
+    monkeypatch.setattr("finetune.data.loading.stdlib_docstrings", lambda: docstrings)
     train, validation = load_texts("docstrings")
     assert not set(train["name"]) & set(validation["name"])
     assert not set(train["text"]) & set(validation["text"])

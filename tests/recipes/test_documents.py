@@ -18,8 +18,9 @@ import dpft
 import llama_dp
 from accelerate import Accelerator
 from finetune import evaluation
-from finetune.data import load_texts, make_collate
-from finetune.documents import document_losses, longest, rows_of, tokens_in_memory
+from finetune.data.documents import document_losses, longest, rows_of, tokens_in_memory
+from finetune.data.examples import make_collate
+from finetune.data.loading import load_texts
 from finetune.evaluation import validation_loss
 from finetune.options import BASE_MODEL, Options
 from finetune.parsing import as_words, parse

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from finetune.labelled import ENCODER, PACKAGES, labelled, load_classifier
+from finetune.data.labelled import ENCODER, PACKAGES, labelled, load_classifier
 from tests.engines.launching import ROOT, environment
 from tools.base_model.encoder import masked
 

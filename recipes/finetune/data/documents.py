@@ -67,7 +67,8 @@ def load_folder(folder: Path) -> Dataset:
     if not files:
         raise ValueError(
             f"--dataset {str(folder)!r} is a folder without documents; expected files that end in {PROSE}, or in a "
-            "programming language's suffix (recipes/finetune/documents.py lists them), or what save_to_disk writes."
+            "programming language's suffix (listed in recipes/finetune/data/documents.py), or what save_to_disk "
+            "writes."
         )
     # a tuple: datasets takes a list for the shards of several processes
     records = Dataset.from_generator(_read, gen_kwargs={"folder": str(folder.resolve()), "files": tuple(files)})

@@ -10,9 +10,9 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from finetune.data import load_texts
+from finetune.data.loading import load_texts
 
-ENCODER = Path(__file__).resolve().parents[1] / "assets" / "encoder"
+ENCODER = Path(__file__).resolve().parents[2] / "assets" / "encoder"
 # Packages whose docstrings are many in every version of Python; chosen by name, not by counting private records.
 PACKAGES = ("asyncio", "email", "importlib", "logging", "tkinter", "turtle", "unittest", "xml")
 

@@ -1,0 +1,1 @@
+"""From files and names to records, examples and batches."""
