@@ -3,9 +3,9 @@
     python tools/measure_advice.py --json docs/benchmarks/advice_cpu.json
     python tools/measure_advice.py --first 4
 
-The recipe's small Llama is trained on the docstrings, cut at 64 tokens, at epsilon 8 and 3. Some 28 trainings of a
-minute of one core each, two at a time. The docstrings are public: to choose a setting by such a grid on private records
-spends privacy that no epsilon of these runs accounts for.
+The recipe's small Llama is trained on the docstrings, cut at 64 tokens, at epsilon 8 and 3: 27 trainings of 30 to 60
+seconds of one core each, two at a time. A file that has results is continued. The docstrings are public: to choose a
+setting by such a grid on private records spends privacy that no epsilon of these runs accounts for.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dpft.planning.result import aligned
 from dpft.privacy.config import PrivacyConfig
 
 __all__ = ["Advice", "Setting"]
@@ -125,7 +126,7 @@ class Advice:
         head = ["", "b", "T", "q", "epochs", "sigma", "noise", "S/N", "of most", "tokens", "FLOPs", "hours"]
         rows = [_row("recommended", self.setting)]
         rows += [_row(name, setting) for name, setting in self.alternatives.items()]
-        return "\n".join(_aligned([head, *rows]))
+        return "\n".join(aligned([head, *rows]))
 
     def __str__(self) -> str:
         trained = "?" if self.trainable is None else f"{self.trainable:,}"
@@ -163,8 +164,3 @@ def _row(name: str, setting: Setting) -> list[str]:
         f"{setting.flops:.1e}",
         "-" if setting.seconds is None else f"{setting.seconds / 3600:,.2f}",
     ]
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]

@@ -2,3 +2,8 @@
 
 `training.py` is one training, `grids.py` the settings, `command.py` the command line.
 """
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))  # its parts train

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import multiprocessing
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ NOTE = (
 
 
 def measure(tried: list[Setting], evaluated: int, processes: int, path: Path | None) -> list[dict[str, Any]]:
-    """Train each setting in a pool of processes of one thread; the file is written anew after each."""
+    """Train each setting in a pool of processes of one thread; the file is written after each, and continued."""
     fixed = {
         "model": "recipes/assets/base_model, 403,104 parameters, all trained where lora_r is 0",
         "data": "docstrings",
@@ -32,14 +35,27 @@ def measure(tried: list[Setting], evaluated: int, processes: int, path: Path | N
     }
     report = {"shapes": fixed, "conditions": conditions(1), "note": NOTE}
     results: list[dict[str, Any]] = []
+    if path is not None and path.exists():
+        before = json.loads(path.read_text())
+        if before["shapes"] != fixed:
+            raise SystemExit(f"measure_advice: {path} is of {before['shapes']}, expected {fixed}; name another file")
+        report, results = before, before["results"]
+        tried = left(tried, results)
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         for job in as_completed([pool.submit(train, setting, evaluated) for setting in tried]):
             row = job.result()
             results.append(row)
-            say(f"{len(results)} of {len(tried)}: {row}")
+            say(f"{row}")
             if path is not None:
                 write_json(path, {**report, "results": results})
     return results
+
+
+def left(tried: list[Setting], results: list[dict[str, Any]]) -> list[Setting]:
+    """The settings without those that have a result, each result standing for one."""
+    names = [field.name for field in dataclasses.fields(Setting)]
+    done = Counter(Setting(**{name: row[name] for name in names}) for row in results)
+    return list((Counter(tried) - done).elements())
 
 
 def main(description: str | None, argv: list[str] | None = None) -> None:

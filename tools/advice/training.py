@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 import tempfile
 import time
 import warnings
@@ -11,18 +10,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "recipes"))  # for the parts of the recipe
-
 import torch
 from datasets import disable_progress_bars
 
 from accelerate import Accelerator
-from finetune.evaluation import validation_loss
 from finetune.loop import make_optimizer, make_scheduler
+from finetune.materials import Materials
 from finetune.options import Options
 from finetune.private import prepare, privacy_config
-from finetune.setup import Materials, load_materials, load_model
+from finetune.recipe import Recipe
 
 DELTA, TOKENS = 1e-6, 64
 
@@ -43,7 +39,7 @@ class Setting:
 def _materials(evaluated: int) -> Materials:
     """Read and tokenised once in a process."""
     disable_progress_bars()
-    return load_materials(Options(seq_len=TOKENS, max_eval_examples=evaluated), Accelerator(cpu=True))
+    return Recipe().materials(Options(seq_len=TOKENS, max_eval_examples=evaluated), Accelerator(cpu=True))
 
 
 def train(setting: Setting, evaluated: int) -> dict[str, Any]:
@@ -71,9 +67,9 @@ def train(setting: Setting, evaluated: int) -> dict[str, Any]:
         seq_len=TOKENS,
         max_physical_batch_size=32,
     )
-    accelerator = Accelerator(cpu=True)
-    model = load_model(options, torch.float32)
-    before = validation_loss(model, materials.validation, materials.collate)
+    recipe, accelerator = Recipe(), Accelerator(cpu=True)
+    model = recipe.model(options, torch.float32)
+    before = recipe.measure(model, materials)["loss"]
     optimizer = make_optimizer(options, model)
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare(
@@ -83,6 +79,7 @@ def train(setting: Setting, evaluated: int) -> dict[str, Any]:
             materials.train,
             privacy_config(options),
             materials.collate_train,
+            recipe.losses,
             options,
             Path(folder) / "ledger.jsonl",
         )
@@ -103,7 +100,7 @@ def train(setting: Setting, evaluated: int) -> dict[str, Any]:
         seconds = time.perf_counter() - began
         spent = prepared.epsilon(exact=True)
         prepared.loader.privacy.close()
-    after = validation_loss(prepared.model, materials.validation, materials.collate)
+    after = recipe.measure(prepared.model, materials)["loss"]
     first, end = torch.cat(norms[0]), torch.cat(norms[-2])
     return {
         **asdict(setting),
