@@ -11,7 +11,6 @@ F1 and calibration before and after. With Hugging Face's Trainer instead of a lo
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 
 from finetune.run import main as run  # first of all: what it imports sets what torch reads when it is imported
 
@@ -19,7 +18,7 @@ from finetune.run import main as run  # first of all: what it imports sets what 
 from finetune.classification import Classification
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Read the options and run."""
     return run(Classification(), __doc__ or "", argv)
 
