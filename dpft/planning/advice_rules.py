@@ -17,8 +17,9 @@ __all__ = ["Cost", "Settings", "learning_rate"]
 # Updates without a budget. Li et al. 2022 chose the epochs of all their tasks for about as many (E2E: 10 epochs in
 # batches of 1,024 of 42,000); their published scripts have 200 to 1,200.
 STEPS = 400
-# Fewer updates than these are not advised, however small the budget.
-FEWEST_STEPS = 20
+# Fewer updates than these are not advised, however small the budget. Of 3,072 and 6,144 docstrings in all, 12 steps
+# were best or within the noise of the best, 24 and 6 up to 0.07 nats worse (docs/choosing.md).
+FEWEST_STEPS = 10
 # Twice the batch at twice the cost has to raise the total signal-to-noise ratio by this factor.
 WORTH_ITS_COST = 1.25
 # Half the batch and twice the updates, at the same cost, may lower it by this factor at most.
@@ -26,9 +27,11 @@ WORTH_THE_STEPS = 1.1
 # Learning rate of AdamW times sqrt(T), full fine-tuning, up to GPT-2's size. Li et al.'s scripts: 0.04 (E2E), 0.016
 # (DART), 0.007 (SST-2), 0.017 (MNLI); dpft's own recipe: 0.024.
 RATE = 0.02
-HIGHEST_RATE = 0.01
-# LoRA's best learning rate over that of full fine-tuning: Schulman et al. 2025, "LoRA Without Regret".
-LORA_FACTOR = 10.0
+# At 6 to 24 steps 0.005 was better than half and twice as much (docs/choosing.md).
+HIGHEST_RATE = 0.005
+# LoRA's learning rate over that of full fine-tuning: the best of four in docs/choosing.md, at alpha / r = 4. The ten
+# of Schulman et al. 2025, "LoRA Without Regret", which is without privacy, diverged there.
+LORA_FACTOR = 2.0
 # Above this size learning rates fall with the cube root of the parameters, as in Brown et al. 2020, Table 2.1.
 SMALL_MODEL = 124e6
 

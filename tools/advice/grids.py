@@ -19,4 +19,6 @@ def settings() -> list[Setting]:
     tight_ways = [Setting(3, 128, 24, 5e-3), Setting(3, 512, 6, 5e-3), Setting(3, 512, 6, 1e-2)]
     tight_clip = [Setting(3, 256, 12, 5e-3, clip_norm) for clip_norm in (0.1, 10.0)]
     low = [Setting(8, 128, 24, 2.5e-3), Setting(3, 128, 24, 2.5e-3)]
-    return [*twice, *rates, *clip_norms, *tight, *ways, *lora, *again, *high, *tight_ways, *tight_clip, *low]
+    lora += [Setting(8, 256, 12, rate, lora_r=8) for rate in (5e-3, 1e-2)]
+    many = [Setting(8, 128, 48, rate) for rate in (5e-3, 2.5e-3)]
+    return [*twice, *rates, *clip_norms, *tight, *ways, *lora, *again, *high, *tight_ways, *tight_clip, *low, *many]
