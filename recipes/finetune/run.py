@@ -98,7 +98,7 @@ def run(recipe: Recipe, options: Any) -> int:
     with one_line(recipe.name):
         if checkpoint is not None:
             history.read()
-            checkpoints.load(accelerator, checkpoint)
+            checkpoints.load(accelerator, checkpoint, strict=not options.load_in_4bit)
     with ending_all(accelerator, recipe.name, output):
         history.start(prepared.private)
         warning = "" if prepared.private else "NOT PRIVATE: "

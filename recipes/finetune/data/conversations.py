@@ -125,7 +125,7 @@ def _turns_or_text(value: Any, column: str, role: str) -> list[Message]:
 
 def _turns(value: Any, column: str) -> list[Message]:
     """A list of messages, or JSON of one, as columns of CSV files have it."""
-    found = _parsed(value, column) if isinstance(value, str) else value
+    found = _parsed(value, repr(column)) if isinstance(value, str) else value
     if not isinstance(found, Sequence) or not all(isinstance(item, Mapping) for item in found):
         raise ValueError(f"{column!r} holds {type(found).__name__}, expected a list of messages")
     return [_message(_without_nulls(item), number) for number, item in enumerate(found, 1)]
@@ -179,12 +179,12 @@ def _calls(calls: Any, what: str) -> list[dict[str, Any]]:
 
 
 def _tools(value: Any) -> list[dict[str, Any]] | None:
-    found = _parsed(value, "tools") if isinstance(value, str) and value.strip() else value or None
+    found = _parsed(value, "'tools'") if isinstance(value, str) and value.strip() else value or None
     if found is None:
         return None
     if not isinstance(found, Sequence) or isinstance(found, str):
         raise ValueError(f"'tools' holds {type(found).__name__}, expected a list of JSON schemas")
-    tools = [_parsed(tool, "tools") if isinstance(tool, str) else _without_nulls(tool) for tool in found]
+    tools = [_parsed(tool, "'tools'") if isinstance(tool, str) else _without_nulls(tool) for tool in found]
     if not all(isinstance(tool, Mapping) for tool in tools):
         raise ValueError("'tools' has an element that is no object, expected a list of JSON schemas")
     return tools or None
