@@ -25,6 +25,7 @@ CHATS = "chats"
 class ChatOptions(Options):
     """The options of a recipe on conversations."""
 
+    steps: ClassVar[int] = 16
     unused: ClassVar[tuple[str, ...]] = ("text_column", "pack", "audit")
 
     dataset: str = option(

@@ -80,6 +80,7 @@ LOOKED = [
     {"role": "tool", "content": "7"},
     {"role": "assistant", "content": "seven"},
 ]
+BE = [{"role": "system", "content": "be"}]
 ASKED = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 
 
@@ -88,7 +89,7 @@ ASKED = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho
     [
         ("messages", {"messages": ASKED}, ASKED),
         ("messages", {"messages": '[{"role": "human", "content": "hi"}, {"from": "gpt", "value": "ho"}]'}, ASKED),
-        ("messages", {"messages": [{"role": "developer", "content": "be"}, *ASKED]}, [*say("system: be").messages, *ASKED]),
+        ("messages", {"messages": [{"role": "developer", "content": "be"}, *ASKED]}, [*BE, *ASKED]),
         ("messages", {"messages": [ASKED[0] | {"name": None}, ASKED[1] | {"weight": 1}]}, ASKED),
         (
             "messages",
@@ -101,7 +102,7 @@ ASKED = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho
             LOOKED,
         ),
         ("sharegpt", {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}, ASKED),
-        ("sharegpt", {"system": "be", "conversations": ASKED}, [*say("system: be").messages, *ASKED]),
+        ("sharegpt", {"system": "be", "conversations": ASKED}, [*BE, *ASKED]),
         (
             "sharegpt",
             {
@@ -118,14 +119,18 @@ ASKED = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho
         ("prompt_completion", {"prompt": ASKED[:1], "completion": ASKED[1:]}, ASKED),
         ("prompt_completion", {"prompt": ASKED, "completion": ASKED}, ASKED * 2),
         ("alpaca", {"instruction": "hi", "output": "ho"}, ASKED),
-        ("alpaca", {"instruction": "add", "input": "1 1", "output": "2"}, say("user: add\n\n1 1", "assistant: 2").messages),
+        (
+            "alpaca",
+            {"instruction": "add", "input": "1 1", "output": "2"},
+            say("user: add\n\n1 1", "assistant: 2").messages,
+        ),
         (
             "alpaca",
             {"instruction": "hi", "input": None, "output": "ho", "system": "be"},
-            [*say("system: be").messages, *ASKED],
+            [*BE, *ASKED],
         ),
     ],
-)  # fmt: skip
+)
 def test_each_format_becomes_messages(kind: str, record: dict[str, Any], messages: list[dict[str, Any]]) -> None:
     assert detect([*record, "id"]) == detect(list(record), kind) == kind
     assert conversation(record, kind).messages == messages
@@ -311,7 +316,10 @@ def test_the_oldest_exchanges_go_first_then_the_left_of_the_last_question_then_t
             seen.append(words)
     assert [words.count("number") for words in seen] == [6, 4, 2, 0]
     assert "user says number 2" in seen[2] and "number 1" not in seen[2]
-    assert seen[-1] == "[system]Be kind.<eos>[user]the last question has quite some words<eos>[assistant]«the answer<eos>»"
+    assert (
+        seen[-1]
+        == "[system]Be kind.<eos>[user]the last question has quite some words<eos>[assistant]«the answer<eos>»"
+    )
     middle = loaded("words<eos>[assistant]", add_special_tokens=False)["input_ids"]
     room = len(head) + len(last) + len(middle)
     cut = in_words(chat, replace(chat, seq_len=room).encode(LONG))
@@ -334,7 +342,7 @@ def test_tools_stay_and_so_do_calls_of_the_last_exchange(loaded: Any) -> None:
 
 
 def test_no_record_is_left_out(loaded: Any) -> None:
-    rows = [{"messages": [{"role": "user", "content": "word " * n}, {"role": "assistant", "content": "a " * n}]} for n in range(1, 40)]  # fmt: skip
+    rows = [{"messages": say("user: " + "word " * n, "assistant: " + "a " * n).messages} for n in range(1, 40)]
     for train_on in TRAIN_ON:
         made = tokenise_chats(
             Dataset.from_list(rows), Chat(tokenizer_with(PLAIN, loaded), 16, train_on), "messages", "training"
@@ -360,11 +368,18 @@ def test_what_a_record_becomes_is_shown_by_one_that_is_synthetic(loaded: Any) ->
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}", "what the user says"),
+        (
+            "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+            "what the user says",
+        ),
         ("{% for m in messages %}{{ m.role }}{% endfor %}", "turn differently|not be the words"),
         ("{% for m in messages %}{{ m.nothing.at_all }}{% endfor %}", "refuses it: UndefinedError"),
         ("{% for m in messages %}", "refuses it: TemplateSyntaxError"),
-        ("{% for m in messages %}{{ m.content }}{% endfor %}{% if not messages %}{% generation %}{% endgeneration %}{% endif %}", "encloses nothing"),  # fmt: skip  # noqa: E501
+        (
+            "{% for m in messages %}{{ m.content }}{% endfor %}"
+            "{% if not messages %}{% generation %}{% endgeneration %}{% endif %}",
+            "encloses nothing",
+        ),
     ],
 )
 def test_a_template_that_marks_something_else_is_refused(template: str, message: str, loaded: Any) -> None:
@@ -379,7 +394,7 @@ def test_a_model_that_never_learns_to_stop_is_told_of(loaded: Any) -> None:
 
 def test_choosing_a_template(loaded: Any, tmp_path: Path) -> None:
     tokenizer = tokenizer_with(None, loaded)
-    with pytest.raises(ValueError, match="'m' has no chat template.*--chat-template plain"):
+    with pytest.raises(ValueError, match=r"'m' has no chat template.*--chat-template plain"):
         set_template(tokenizer, None, "m")
     (tmp_path / "mine.jinja").write_text(MARKED)
     set_template(tokenizer, str(tmp_path / "mine.jinja"), "m")
