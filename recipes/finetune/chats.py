@@ -15,7 +15,7 @@ from finetune.data.dialogues import docstring_chats
 from finetune.data.documents import IGNORED_LABEL
 from finetune.data.examples import make_collate
 from finetune.evaluation import choose_examples, sample_text
-from finetune.materials import Materials, load_records, padding
+from finetune.materials import Materials, pad_token, records_of
 from finetune.options import BASE_MODEL, Options, again, option
 
 CHATS = "chats"
@@ -72,9 +72,9 @@ def chat_materials(options: ChatOptions, accelerator: Accelerator) -> Materials:
     measured = replace(chat, train_on="assistant") if options.train_on == "all" else chat
     with accelerator.main_process_first():
         if options.dataset == CHATS:
-            train, validation = (docstring_chats(part) for part in load_records(options, "docstrings"))
+            train, validation = (docstring_chats(part) for part in records_of(replace(options, dataset="docstrings")))
         else:
-            train, validation = load_records(options)
+            train, validation = records_of(options)
         kind = detect(train.column_names, options.format)
         accelerator.print(show(chat, kind))
         show(measured, kind)  # it raises where the assistant's tokens are not to be found
@@ -90,7 +90,7 @@ def chat_materials(options: ChatOptions, accelerator: Accelerator) -> Materials:
             f"no validation record of {options.dataset!r} has a token of the assistant within --seq-len "
             f"{options.seq_len}; raise it."
         )
-    collate = make_collate(padding(tokenizer))
+    collate = make_collate(pad_token(tokenizer))
     return Materials(tokenizer, train, chosen, collate, collate)
 
 

@@ -38,10 +38,10 @@ class Materials:
     collate_train: Callable[..., dict[str, torch.Tensor]]
 
 
-def load_records(options: Options, name: str | None = None) -> tuple[Dataset, Dataset]:
-    """Training and validation records of ``--dataset``, or of another name."""
+def records_of(options: Options) -> tuple[Dataset, Dataset]:
+    """The records to train on and to evaluate with."""
     return load_texts(
-        name or options.dataset,
+        options.dataset,
         options.dataset_config,
         options.split,
         options.validation_split,
@@ -50,17 +50,19 @@ def load_records(options: Options, name: str | None = None) -> tuple[Dataset, Da
     )
 
 
-def padding(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token to pad with; padding is masked and has no loss, so that any will do."""
-    found = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return int(found) if found is not None else 0
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token to pad with, which is masked and has no loss: any will do."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
 
 
 def text_materials(options: Options, accelerator: Accelerator) -> Materials:
     """Load tokenizer and texts, and tokenise them; one rank first, so that the others find the cache."""
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     with accelerator.main_process_first():
-        train, validation = load_records(options)
+        train, validation = records_of(options)
         column = text_column(train, options.text_column)
         train = tokenise(train, tokenizer, options.example_tokens, column)
         validation = tokenise(validation, tokenizer, options.example_tokens, column)
@@ -69,8 +71,9 @@ def text_materials(options: Options, accelerator: Accelerator) -> Materials:
         raise ValueError(f"no validation record of {options.dataset!r} has two tokens; choose another --text-column.")
     # the mean over all tokens is that of the rows
     rows = [{"input_ids": row} for example in chosen for row in rows_of(example["input_ids"], options.row_tokens)]
-    collate = make_collate(padding(tokenizer))
-    in_rows = make_collate(padding(tokenizer), row_tokens=options.row_tokens)
+    pad = pad_token(tokenizer)
+    collate = make_collate(pad)
+    in_rows = make_collate(pad, row_tokens=options.row_tokens)
     return Materials(tokenizer, train, rows, collate, in_rows if options.in_rows else collate)
 
 
