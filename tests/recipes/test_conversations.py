@@ -200,11 +200,13 @@ def test_bad_records_are_refused_without_a_word_of_theirs(kind: str, record: dic
 def test_the_number_of_a_bad_record_is_said(loaded: Any) -> None:
     chat = Chat(tokenizer_with(ALTERNATING, loaded), 64)
     rows = [{"messages": ASKED}, {"messages": ASKED}, {"messages": [ASKED[0], ASKED[0], ASKED[1]]}]
-    with pytest.raises(ValueError, match=r"^training record 3: the chat template refuses it: roles must alternate\.$"):
+    with pytest.raises(
+        ValueError, match=r"^record 3 \(training\): the chat template refuses it: roles must alternate\.$"
+    ):
         tokenise_chats(Dataset.from_list(rows), chat, "messages", "training")
     chat = Chat(tokenizer_with(LEAKING, loaded), 64)
     talk = [*ASKED, {"role": "tool", "content": SECRET}, ASKED[1]]
-    with pytest.raises(ValueError, match=r"validation record 1: .*TemplateError") as refused:
+    with pytest.raises(ValueError, match=r"record 1 \(validation\): .*TemplateError") as refused:
         tokenise_chats(Dataset.from_list([{"messages": talk}]), chat, "messages", "validation")
     assert SECRET not in str(refused.value)
 
