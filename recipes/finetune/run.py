@@ -88,6 +88,7 @@ def run(recipe: Recipe, options: Any) -> int:
             recipe.losses,
             options,
             output / LEDGER,
+            recipe.lengths(materials.train),  # the canaries' too
         )
         schedule = prepared.schedule
         scheduler = make_scheduler(options, prepared.optimizer, schedule.num_steps)
