@@ -65,7 +65,8 @@ class RunWatch:
                     "finite",
                     Finding(
                         f"{name} of step {row['step']} is {row[name]}: the weights have diverged, or the model "
-                        "overflows on some text. Lower --learning-rate; leave out --bf16."
+                        "overflows on some text, whose gradient then counts 0. Lower --learning-rate, or "
+                        "leave out --bf16."
                     ),
                 )
         # a warm-up begins with one step at 0
