@@ -41,7 +41,7 @@ def make_accelerator(options: Options) -> Accelerator:
     names = trackers(options)
     accelerator = Accelerator(
         mixed_precision="bf16" if options.bf16 and mixes else None,  # None: as set by the launcher
-        log_with=None if options.dry_run else names,
+        log_with=None if options.dry_run else names or None,
         project_dir=".",
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=options.rank_timeout))],
     )

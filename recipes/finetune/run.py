@@ -219,7 +219,7 @@ def push(name: str, repo: str, output: Path, card: str) -> int:
         print(f"published, private until you change it: {publish(output, repo, card)}")
     except (OSError, HfHubHTTPError) as error:
         words = " ".join(str(error).split())
-        print(f"{name}.py: error: --push-to-hub {repo}: {words} The model is in {output}.", file=sys.stderr)
+        print(f"{name}.py: error: --push-to-hub {repo}: {words}; the model is in {output}.", file=sys.stderr)
         return 1
     return 0
 
