@@ -209,7 +209,6 @@ def test_what_cannot_be_done_ends_with_one_line_and_status_2(
     monkeypatch.setattr("finetune.engine.get_available_trackers", lambda: [])
     monkeypatch.setattr("finetune.publish.get_token", lambda: None)
     monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
-    monkeypatch.setattr("transformers.modeling_utils.is_flash_attn_2_available", lambda: False)
     with pytest.raises(SystemExit) as stop:
         llama_dp.main([*SMALL, "--dataset", records, "--output-dir", str(tmp_path / "run"), *words])
     assert stop.value.code == 2
