@@ -89,3 +89,5 @@ def test_the_share_of_weights_that_an_update_leaves() -> None:
         model.weight[2:] += 0.1
     assert watch.unchanged() == pytest.approx((200 + 4) / 404)
     assert watch.unchanged() == 1.0
+    model.weight.data = model.weight.data[:2]  # as a shard
+    assert watch.unchanged() == pytest.approx(4 / 404)
