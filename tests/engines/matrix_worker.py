@@ -248,8 +248,7 @@ class Bench:
         ``tiles``: tokens of one; with them comes all of ``dpft.long_context``. ``by_length``: sorted before the cut.
         """
         model, examples = MODELS[name](), Examples(number, tokens=tokens)
-        if precision == "bf16 weights":
-            model = model.to(torch.bfloat16)
+        model = model.to(torch.bfloat16) if precision == "bf16 weights" else model
         before = {n: p.detach().clone().float() for n, p in trainable(model).items()}
         if ckpt:
             model.gradient_checkpointing_enable(  # type: ignore[operator]  # every model here is Hugging Face's
@@ -268,8 +267,7 @@ class Bench:
             num_workers=num_workers,
             lengths=examples.batch["attention_mask"].sum(1) if by_length else None,
         )
-        counts = self.train(*made)
-        after = full_parameters(made[0], made[1])
+        counts, after = self.train(*made), full_parameters(made[0], made[1])
         release = {n: (before[n] - after[n]) / RATE * number for n in before}
         self.note(
             title,

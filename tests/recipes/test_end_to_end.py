@@ -160,6 +160,20 @@ def test_ways_to_train(words: list[str], tmp_path: Path, records: str) -> None:
     assert llama_dp.main(["--dataset", records, "--output-dir", str(tmp_path), "--num-steps", "2", *words]) == 0
     assert releases(tmp_path) == 2
     assert AutoModelForCausalLM.from_pretrained(tmp_path)
+    rounded = [row["unchanged_share"] for row in metrics(tmp_path) if "unchanged_share" in row]
+    if "--bf16" in words:
+        assert rounded[0] is None and 0 < rounded[1] < 0.5  # at this learning rate few updates are lost
+    else:
+        assert not rounded
+
+
+@pytest.mark.slow
+def test_a_warning_is_written_and_said(tmp_path: Path, records: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--dataset", records, "--output-dir", str(tmp_path), "--num-steps", "3", "--learning-rate", "0", *SMALL]
+    assert llama_dp.main(words) == 0
+    (row,) = [row for row in metrics(tmp_path) if "warning" in row]
+    assert row["step"] == 2 and "learning rate is 0" in row["warning"] and row["not_for_publication"] is False
+    assert f"warning: {row['warning']}" in "".join(capsys.readouterr())
 
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
