@@ -249,7 +249,7 @@ def train(
             if accelerator.is_main_process:
                 history.add(row)
                 for finding in run_watch.look(row):
-                    tqdm.write(f"warning: {finding.words}")
+                    tqdm.write(str(finding))
                     history.add(finding.row(step))
             accelerator.log({key: value for key, value in row.items() if value is not None}, step=step)
             bar.set_postfix_str(describe(row, target))

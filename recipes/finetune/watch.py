@@ -20,10 +20,15 @@ class Finding:
     Attributes:
         words: one line.
         of_records: whether it was made of private records without noise, so that it is not for publication.
+        harmless: whether it only explains what is seen.
     """
 
     words: str
     of_records: bool = True
+    harmless: bool = False
+
+    def __str__(self) -> str:
+        return f"{'note' if self.harmless else 'warning'}: {self.words}"
 
     def row(self, step: int) -> dict[str, Any]:
         """Itself as a row of the run's metrics."""
@@ -86,7 +91,8 @@ class RunWatch:
                     f"at least {ALL:.0%} of the examples were clipped in each of {PATIENCE} steps (median norm "
                     f"{_number(row)}, C {self._clip_norm:g}). No fault: all gradients then count alike "
                     "(normalisation), and a smaller C would only scale the update, which Adam undoes. A larger "
-                    "--max-grad-norm lets long gradients count for more, under noise that grows with it."
+                    "--max-grad-norm lets long gradients count for more, under noise that grows with it.",
+                    harmless=True,
                 ),
             )
         if self._lasts("none", None if clipped is None else clipped <= NONE, PATIENCE):

@@ -73,6 +73,7 @@ def test_each_warning_comes_once_in_its_case(changes: Any, step: int, words: str
     ((when, finding),) = found(changes)
     assert when == step and finding.of_records == of_records
     assert "\n" not in finding.words
+    assert str(finding) == ("note: " if "No fault" in words else "warning: ") + finding.words
     assert re.search(words, finding.words)
     assert finding.row(3) == {"step": 3, "warning": finding.words, "not_for_publication": of_records}
 
