@@ -25,21 +25,16 @@ def load_model(options: Options, dtype: torch.dtype) -> nn.Module:
 
     Raises:
         ValueError: the examples are longer than the model's positions; 4 bits under an engine that shards.
-        ImportError: LoRA was asked for, and peft is missing; 4 bits, and bitsandbytes.
+        ImportError: peft, bitsandbytes, or the kernels of ``--attn-implementation`` are asked for and missing.
     """
-    config = AutoConfig.from_pretrained(options.model)
-    if options.rope_theta is not None:
-        _extend_positions(config, options)
+    config = _configuration(options)
     positions = getattr(config, "max_position_embeddings", None)
     if positions and options.row_tokens > positions:
         raise ValueError(
             f"--seq-len {options.row_tokens} is more than the {positions} positions of {options.model!r}. Lower it, "
             "take a model with a longer context, or give a larger --rope-theta."
         )
-    if options.load_in_4bit:
-        model: Any = _in_4_bits(options, config, dtype)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(options.model, config=config, dtype=dtype)
+    model: Any = _bare(options, config, dtype)
     model.config.use_cache = False
     return checkpointed(with_lora(model, options), options)
 
@@ -51,24 +46,23 @@ def checkpointed(model: Any, options: Options) -> nn.Module:
     return model
 
 
-def _in_4_bits(options: Options, config: Any, dtype: torch.dtype) -> nn.Module:
-    """The model with its linear layers in nf4, which compute in ``dtype``; loaded on the process's own device."""
-    if launched_sharded():
-        raise ValueError("--load-in-4bit runs in one process or under ddp.yaml; launch it so, or leave it out.")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ImportError("--load-in-4bit needs bitsandbytes, which is not installed: pip install bitsandbytes.")
-    quantisation = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
+def _bare(options: Options, config: Any, dtype: torch.dtype) -> nn.Module:
+    """The bare model; with ``--load-in-4bit`` its linear layers in nf4, which compute in ``dtype``."""
+    quantised: dict[str, Any] = {}
+    if options.load_in_4bit:
+        if launched_sharded():
+            raise ValueError("--load-in-4bit runs in one process or under ddp.yaml; launch it so, or leave it out.")
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ImportError("--load-in-4bit needs bitsandbytes, which is not installed: pip install bitsandbytes.")
+        bits = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+        quantised = {"quantization_config": bits, "device_map": {"": PartialState().device}}
     model = AutoModelForCausalLM.from_pretrained(
-        options.model,
-        config=config,
-        dtype=dtype,
-        quantization_config=quantisation,
-        device_map={"": PartialState().device},
+        options.model, config=config, dtype=dtype, attn_implementation=options.attn_implementation, **quantised
     )
     for module in model.modules():
-        # on some CPUs an evaluation packs the weights, and packed ones let no gradient through
+        # on some CPUs an evaluation packs 4-bit weights, and packed ones let no gradient through
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
@@ -81,11 +75,15 @@ def merged(options: Options, adapter: Path, dtype: torch.dtype) -> nn.Module:
     """
     from peft import PeftModel
 
+    base: Any = _bare(options, _configuration(options), dtype)
+    return PeftModel.from_pretrained(base.dequantize(dtype), adapter).merge_and_unload()
+
+
+def _configuration(options: Options) -> Any:
     config = AutoConfig.from_pretrained(options.model)
     if options.rope_theta is not None:
         _extend_positions(config, options)
-    base: Any = _in_4_bits(options, config, dtype)
-    return PeftModel.from_pretrained(base.dequantize(dtype), adapter).merge_and_unload()
+    return config
 
 
 def _extend_positions(config: Any, options: Options) -> None:
