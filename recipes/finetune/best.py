@@ -23,6 +23,7 @@ class Best:
     Args:
         accelerator: of the run.
         output: the run's folder; the best of an earlier start of the run is taken from there. A collective.
+        strict: see :func:`checkpoints.load`.
 
     Attributes:
         step: of the best evaluation; 0 before the first.
@@ -32,7 +33,8 @@ class Best:
         ValueError: the earlier start was of another engine, or under ZeRO had another number of processes.
     """
 
-    def __init__(self, accelerator: Accelerator, output: Path) -> None:
+    def __init__(self, accelerator: Accelerator, output: Path, strict: bool = True) -> None:
+        self._strict = strict
         self._accelerator, self._folder = accelerator, output / CHECKPOINTS / BEST
         about = from_first(accelerator, self._about)
         self.step, self.loss = int(about.get("step", 0)), float(about.get("loss", "inf"))
@@ -62,7 +64,7 @@ class Best:
 
     def restore(self) -> None:
         """Put the kept state into the prepared objects. A collective; nothing may be trained after it."""
-        checkpoints.load(self._accelerator, checkpoints.Checkpoint(self.step, self._folder))
+        checkpoints.load(self._accelerator, checkpoints.Checkpoint(self.step, self._folder), self._strict)
 
     def note(self, steps: int) -> str:
         """What the privacy statement must say of weights that were chosen among ``steps``."""

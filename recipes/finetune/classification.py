@@ -27,7 +27,8 @@ class ClassifyOptions(Options):
 
     steps: ClassVar[int] = 60
     unused: ClassVar[tuple[str, ...]] = (
-        *("pack", "max_tokens_in_memory", "long_context", "rope_theta", "prompt", "sample_tokens", "audit"),
+        *("pack", "max_tokens_in_memory", "long_context", "rope_theta", "load_in_4bit"),
+        *("prompt", "sample_tokens", "audit"),
     )
 
     model: str = again(Options, "model", str(ENCODER))

@@ -36,11 +36,9 @@ def make_accelerator(options: Options) -> Accelerator:
         ValueError: ``--torch-dtype`` contradicts the launcher; see :func:`trackers`.
         ImportError: see :func:`trackers`.
     """
-    flags = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # set by the launcher
-    mixes = any(parse_flag_from_env(flag) for flag in flags)
     names = trackers(options)
     accelerator = Accelerator(
-        mixed_precision="bf16" if options.bf16 and mixes else None,  # None: as set by the launcher
+        mixed_precision="bf16" if options.bf16 and launched_sharded() else None,  # None: as set by the launcher
         log_with=None if options.dry_run else names or None,
         project_dir=".",
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=options.rank_timeout))],
@@ -76,6 +74,11 @@ def trackers(options: Options) -> list[str]:
         if name not in installed:
             raise ImportError(f"--report-to {name}: it is not installed: pip install {name.replace('_', '-')}.")
     return names
+
+
+def launched_sharded() -> bool:
+    """Whether the launcher was told to shard: FSDP2 or DeepSpeed."""
+    return any(parse_flag_from_env(flag) for flag in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
 
 
 def engine_name(accelerator: Accelerator) -> str:

@@ -79,7 +79,7 @@ def run(recipe: Recipe, options: Any) -> int:
         output = choose_output(options, recipe.name, accelerator)
         checkpoint = checkpoints.find(accelerator, output) if options.resume_from_checkpoint else None
         audit = auditing.begin(accelerator, options, materials, output) if options.audit else None
-        best = Best(accelerator, output) if options.save_best else None
+        best = Best(accelerator, output, strict=not options.load_in_4bit) if options.save_best else None
     accelerator.project_configuration.set_directories(str(output))
     accelerator.init_trackers(recipe.name)
     history = History(output / METRICS if accelerator.is_main_process else None)
@@ -110,7 +110,7 @@ def run(recipe: Recipe, options: Any) -> int:
             raise ValueError("--push-to-hub publishes what an epsilon covers, and this training has none.")
         if checkpoint is not None:
             history.read()
-            checkpoints.load(accelerator, checkpoint)
+            checkpoints.load(accelerator, checkpoint, strict=not options.load_in_4bit)
     with ending_all(accelerator, recipe.name, output):
         history.start(prepared.private)
         warning = "" if prepared.private else "NOT PRIVATE: "
