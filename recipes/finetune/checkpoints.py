@@ -88,9 +88,12 @@ def find(accelerator: Accelerator, output: Path) -> Checkpoint:
     return found
 
 
-def load(accelerator: Accelerator, checkpoint: Checkpoint) -> None:
-    """Load the state into the prepared objects. A collective."""
-    accelerator.load_state(str(checkpoint.path))
+def load(accelerator: Accelerator, checkpoint: Checkpoint, strict: bool = True) -> None:
+    """Load the state into the prepared objects; not ``strict`` for 4-bit weights, whose scales are no entry of theirs.
+
+    A collective.
+    """
+    accelerator.load_state(str(checkpoint.path), **({} if strict else {"strict": False}))
     accelerator.wait_for_everyone()
     if checkpoint.converted and accelerator.is_main_process:
         shutil.rmtree(checkpoint.path)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 import dpft
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from finetune.engine import engine_name
 from finetune.options import Options
 
@@ -22,8 +25,8 @@ def load_model(options: Options, dtype: torch.dtype) -> nn.Module:
         dtype: of all parameters, frozen ones too.
 
     Raises:
-        ValueError: the examples are longer than the model's positions.
-        ImportError: LoRA was asked for, and peft is missing.
+        ValueError: the examples are longer than the model's positions; 4 bits under an engine that shards.
+        ImportError: LoRA was asked for, and peft is missing; 4 bits, and bitsandbytes.
     """
     config = AutoConfig.from_pretrained(options.model)
     if options.rope_theta is not None:
@@ -34,13 +37,56 @@ def load_model(options: Options, dtype: torch.dtype) -> nn.Module:
             f"--seq-len {options.row_tokens} is more than the {positions} positions of {options.model!r}. Lower it, "
             "take a model with a longer context, or give a larger --rope-theta."
         )
-    model = AutoModelForCausalLM.from_pretrained(options.model, config=config, dtype=dtype)
+    if options.load_in_4bit:
+        model: Any = _in_4_bits(options, config, dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(options.model, config=config, dtype=dtype)
     model.config.use_cache = False
-    if options.lora_r:
-        model = _with_lora(model, options)
+    return checkpointed(with_lora(model, options), options)
+
+
+def checkpointed(model: Any, options: Options) -> nn.Module:
+    """``--gradient-checkpointing``: recompute activations in the backward pass."""
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def _in_4_bits(options: Options, config: Any, dtype: torch.dtype) -> nn.Module:
+    """The model with its linear layers in nf4, which compute in ``dtype``; loaded on the process's own device."""
+    if os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError("--load-in-4bit runs in one process or under ddp.yaml; launch it so, or leave it out.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError("--load-in-4bit needs bitsandbytes, which is not installed: pip install bitsandbytes.")
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        options.model,
+        config=config,
+        dtype=dtype,
+        quantization_config=quantisation,
+        device_map={"": PartialState().device},
+    )
+    for module in model.modules():
+        # on some CPUs an evaluation packs the weights, and packed ones let no gradient through
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def merged(options: Options, adapter: Path, dtype: torch.dtype) -> nn.Module:
+    """The model that adapters on 4-bit weights were trained on, with these weights in ``dtype`` and the adapter in.
+
+    What the 4 bits stand for, not what they were rounded from: the adapter was trained on that.
+    """
+    from peft import PeftModel
+
+    config = AutoConfig.from_pretrained(options.model)
+    if options.rope_theta is not None:
+        _extend_positions(config, options)
+    base: Any = _in_4_bits(options, config, dtype)
+    return PeftModel.from_pretrained(base.dequantize(dtype), adapter).merge_and_unload()
 
 
 def _extend_positions(config: Any, options: Options) -> None:
@@ -60,7 +106,10 @@ def lengthen(model: nn.Module, options: Options, accelerator: Accelerator) -> nn
     return model
 
 
-def _with_lora(model: nn.Module, options: Options) -> nn.Module:
+def with_lora(model: nn.Module, options: Options, task: str = "CAUSAL_LM") -> nn.Module:
+    """Add the adapters that the options ask for; ``task`` is PEFT's name of it. Nothing without ``--lora-r``."""
+    if not options.lora_r:
+        return model
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -69,5 +118,5 @@ def _with_lora(model: nn.Module, options: Options) -> nn.Module:
     if names != "all-linear":
         names = [name.strip() for name in options.lora_target_modules.split(",") if name.strip()]
     torch.manual_seed(options.seed)  # adapters are initialised at random, and alike on every rank
-    config = LoraConfig(r=options.lora_r, lora_alpha=options.lora_alpha, target_modules=names, task_type="CAUSAL_LM")
+    config = LoraConfig(r=options.lora_r, lora_alpha=options.lora_alpha, target_modules=names, task_type=task)
     return get_peft_model(model, config)

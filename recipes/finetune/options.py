@@ -69,6 +69,12 @@ class Options:
     lora_target_modules: str = option(
         "all-linear", "model", "modules that get adapters, separated by commas, or all-linear", metavar="NAMES"
     )
+    load_in_4bit: bool = option(
+        False,
+        "model",
+        "QLoRA: the frozen weights in 4 bits (nf4, quantised twice; needs bitsandbytes and --lora-r; one process or "
+        "data parallelism)",
+    )
 
     dataset: str = option(
         "docstrings",
@@ -291,6 +297,8 @@ class Options:
             raise ValueError(f"--validation-share is {self.validation_share:g}; expected a share between 0 and 1.")
         if self.rope_theta is not None and not 1 < self.rope_theta < float("inf"):
             raise ValueError(f"--rope-theta is {self.rope_theta:g}; expected a finite number above 1.")
+        if self.load_in_4bit and not self.lora_r:
+            raise ValueError("--load-in-4bit freezes the weights; give --lora-r, the rank of the adapters to train.")
         if self.pack == "documents" and self.max_tokens_in_memory is None:
             raise ValueError("--pack documents needs --max-tokens-in-memory: where a document is cut that is longer.")
         if self.in_rows and self.strategy == "per_example":

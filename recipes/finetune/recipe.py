@@ -54,6 +54,8 @@ class Recipe:
         auto_class: of transformers, which loads the exported model.
         pipeline_tag: of the model card.
         loss_unit: of the losses that :meth:`measure` returns.
+        unit: what one record is.
+        demonstration: the dataset of the demonstration, made of docstrings, by which the defaults were chosen.
     """
 
     name: ClassVar[str] = "llama_dp"
@@ -61,6 +63,8 @@ class Recipe:
     auto_class: ClassVar[Any] = AutoModelForCausalLM
     pipeline_tag: ClassVar[str] = "text-generation"
     loss_unit: ClassVar[str] = "nats a token"
+    unit: ClassVar[str] = "record"
+    demonstration: ClassVar[str] = "docstrings"
 
     def materials(self, options: Any, accelerator: Accelerator) -> Materials:
         """Load tokenizer and examples. A collective."""
@@ -100,15 +104,15 @@ class Recipe:
     def notes(self, options: Any) -> tuple[str, ...]:
         """What the privacy statement must say of the examples; first of all, what one example is."""
         unit = (
-            f"one record is one example, cut to {options.example_tokens} tokens: if a person has several records, "
-            "each is protected, not all together"
+            f"one {self.unit} is one example, cut to {options.example_tokens} tokens: if a person has several "
+            f"{self.unit}s, each is protected, not all together"
         )
         once = "a docstring that occurs several times in the library was kept once, before any step"
-        return (unit, once) if options.dataset == "docstrings" else (unit,)
+        return (unit, once) if options.dataset == self.demonstration else (unit,)
 
     def tuning(self, options: Any) -> str | None:
         """How the options were chosen, as far as the epsilon does not account for it."""
-        return options.tuning_note or (TUNED_ON_DOCSTRINGS if options.dataset == "docstrings" else None)
+        return options.tuning_note or (TUNED_ON_DOCSTRINGS if options.dataset == self.demonstration else None)
 
     def after(self, finished: Finished) -> dict[str, Any]:
         """What is done with the exported model: figures for the card, by name. A collective."""

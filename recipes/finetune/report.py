@@ -67,8 +67,9 @@ def model_card(report: Report) -> str:
         given["model"] = shown(options.model)
     for of_the_machine in ("output_dir", "overwrite_output_dir", "resume_from_checkpoint"):
         given.pop(of_the_machine, None)
-    if Path(options.dataset).exists():  # a card must not disclose a path of the machine
-        given["dataset"] = Path(options.dataset).name
+    for name in ("dataset", "chat_template"):  # a card must not disclose a path of the machine
+        if name in given and Path(given[name]).exists():
+            given[name] = Path(given[name]).name
     command = yaml.safe_dump(given, sort_keys=True).rstrip()
     rows = "\n".join(f"| {name} | {_figure(value)} |" for name, value in report.figures.items())
     texts = "\n\n".join(f"{when.capitalize()} training:\n\n{_quoted(text)}" for when, text in report.samples.items())
@@ -77,6 +78,8 @@ def model_card(report: Report) -> str:
     versions += f"transformers {transformers.__version__}, accelerate {accelerate.__version__}"
     data = {
         "docstrings": "docstrings of Python's standard library, public text that plays the private records",
+        "chats": "questions about names of Python's standard library, answered by their docstrings, public text that "
+        "plays the private records",
         "tickets": "**synthetic** support tickets, from templates",
     }.get(options.dataset, Path(options.dataset).name if Path(options.dataset).exists() else options.dataset)
     rows_words = f", in rows of at most {options.seq_len} tokens" if options.in_rows else ""
