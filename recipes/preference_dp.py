@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from accelerate import Accelerator
-from finetune.dpo import measures, pair_logps, pair_losses, without_dropout
+from finetune.dpo import PreferenceLoss, measures, pair_logps, pair_losses, without_dropout
 from finetune.materials import Materials
-from finetune.preference import PreferenceOptions, pair_materials
+from finetune.preference import PAIRS, PreferenceOptions, pair_materials
 from finetune.recipe import Recipe
 
 
@@ -33,6 +33,9 @@ class PreferenceRecipe(Recipe):
     name: ClassVar[str] = "preference_dp"
     options: ClassVar[type[PreferenceOptions]] = PreferenceOptions
     loss_unit: ClassVar[str] = "a pair"
+    unit: ClassVar[str] = "preference pair"
+    demonstration: ClassVar[str] = PAIRS
+    loss = PreferenceLoss()  # known with the materials
 
     def materials(self, options: Any, accelerator: Accelerator) -> Materials:
         """Load tokenizer and pairs. A collective."""
@@ -61,14 +64,10 @@ class PreferenceRecipe(Recipe):
         return measures(model, materials.validation, materials.collate, self.loss, accelerator)
 
     def notes(self, options: Any) -> tuple[str, ...]:
-        """What one example is."""
-        unit = (
-            f"one preference pair (prompt, chosen, rejected) is one example, in two rows of at most {options.seq_len} "
-            "tokens, whose gradient is clipped as one: if a person has several pairs, each is protected, not all "
-            "together"
-        )
+        """What one example is, and of what."""
+        rows = f"a pair is two rows of at most {options.seq_len} tokens, whose summed gradient is clipped once"
         made = "each pair was made of one docstring: how it goes on, and the same words in another order"
-        return (unit, *super().notes(options)[1:], *((made,) if options.dataset == "docstrings" else ()))
+        return (*super().notes(options), rows, *((made,) if options.dataset == PAIRS else ()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from accelerate import Accelerator
 from finetune.data.documents import IGNORED_LABEL
 from finetune.data.preferences import PairCollate
-from finetune.evaluation import batches_of
+from finetune.evaluation import over_batches
 
 LOSSES = ("sigmoid", "ipo")
 SORTED_AT_ONCE = 1024  # pairs in memory at once, of data that may exceed it
@@ -86,7 +86,6 @@ def pair_losses(model: Callable[..., Any], batch: dict[str, Tensor], loss: Prefe
     return loss(logps.view(-1, 2), batch["reference"].view(-1, 2), tokens.view(-1, 2))
 
 
-@torch.no_grad()
 def pair_logps(
     model: nn.Module, pairs: Sequence[Any], collate: PairCollate, accelerator: Accelerator | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -101,25 +100,17 @@ def pair_logps(
     Returns:
         ``[N, 2]`` float32 sums in nats, and ``[N, 2]`` numbers of tokens, on the CPU; the same on every rank.
     """
-    was_training = model.training
-    model.eval()
-    rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    device = accelerator.device if accelerator else next(model.parameters()).device
+
+    def of_batch(network: Any, batch: dict[str, Tensor]) -> list[tuple[int, list[list[float]]]]:
+        logits = network(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        both = torch.stack(completion_logps(logits, batch["labels"]), dim=-1)
+        return list(zip(batch["places"][::2].tolist(), both.view(-1, 2, 2).tolist(), strict=True))
+
     found = torch.zeros(len(pairs), 2, 2)
-    for first in range(0, len(pairs), SORTED_AT_ONCE):
-        batches = batches_of([pairs[i] for i in range(first, min(first + SORTED_AT_ONCE, len(pairs)))])
-        for start in range(0, len(batches), ranks):
-            position = start + rank
-            some = batches[min(position, len(batches) - 1)]
-            batch = collate(some)
-            labels = batch["labels"].to(device)
-            logits = model(**{name: batch[name].to(device) for name in ("input_ids", "attention_mask")}).logits
-            if position < len(batches):  # the last round repeats a batch on ranks that have none left
-                both = torch.stack(completion_logps(logits, labels), dim=-1)
-                found[[pair["place"] for pair in some]] = both.view(-1, 2, 2).float().cpu()
-    if accelerator is not None and ranks > 1:
-        found = accelerator.reduce(found.to(device), reduction="sum").cpu()
-    model.train(was_training)
+    for start in range(0, len(pairs), SORTED_AT_ONCE):
+        some = [pairs[i] for i in range(start, min(start + SORTED_AT_ONCE, len(pairs)))]
+        for place, values in over_batches(model, some, collate, accelerator, of_batch):
+            found[place] = torch.tensor(values)
     return found[..., 0], found[..., 1]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from transformers import AutoTokenizer
@@ -13,13 +13,14 @@ from transformers import AutoTokenizer
 from accelerate import Accelerator
 from finetune.data.chat_template import set_template
 from finetune.data.examples import make_collate
-from finetune.data.loading import load_texts
 from finetune.data.preferences import PairCollate, tokenise_pairs
 from finetune.dpo import LOSSES, PreferenceLoss
 from finetune.engine import sequence_size
 from finetune.evaluation import choose_examples
-from finetune.materials import Materials
+from finetune.materials import Materials, pad_token, records_of
 from finetune.options import Options, again, option
+
+PAIRS = "pairs"
 
 
 @dataclass
@@ -31,9 +32,9 @@ class PreferenceOptions(Options):
     rows: ClassVar[int] = 2
 
     dataset: str = option(
-        "docstrings",
+        PAIRS,
         "data",
-        "docstrings (pairs made of those of Python's standard library), the name of a dataset on the hub, a folder "
+        "pairs (made of the docstrings of Python's standard library), the name of a dataset on the hub, a folder "
         "written by save_to_disk, or a .json, .jsonl, .csv or .parquet file, with prompt, chosen and rejected (text), "
         "or with chosen and rejected as lists of messages. One pair is one example and the unit that is protected",
         also=("dataset_name",),
@@ -41,7 +42,10 @@ class PreferenceOptions(Options):
     )
     seq_len: int = again(Options, "seq_len", 64)
     chat_template: str | None = option(
-        None, "data", "Jinja template of messages, instead of the tokenizer's; plain: a simple one", metavar="FILE"
+        None,
+        "data",
+        "of messages: a Jinja file in the place of the tokenizer's, or plain: a simple one",
+        metavar="FILE",
     )
     beta: float = option(0.1, "loss", "how close to the start model: beta of DPO, tau of IPO")
     loss_type: str = option("sigmoid", "loss", "sigmoid (DPO) or ipo", choices=LOSSES)
@@ -109,27 +113,19 @@ def pair_materials(options: PreferenceOptions, accelerator: Accelerator) -> Mate
             f"sp_size is {spread}, which spreads the tokens of one row, and a pair has two. Leave it out."
         )
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    if options.chat_template is not None:
-        set_template(tokenizer, options.chat_template, options.model)
     with accelerator.main_process_first():
-        parts = load_texts(
-            options.dataset,
-            options.dataset_config,
-            options.split,
-            options.validation_split,
-            options.validation_share,
-            options.seed,
-        )
-        if options.dataset == "docstrings":
-            parts = tuple(part.map(docstring_pair, remove_columns=part.column_names) for part in parts)
+        if options.dataset == PAIRS:
+            docstrings = records_of(replace(options, dataset="docstrings"))
+            parts = [part.map(docstring_pair, remove_columns=part.column_names) for part in docstrings]
+        else:
+            parts = list(records_of(options))
+        if options.chat_template or any(isinstance(part[0].get("chosen"), list) for part in parts):
+            set_template(tokenizer, options.chat_template, options.model)
         train, validation = (
             tokenise_pairs(part, tokenizer, options.seq_len, name)
             for part, name in zip(parts, ("training", "validation"), strict=True)
         )
-    chosen = choose_examples(validation, options.max_eval_examples, options.seed)
-    if not chosen:
-        raise ValueError(f"no validation record of {options.dataset!r} has two tokens; choose other data.")
+    chosen = choose_examples(validation, options.max_eval_examples, options.seed, least=0)
     chosen = [{**pair, "place": place} for place, pair in enumerate(chosen)]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    rows = make_collate(pad if pad is not None else 0)
+    rows = make_collate(pad_token(tokenizer))
     return Materials(tokenizer, train, chosen, PairCollate(rows), PairCollate(rows))

@@ -196,6 +196,6 @@ def test_options_without_a_meaning_are_refused(words: list[str], message: str, c
 def test_the_statement_says_what_a_pair_is() -> None:
     recipe = PreferenceRecipe()
     options = parse(["--dataset", "x.jsonl", "--seq-len", "32"], "", PreferenceOptions)
-    (unit,) = recipe.notes(options)
-    assert "one preference pair" in unit and "two rows of at most 32 tokens" in unit
+    unit, rows = recipe.notes(options)
+    assert "one preference pair is one example, cut to 64 tokens" in unit and "two rows of at most 32 tokens" in rows
     assert options.row_tokens == 32 and json.dumps(options.loss.__dict__)

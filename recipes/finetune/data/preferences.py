@@ -151,7 +151,7 @@ class PairCollate:
     """From pairs to a batch of their rows, with the start model's log-probabilities beside them.
 
     Args:
-        rows: makes a batch of rows with ``input_ids``.
+        rows: makes a batch of rows with ``input_ids`` and ``labels``.
 
     Attributes:
         reference: ``[N, 2]`` float32, summed log-probabilities of the completions in nats, by ``place``; None before
@@ -167,17 +167,16 @@ class PairCollate:
 
         Returns:
             ``input_ids``, ``attention_mask``, ``labels`` ``[2 U, T]`` int64 (-100 on the prompt and on padding),
-            ``example_ids`` ``[2 U]``, and with a reference ``reference`` ``[2 U]`` float32.
+            ``example_ids`` and ``places`` ``[2 U]``, and with a reference ``reference`` ``[2 U]`` float32.
         """
-        rows, prompts = [], []
+        rows = []
         for pair in pairs:
-            ids, chosen = pair["input_ids"], pair["chosen_tokens"]
-            rows += [{"input_ids": ids[:chosen]}, {"input_ids": ids[chosen:]}]
-            prompts += [pair["prompt_tokens"]] * 2
+            whole, prompt = pair["input_ids"], pair["prompt_tokens"]
+            for ids in (whole[: pair["chosen_tokens"]], whole[pair["chosen_tokens"] :]):
+                rows.append({"input_ids": ids, "labels": [IGNORED_LABEL] * prompt + ids[prompt:]})
         batch = self.rows(rows)
-        positions = torch.arange(batch["input_ids"].shape[1])
-        batch["labels"] = batch["labels"].masked_fill(positions < torch.tensor(prompts).unsqueeze(1), IGNORED_LABEL)
         batch["example_ids"] = torch.arange(len(pairs)).repeat_interleave(2)
+        batch["places"] = torch.tensor([pair["place"] for pair in pairs]).repeat_interleave(2)
         if self.reference is not None:
-            batch["reference"] = self.reference[[pair["place"] for pair in pairs]].flatten()
+            batch["reference"] = self.reference[batch["places"][::2]].flatten()
         return batch
