@@ -55,7 +55,6 @@ class PreferenceOptions(Options):
     sft_weight: float = option(
         0.0, "loss", "weight of the negative log-likelihood of the chosen completion (RPO)", metavar="WEIGHT"
     )
-    max_physical_batch_size: int | None = again(Options, "max_physical_batch_size", 16)
     learning_rate: float = again(Options, "learning_rate", 4e-3)
     expected_batch_size: float = again(Options, "expected_batch_size", 256)
 

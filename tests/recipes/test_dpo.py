@@ -168,8 +168,7 @@ def by_hand(loss: PreferenceLoss) -> Any:
 KINDS = [PreferenceLoss("sigmoid", 0.5), PreferenceLoss("ipo", 0.2, sft_weight=0.3)]
 
 
-@pytest.mark.parametrize("strategy", ["one_pass", "two_pass"])
-@pytest.mark.parametrize("loss", KINDS, ids=lambda loss: loss.kind)
+@pytest.mark.parametrize(("loss", "strategy"), list(zip(KINDS, ("one_pass", "two_pass"), strict=True)))
 def test_clipped_sum_of_pairs_is_the_oracles(loss: PreferenceLoss, strategy: Any) -> None:
     model = tiny(3)
     collate = collator(tiny())  # another model's reference: margins are not 0
