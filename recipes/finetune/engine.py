@@ -31,14 +31,17 @@ def make_accelerator(options: Options) -> Accelerator:
     Under FSDP2 and DeepSpeed ``--bf16`` is their mixed precision: they compute in bfloat16 and step on float32
     weights. Elsewhere it is the dtype of the weights, and Accelerate's mixed precision (autocast) stays off.
     """
-    flags = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # set by the launcher
-    mixes = any(parse_flag_from_env(flag) for flag in flags)
     return Accelerator(
-        mixed_precision="bf16" if options.bf16 and mixes else None,  # None: as set by the launcher
+        mixed_precision="bf16" if options.bf16 and launched_sharded() else None,  # None: as set by the launcher
         log_with="all" if options.with_tracking and not options.dry_run else None,
         project_dir=".",
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=options.rank_timeout))],
     )
+
+
+def launched_sharded() -> bool:
+    """Whether the launcher was told to shard: FSDP2 or DeepSpeed."""
+    return any(parse_flag_from_env(flag) for flag in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
 
 
 def engine_name(accelerator: Accelerator) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 import dpft
 from accelerate import Accelerator, PartialState
-from finetune.engine import engine_name
+from finetune.engine import engine_name, launched_sharded
 from finetune.options import Options
 
 
@@ -54,7 +53,7 @@ def checkpointed(model: Any, options: Options) -> nn.Module:
 
 def _in_4_bits(options: Options, config: Any, dtype: torch.dtype) -> nn.Module:
     """The model with its linear layers in nf4, which compute in ``dtype``; loaded on the process's own device."""
-    if os.environ.get("ACCELERATE_USE_FSDP") or os.environ.get("ACCELERATE_USE_DEEPSPEED"):
+    if launched_sharded():
         raise ValueError("--load-in-4bit runs in one process or under ddp.yaml; launch it so, or leave it out.")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError("--load-in-4bit needs bitsandbytes, which is not installed: pip install bitsandbytes.")

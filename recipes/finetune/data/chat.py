@@ -143,16 +143,30 @@ def tokenise_chats(records: Dataset, chat: Chat, kind: str, part: str) -> Datase
         As many rows in the same order, with ``input_ids`` and ``labels``.
 
     Raises:
-        ValueError: a record is not of the format; says which one, by its number, and nothing of what is in it.
+        ValueError: a record is not of the format; says which one, by its number from 1 in the file (or the split),
+            and nothing of what is in it.
     """
 
     def encode(record: Mapping[str, Any], position: int) -> dict[str, list[int]]:
         try:
             return chat.encode(conversation(record, kind))
         except ValueError as error:
-            raise ValueError(f"{part} record {position + 1}: {error}.") from None
+            raise _BadRecordError(position, str(error)) from None
 
-    return records.map(encode, with_indices=True, remove_columns=records.column_names, desc=None)
+    try:
+        return records.map(encode, with_indices=True, remove_columns=records.column_names, desc=None)
+    except _BadRecordError as error:
+        chosen = getattr(records, "_indices", None)  # of the file's rows, where they were divided
+        row = error.position if chosen is None else chosen.column(0)[error.position].as_py()
+        raise ValueError(f"record {row + 1} ({part}): {error}.") from None
+
+
+class _BadRecordError(ValueError):
+    """What is wrong with a record, and its position among those that are tokenised."""
+
+    def __init__(self, position: int, message: str) -> None:
+        super().__init__(message)
+        self.position = position
 
 
 _QUESTION, _ANSWER, _AGAIN = "How many legs does a spider have?", "It has eight legs.", "That is two more than an ant."
