@@ -82,7 +82,7 @@ def _predicted_steps(model: nn.Module, options: Options, accelerator: Accelerato
     try:
         plan = dpft.plan(
             model,
-            batch_size=options.max_physical_batch_size or 1,
+            batch_size=(options.max_physical_batch_size or 1) * options.rows,
             seq_len=options.row_tokens,
             engine=engine,
             world_size=ranks,

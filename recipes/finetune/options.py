@@ -33,10 +33,12 @@ class Options:
     Attributes:
         steps: logical batches where neither their number nor that of epochs is given.
         unused: options that a recipe does not have.
+        rows: of an example, where that is a fixed number.
     """
 
     steps: ClassVar[int] = 24
     unused: ClassVar[tuple[str, ...]] = ()
+    rows: ClassVar[int] = 1
 
     model: str = option(
         str(BASE_MODEL),

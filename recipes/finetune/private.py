@@ -138,8 +138,9 @@ def explain(model: nn.Module, options: Options) -> list[str]:
     )
     lines = []
     for size in sorted({options.max_physical_batch_size or 1, 1}, reverse=True):
-        lines.append(f"{size} x {options.row_tokens} tokens:")
-        lines += ["  " + line for line in dpft.explain(model, size, options.row_tokens).splitlines()]
+        rows = size * options.rows
+        lines.append(f"{rows} x {options.row_tokens} tokens:")
+        lines += ["  " + line for line in dpft.explain(model, rows, options.row_tokens).splitlines()]
     dpft.unwrap(model)
     return lines
 

@@ -81,6 +81,9 @@ class Recipe:
         """Load the model, with the adapters and checkpointing that the options ask for."""
         return load_model(options, dtype)
 
+    def begin(self, model: nn.Module, materials: Materials, accelerator: Accelerator) -> None:
+        """What is done with the prepared start model, before a checkpoint is loaded. A collective."""
+
     def losses(self, model: Callable[..., Any], batch: dict[str, Tensor]) -> Tensor:
         """The loss of a batch: the model's own, a scalar, or one for each example, ``[U]``.
 

@@ -85,6 +85,8 @@ def model_card(report: Report, published: bool = False) -> str:
         "docstrings": "docstrings of Python's standard library, public text that plays the private records",
         "chats": "questions about names of Python's standard library, answered by their docstrings, public text that "
         "plays the private records",
+        "pairs": "pairs made of the docstrings of Python's standard library, public text that plays the private "
+        "records",
         "tickets": "**synthetic** support tickets, from templates",
     }.get(options.dataset, Path(options.dataset).name if Path(options.dataset).exists() else options.dataset)
     rows_words = f", in rows of at most {options.seq_len} tokens" if options.in_rows else ""

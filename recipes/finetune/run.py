@@ -103,6 +103,7 @@ def run(recipe: Recipe, options: Any) -> int:
         scheduler = make_scheduler(options, prepared.optimizer, schedule.num_steps)
         accelerator.register_for_checkpointing(scheduler)
     with ending_all(accelerator, recipe.name, output):
+        recipe.begin(prepared.model, materials, accelerator)
         if options.sample_tokens:
             samples["before"] = recipe.sample(prepared.model, materials, options, accelerator)
     with one_line(recipe.name):
