@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from dpft.audit import BlackBoxAudit, Canaries, black_box, draw_canaries, plot
 from finetune.engine import from_first
 from finetune.evaluation import record_losses
+from finetune.materials import Materials
 from finetune.options import Options
-from finetune.setup import Materials
 
 AUDIT, CANARIES, PICTURE = "audit.json", "canaries.json", "audit.png"
 TOKENS = 32  # of a canary, or the longest example if that is shorter
@@ -50,8 +50,13 @@ def begin(accelerator: Accelerator, options: Options, materials: Materials, outp
     """Put canaries into the training data; those of the run that is resumed, or new ones. The same on all ranks.
 
     Raises:
-        ValueError: the run to resume was not audited, or not with as many canaries.
+        ValueError: the run to resume was not audited, or not with as many canaries; or examples are not texts alone.
     """
+    if materials.train.column_names != ["input_ids"]:
+        raise ValueError(
+            "--audit puts in texts of random tokens, and here an example has more than its text. Leave it out; "
+            "dpft.audit audits any training."
+        )
 
     def kept_or_drawn() -> dict[str, Any]:
         path = output / CANARIES

@@ -12,7 +12,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from finetune.engine import WHOLE, engine_name, from_first
-from finetune.setup import CHECKPOINTS
+from finetune.output import CHECKPOINTS
 
 KEPT = 2
 ABOUT = "written_by.json"

@@ -113,7 +113,7 @@ def from_first(accelerator: Accelerator, act: Callable[[], T]) -> T:
 
 
 @contextmanager
-def ending_all(accelerator: Accelerator, output: Path) -> Iterator[None]:
+def ending_all(accelerator: Accelerator, name: str, output: Path) -> Iterator[None]:
     """Say what ended a training, and how to continue; then end this process, after which the launcher ends the others.
 
     A rank that fails must not call another collective: the others may be in a different one. They notice its end when
@@ -130,7 +130,7 @@ def ending_all(accelerator: Accelerator, output: Path) -> Iterator[None]:
         traceback.print_exc()
         here, ranks = accelerator.process_index, accelerator.num_processes
         who = f"rank {here} of {ranks}: " if ranks > 1 else ""
-        words = [f"llama_dp.py: error: {who}{type(error).__name__}: {' '.join(str(error).split())[:600]}"]
+        words = [f"{name}.py: error: {who}{type(error).__name__}: {' '.join(str(error).split())[:600]}"]
         if _is_full(error):
             words.append("the disk is full, or a quota is used up: make room first.")
         elif ranks > 1 and _of_another(str(error)):

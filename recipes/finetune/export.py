@@ -6,20 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 import dpft
 from accelerate import Accelerator
 from finetune.engine import compute_dtype, from_first, unsharded
-from finetune.evaluation import validation_loss
+from finetune.materials import Materials
 from finetune.options import Options
 from finetune.private import Prepared, chunked, unwrap
-from finetune.setup import Materials, load_model
+from finetune.recipe import Recipe
 
 RELOAD_TOLERANCE = 1e-3  # nats; the same weights differ at most by the order of the sums
 
 
-def export(accelerator: Accelerator, prepared: Prepared, materials: Materials, options: Options, output: Path) -> None:
+def export(
+    accelerator: Accelerator, prepared: Prepared, recipe: Recipe, materials: Materials, options: Options, output: Path
+) -> None:
     """Write model and tokenizer; with LoRA the adapter and the merged model, which needs no peft. A collective.
 
     Shards are gathered into the memory of rank 0's CPU, and merged there.
@@ -37,7 +38,7 @@ def export(accelerator: Accelerator, prepared: Prepared, materials: Materials, o
         weights = state
         if options.lora_r:
             with unsharded(accelerator):
-                model = load_model(options, next(iter(state.values())).dtype)
+                model = recipe.model(options, next(iter(state.values())).dtype)
             model.load_state_dict(state)
             model.save_pretrained(output / "adapter")
             model = model.merge_and_unload()
@@ -50,7 +51,7 @@ def export(accelerator: Accelerator, prepared: Prepared, materials: Materials, o
 
 
 def reload_and_check(
-    accelerator: Accelerator, options: Options, materials: Materials, output: Path, after: float
+    accelerator: Accelerator, recipe: Recipe, options: Options, materials: Materials, output: Path, after: float
 ) -> None:
     """Reload the model on one device and compare its validation loss. For one rank: it calls no collective.
 
@@ -59,10 +60,10 @@ def reload_and_check(
     """
     dtype = compute_dtype(options, accelerator)
     with unsharded(accelerator):
-        again: Any = AutoModelForCausalLM.from_pretrained(output, dtype=dtype).to(accelerator.device)
+        again: Any = recipe.auto_class.from_pretrained(output, dtype=dtype).to(accelerator.device)
     if options.long_context:
         again = chunked(dpft.long_context(again), options)
-    reloaded = validation_loss(again, materials.validation, materials.collate)
+    reloaded = recipe.measure(again, materials)["loss"]
     # bfloat16 weights that an adapter was merged into were rounded once more
     tolerance = RELOAD_TOLERANCE if dtype == torch.float32 else 2e-2
     if not abs(reloaded - after) <= tolerance:

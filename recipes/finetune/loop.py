@@ -121,6 +121,13 @@ class History:
             # a run killed while writing leaves half a line, to which the next row must not be appended
             self.path.write_text("".join(line + "\n" for line in lines if line.endswith("}")), encoding="utf-8")
 
+    def first_measures(self) -> dict[str, float] | None:
+        """The measures before training, where an earlier start has them."""
+        for row in self.rows:
+            if "validation_loss" in row:
+                return {k.removeprefix("validation_"): v for k, v in row.items() if k.startswith("validation_")}
+        return None
+
     def summary(self) -> dict[str, float]:
         """Figures over the whole run, for the card."""
         found = {}
@@ -140,7 +147,7 @@ def train(
     prepared: Prepared,
     options: Options,
     history: History,
-    evaluate: Callable[[nn.Module], float],
+    evaluate: Callable[[nn.Module], dict[str, float]],
     scheduler: Any,
     checkpoint: Callable[[int], None],
 ) -> bool:
@@ -151,7 +158,7 @@ def train(
         prepared: model, optimiser, loader.
         options: of the run.
         history: receives a row for each logical batch.
-        evaluate: validation loss of a model.
+        evaluate: measures of a model on the held-out examples, ``loss`` among them.
         scheduler: of the learning rate; stepped once for each logical batch.
         checkpoint: saves the state after a logical step.
 
@@ -216,7 +223,7 @@ def train(
             }
             finished = step >= schedule.num_steps
             if options.eval_every and step % options.eval_every == 0 and not finished:
-                row["validation_loss"] = evaluate(model)
+                row.update(validation_row(step, evaluate(model)))
             if accelerator.is_main_process:
                 history.add(row)
             accelerator.log({key: value for key, value in row.items() if value is not None}, step=step)
@@ -229,6 +236,11 @@ def train(
                 return False
             sums, norms, began = torch.zeros(4, dtype=torch.float64), [], time.perf_counter()
     return True
+
+
+def validation_row(step: int, measures: dict[str, float], prefix: str = "") -> dict[str, Any]:
+    """Measures on the held-out examples as a row of metrics."""
+    return {"step": step, **{f"{prefix}validation_{name}": value for name, value in measures.items()}}
 
 
 def _median(norms_B: torch.Tensor) -> float | None:
@@ -251,11 +263,11 @@ def describe(row: dict[str, Any], target: float) -> str:
     return ", ".join(words)
 
 
-def make_optimizer(options: Options, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW on the trainable parameters, the same with and without privacy."""
+def make_optimizer(options: Options, model: nn.Module, learning_rate: float | None = None) -> torch.optim.Optimizer:
+    """AdamW on the trainable parameters, the same with and without privacy, at ``--learning-rate`` or another one."""
     return torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad],
-        lr=options.learning_rate,
+        lr=options.learning_rate if learning_rate is None else learning_rate,
         betas=(options.adam_beta1, options.adam_beta2),
         weight_decay=options.weight_decay,
     )

@@ -5,13 +5,12 @@ Names follow TRL where TRL has one (``--model_name_or_path``, ``--dataset_name``
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 BASE_MODEL = Path(__file__).resolve().parent.parent / "assets" / "base_model"
 
-DEFAULT_STEPS = 24
 DEFAULT_PHYSICAL = 32
 
 
@@ -20,9 +19,22 @@ def option(default: Any, group: str, help: str, *, also: tuple[str, ...] = (), *
     return field(default=default, metadata={"group": group, "help": help, "also": also, "argparse": kwargs})
 
 
+def again(options: type[Any], name: str, default: Any) -> Any:
+    """The option of another recipe with another default, for a dataclass that inherits its options."""
+    return field(default=default, metadata=next(f.metadata for f in fields(options) if f.name == name))
+
+
 @dataclass
 class Options:
-    """All options of a recipe; the defaults are the demonstration, which needs no network and no GPU."""
+    """All options of a recipe; the defaults are the demonstration, which needs no network and no GPU.
+
+    Attributes:
+        steps: logical batches where neither their number nor that of epochs is given.
+        unused: options that a recipe does not have.
+    """
+
+    steps: ClassVar[int] = 24
+    unused: ClassVar[tuple[str, ...]] = ()
 
     model: str = option(
         str(BASE_MODEL),
@@ -118,7 +130,10 @@ class Options:
         metavar="B",
     )
     num_steps: int | None = option(
-        None, "privacy", f"logical batches, each one noisy update (default {DEFAULT_STEPS})", also=("max_steps",)
+        None,
+        "privacy",
+        "logical batches, each one noisy update; if neither they nor epochs are given, as many as the demonstration",
+        also=("max_steps",),
     )
     num_epochs: float | None = option(
         None, "privacy", "instead of steps: expected passes over the data", also=("num_train_epochs",)
@@ -199,7 +214,8 @@ class Options:
     output_dir: str | None = option(
         None,
         "output",
-        "folder for model, ledger, metrics, plot and card; if not given, outputs/llama_dp, with a number if it exists",
+        "folder for model, ledger, metrics, plot and card; if not given, outputs/ and the name of the recipe, with a "
+        "number if it exists",
         metavar="DIR",
     )
     overwrite_output_dir: bool = option(
@@ -225,7 +241,13 @@ class Options:
         "that fits on no single device",
     )
     compare_nonprivate: bool = option(
-        False, "output", "afterwards train a second copy for as many steps without privacy, to show what privacy costs"
+        False,
+        "output",
+        "afterwards train a second copy for as many steps without privacy, to show what privacy costs",
+        also=("compare",),
+    )
+    compare_learning_rate: float | None = option(
+        None, "output", "learning rate of that copy, for which another one is right; if not given, the same"
     )
     prompt: str = option(
         "Return the", "output", "start of the text that is generated before and after", metavar="TEXT"
@@ -247,7 +269,7 @@ class Options:
                 f"got both --num-steps {self.num_steps} and --num-epochs {self.num_epochs:g}; give one of them."
             )
         if self.num_steps is None and self.num_epochs is None:
-            self.num_steps = DEFAULT_STEPS
+            self.num_steps = self.steps
         least = dict.fromkeys(("seq_len", "max_physical_batch_size", "max_eval_examples", "cpu_threads"), 1)
         least |= {"rank_timeout": 1, "max_tokens_in_memory": 2}
         least |= dict.fromkeys(("lora_r", "warmup_steps", "checkpoint_every", "eval_every"), 0)

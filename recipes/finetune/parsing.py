@@ -13,11 +13,12 @@ import types
 import typing
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from finetune.options import BASE_MODEL, DEFAULT_STEPS, Options
+from finetune.options import Options
 
 
 def _value_type(annotation: Any) -> type:
@@ -26,8 +27,13 @@ def _value_type(annotation: Any) -> type:
     return options[0] if options else annotation
 
 
-def _types() -> dict[str, type]:
-    return {name: _value_type(hint) for name, hint in typing.get_type_hints(Options).items()}
+def _types(options: type[Options]) -> dict[str, type]:
+    hints = typing.get_type_hints(options)
+    return {f.name: _value_type(hints[f.name]) for f in fields(options)}
+
+
+def _used(options: type[Options]) -> list[Any]:
+    return [f for f in fields(options) if f.name not in options.unused]
 
 
 def _flags(name: str) -> list[str]:
@@ -47,8 +53,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return ", ".join(words)
 
 
-def build_parser(description: str) -> argparse.ArgumentParser:
-    """The command line of :class:`Options`, in groups; an option that was not given is absent from the result."""
+def build_parser(description: str, options: type[Options] = Options) -> argparse.ArgumentParser:
+    """The command line of a recipe's options, in groups; an option that was not given is absent from the result."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]",
         description=description,
@@ -60,8 +66,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         "--config", metavar="FILE", help="YAML file with any of the options below; the command line wins"
     )
     groups: dict[str, argparse._ArgumentGroup] = {}
-    kinds = _types()
-    for f in fields(Options):
+    kinds = _types(options)
+    for f in _used(options):
         meta = f.metadata
         group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
         flags = [flag for name in (f.name, *meta["also"]) for flag in _flags(name)]
@@ -71,7 +77,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         if kinds[f.name] is bool:
             group.add_argument(*flags, dest=f.name, action=argparse.BooleanOptionalAction, help=text)
         else:
-            shown = BASE_MODEL.name if f.name == "model" else f.default
+            shown = Path(str(f.default)).name if f.name == "model" else f.default
             if shown is not None:
                 text += f" (default {shown:g})" if isinstance(shown, float) else f" (default {shown})"
             arguments = {"metavar": f.name.split("_")[-1].upper()} | meta["argparse"]
@@ -81,7 +87,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str, options: type[Options] = Options) -> dict[str, Any]:
     """Read options from a YAML file: a flat mapping with the names of the options, hyphens or underscores.
 
     Raises:
@@ -99,10 +105,10 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise ValueError(
             f"{path}: got {type(loaded).__name__} at the top, expected a mapping such as 'seq_len: 1024'."
         )
-    names = {alias: f.name for f in fields(Options) for alias in (f.name, *f.metadata["also"])}
-    kinds = _types()
-    choices = {f.name: f.metadata["argparse"].get("choices") for f in fields(Options)}
-    optional = {f.name for f in fields(Options) if f.default is None} | {"target_epsilon"}
+    names = {alias: f.name for f in _used(options) for alias in (f.name, *f.metadata["also"])}
+    kinds = _types(options)
+    choices = {f.name: f.metadata["argparse"].get("choices") for f in fields(options)}
+    optional = {f.name for f in fields(options) if f.default is None} | {"target_epsilon"}
     values: dict[str, Any] = {}
     for key, value in loaded.items():
         spelled = str(key).replace("-", "_")
@@ -138,12 +144,13 @@ def _checked(path: str, key: str, value: Any, kind: type, optional: bool, choice
     return value
 
 
-def parse(argv: Sequence[str] | None = None, description: str = "") -> Options:
+def parse(argv: Sequence[str] | None = None, description: str = "", options: type[Options] = Options) -> Options:
     """Read the command line, and the YAML file that it may name.
 
     Args:
         argv: words of the command line; those of the process if None.
         description: text at the top of ``--help``.
+        options: of the recipe.
 
     Returns:
         The options. A ``noise_multiplier`` given without a ``target_epsilon`` takes the default target's place.
@@ -151,11 +158,11 @@ def parse(argv: Sequence[str] | None = None, description: str = "") -> Options:
     Raises:
         SystemExit: with a message on standard error, for an option that is unknown or has no sense.
     """
-    parser = build_parser(description)
+    parser = build_parser(description, options)
     given = vars(parser.parse_args(argv))
     try:
         config = given.pop("config", None)
-        from_file = read_yaml(config) if config else {}
+        from_file = read_yaml(config, options) if config else {}
         # an alternative given on the command line takes the place of the one in the file
         for one, other in (("noise_multiplier", "target_epsilon"), ("num_steps", "num_epochs")):
             for this, that in ((one, other), (other, one)):
@@ -166,13 +173,13 @@ def parse(argv: Sequence[str] | None = None, description: str = "") -> Options:
             values.setdefault("noise_multiplier", 0.0)  # without clipping no noise is enough for any epsilon
         if values.get("noise_multiplier") is not None:
             values.setdefault("target_epsilon", None)
-        return Options(**values)
+        return options(**values)
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
 
 def as_words(options: Options) -> dict[str, Any]:
     """The options that differ from the defaults, for the model card."""
-    defaults = {f.name: f.default for f in fields(Options)}
-    defaults["num_steps"] = DEFAULT_STEPS if options.num_epochs is None else None
+    defaults = {f.name: f.default for f in fields(options)}
+    defaults["num_steps"] = options.steps if options.num_epochs is None else None
     return {name: value for name, value in dataclasses.asdict(options).items() if value != defaults[name]}

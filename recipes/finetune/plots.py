@@ -16,18 +16,20 @@ def plot_run(
     delta: float,
     private: bool = True,
     caption: str = "",
+    loss_unit: str = "nats a token",
 ) -> None:
     """Draw training loss, validation loss and epsilon over the steps.
 
     Args:
         rows: one mapping for each measurement with ``step`` and any of ``loss``, ``validation_loss``,
-            ``nonprivate_validation_loss`` (nats a token) and ``epsilon``. Rows without a value are left out of that
+            ``nonprivate_validation_loss`` and ``epsilon``. Rows without a value are left out of that
             line.
         path: PNG to write.
         target_epsilon: drawn as a line if given.
         delta: shown in the label of the axis.
         private: if False, the picture says that the run gives no privacy.
         caption: small print under the picture: model, data, hardware.
+        loss_unit: of the losses.
     """
     # The Agg canvas needs no display, and a figure made without pyplot leaves nothing open.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -63,7 +65,7 @@ def plot_run(
                 fontweight="bold",
                 bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
             )
-    loss_axis.set(xlabel="logical steps", ylabel="loss [nats per token]", title="Loss")
+    loss_axis.set(xlabel="logical steps", ylabel=f"loss [{loss_unit}]", title="Loss")
     loss_axis.margins(x=0.08, y=0.14)
     points = sorted({row["step"]: row["epsilon"] for row in rows if row.get("epsilon") is not None}.items())
     if points:

@@ -12,17 +12,7 @@ from torch import nn
 
 import dpft
 from accelerate import Accelerator
-from finetune.data.documents import document_losses
 from finetune.options import Options
-
-LEDGER = "ledger.jsonl"
-ONE_RECORD = (
-    "one record is one example, cut to {} tokens: if a person has several records, each is protected, not all together"
-)
-TUNED_ON_DOCSTRINGS = (
-    "not accounted for: the recipe's defaults (expected batch, steps, learning rate, Adam's betas) were chosen by "
-    "the validation loss of several private runs on these same docstrings, which are public"
-)
 
 
 def privacy_config(options: Options) -> dpft.PrivacyConfig:
@@ -41,11 +31,19 @@ def privacy_config(options: Options) -> dpft.PrivacyConfig:
 
 @dataclass
 class Prepared:
-    """A model, optimiser and loader that train privately."""
+    """A model, optimiser and loader that train privately.
+
+    Attributes:
+        model: wrapped, and prepared for the engine.
+        optimizer: adds the noise.
+        loader: draws the logical batches.
+        losses: of the recipe: the model's own loss of a batch, a scalar, or one for each example.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     loader: Any
+    losses: Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor]
 
     @property
     def schedule(self) -> Any:
@@ -72,15 +70,9 @@ class Prepared:
         return float(self.loader.privacy.epsilon(exact=exact)) if self.private else None
 
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The mean of the examples' losses, whose backward computes the clipped sum.
-
-        dpft adds up the mean losses of an example's rows; a document's loss is the mean over all of its tokens.
-        """
-        ids = batch.get("example_ids")
-        if ids is None:
-            return cast(torch.Tensor, self.model(**batch).loss)
-        logits = self.model(**{name: value for name, value in batch.items() if name != "labels"}).logits
-        return dpft.clipped_loss(self.model, document_losses(logits, batch["labels"], ids))
+        """The mean of the examples' losses, whose backward computes the clipped sum."""
+        losses = self.losses(self.model, batch)
+        return dpft.clipped_loss(self.model, losses) if losses.dim() else losses
 
     def clipped(self, batch: dict[str, torch.Tensor]) -> tuple[float, float, torch.Tensor]:
         """Numbers of clipped and of all examples in the last physical batch, and the norms [examples].
@@ -100,6 +92,7 @@ def prepare(
     dataset: Any,
     privacy: dpft.PrivacyConfig,
     collate: Callable[..., dict[str, torch.Tensor]],
+    losses: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor],
     options: Options,
     ledger: Path,
 ) -> Prepared:
@@ -117,7 +110,7 @@ def prepare(
         sums_device=cast(Any, options.sums_device),
         ledger_path=ledger,
     )
-    return Prepared(model, optimizer, loader)
+    return Prepared(model, optimizer, loader, losses)
 
 
 def unwrap(accelerator: Accelerator, model: nn.Module) -> Any:
@@ -149,11 +142,7 @@ def explain(model: nn.Module, options: Options) -> list[str]:
     return lines
 
 
-def statement(prepared: Prepared, options: Options, *more: str) -> str:
-    """The privacy statement of the model card, in Markdown, with ``more`` notes."""
-    tuning, notes = options.tuning_note, [ONE_RECORD.format(options.example_tokens), *more]
-    if options.dataset == "docstrings":
-        tuning = tuning or TUNED_ON_DOCSTRINGS
-        notes.append("a docstring that occurs several times in the library was kept once, before any step")
-    report = prepared.loader.privacy.report(tuning=tuning, notes=tuple(notes))
+def statement(prepared: Prepared, tuning: str | None, *notes: str) -> str:
+    """The privacy statement of the model card, in Markdown: how the options were chosen, and notes."""
+    report = prepared.loader.privacy.report(tuning=tuning, notes=notes)
     return dpft.privacy_statement_markdown(report)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ import transformers
 import yaml
 
 import accelerate
-from finetune.options import BASE_MODEL, Options
+from finetune.options import BASE_MODEL
+from finetune.output import CARD, LEDGER, METRICS, PICTURE
 from finetune.parsing import as_words
 from finetune.plots import plot_run
-from finetune.private import LEDGER
-from finetune.setup import CARD, METRICS, PICTURE
+from finetune.recipe import Recipe
 
 NOT_COVERED = f"""\
 The epsilon covers the weights in this directory, and whatever is computed from them alone, such as the sample below.
@@ -35,24 +36,32 @@ def shown(model: str) -> str:
     return Path(model).name if Path(model).exists() else model
 
 
-def model_card(
-    options: Options,
-    statement: str,
-    figures: dict[str, Any],
-    samples: dict[str, str],
-    private: bool,
-    audit: str = "",
-) -> str:
-    """Write the card.
+@dataclass(frozen=True)
+class Report:
+    """What a model card is made of.
 
-    Args:
-        options: of the run.
+    Attributes:
+        recipe: that was run.
+        options: of the run, as they were given.
         statement: the privacy statement, as Markdown.
         figures: name to value, for the table of what was measured.
         samples: generated texts, by "before" and "after".
         private: whether the run has a finite epsilon.
         audit: the section about the audit, as Markdown, if there was one.
     """
+
+    recipe: Recipe
+    options: Any
+    statement: str
+    figures: dict[str, Any]
+    samples: dict[str, str]
+    private: bool
+    audit: str = ""
+
+
+def model_card(report: Report) -> str:
+    """Write the card."""
+    options, private = report.options, report.private
     given = as_words(options)
     if "model" in given:
         given["model"] = shown(options.model)
@@ -61,8 +70,9 @@ def model_card(
     if Path(options.dataset).exists():  # a card must not disclose a path of the machine
         given["dataset"] = Path(options.dataset).name
     command = yaml.safe_dump(given, sort_keys=True).rstrip()
-    rows = "\n".join(f"| {name} | {_figure(value)} |" for name, value in figures.items())
-    texts = "\n\n".join(f"{when.capitalize()} training:\n\n{_quoted(text)}" for when, text in samples.items())
+    rows = "\n".join(f"| {name} | {_figure(value)} |" for name, value in report.figures.items())
+    texts = "\n\n".join(f"{when.capitalize()} training:\n\n{_quoted(text)}" for when, text in report.samples.items())
+    samples = f"## Samples\n\nPrompt: `{options.prompt}`.\n\n{texts}\n" if texts else ""
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, "
     versions += f"transformers {transformers.__version__}, accelerate {accelerate.__version__}"
     data = {
@@ -73,7 +83,7 @@ def model_card(
     title = shown(options.model).removeprefix("the ")
     return f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {report.recipe.pipeline_tag}
 tags: [{"differential-privacy, dp-sgd, dpft" if private else "not-private, dpft"}]
 ---
 # {title[:1].upper() + title[1:]}, fine-tuned {"with differential privacy" if private else "WITHOUT PRIVACY"}
@@ -81,7 +91,7 @@ tags: [{"differential-privacy, dp-sgd, dpft" if private else "not-private, dpft"
 Data: {data}. At most {options.example_tokens} tokens of each record; one record is one example, never packed with \
 others{rows_words}.
 
-{statement.strip()}
+{report.statement.strip()}
 
 Every release is in the ledger, `{LEDGER}`, which was written ahead of it.
 
@@ -89,7 +99,7 @@ Every release is in the ledger, `{LEDGER}`, which was written ahead of it.
 
 {NOT_COVERED if private else NOTHING_COVERED}
 
-{audit}
+{report.audit}
 ## Measured
 
 | | |
@@ -98,15 +108,10 @@ Every release is in the ledger, `{LEDGER}`, which was written ahead of it.
 
 ![Loss and epsilon over the steps]({PICTURE})
 
-## Samples
-
-Prompt: `{options.prompt}`.
-
-{texts or "None were asked for."}
-
+{samples}
 ## How it was made
 
-`recipes/llama_dp.py` with these options (the others at their defaults):
+`recipes/{report.recipe.name}.py` with these options (the others at their defaults):
 
 ```yaml
 {command if given else "{}  # all of them"}
@@ -126,19 +131,9 @@ def _quoted(text: str) -> str:
     return "\n".join("> " + line.replace("<", "&lt;") + "  " for line in text.splitlines()) or "> "
 
 
-def write_report(
-    directory: Path,
-    options: Options,
-    schedule: Any,
-    statement: str,
-    figures: dict[str, Any],
-    samples: dict[str, str],
-    rows: Sequence[dict[str, Any]],
-    *,
-    private: bool,
-    audit: str = "",
-) -> None:
+def write_report(directory: Path, report: Report, schedule: Any, rows: Sequence[dict[str, Any]]) -> None:
     """Write the card and the picture into the directory; ``schedule`` is the run's ``dpft.PrivacySchedule``."""
+    options = report.options
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     data = Path(options.dataset).name if Path(options.dataset).exists() else options.dataset
     caption = (
@@ -154,8 +149,8 @@ def write_report(
         directory / PICTURE,
         target_epsilon=schedule.target_epsilon,
         delta=schedule.target_delta,
-        private=private,
+        private=report.private,
         caption=caption,
+        loss_unit=report.recipe.loss_unit,
     )
-    card = model_card(options, statement, figures, samples, private, audit)
-    (directory / CARD).write_text(card, encoding="utf-8")
+    (directory / CARD).write_text(model_card(report), encoding="utf-8")

@@ -1,6 +1,6 @@
 """The recipe, as a launcher starts it, on the CPU.
 
-    recipe_on_cpu.py [--fault KIND:RANK:STEP] OPTIONS OF THE RECIPE
+    recipe_on_cpu.py [--recipe NAME] [--fault KIND:RANK:STEP] OPTIONS OF THE RECIPE
 
 A fault happens on one rank while it saves the checkpoint of a step: ``full`` makes every file of more than some bytes
 fail to be written, as on a full disk; ``hang`` never comes back.
@@ -41,8 +41,12 @@ if __name__ == "__main__":
     use_cpu()
     setattr(accelerate, "Accelerator", Faulty)  # noqa: B010  # what the recipe imports; a class is no variable to mypy
     sys.path.insert(0, str(ROOT / "recipes"))
+    name = "llama_dp"
+    if sys.argv[1] == "--recipe":
+        name = sys.argv[2]
+        del sys.argv[1:3]
     if sys.argv[1] == "--fault":
         FAULT += sys.argv[2].split(":")
         del sys.argv[1:3]
-    sys.argv[0] = str(ROOT / "recipes" / "llama_dp.py")
+    sys.argv[0] = str(ROOT / "recipes" / f"{name}.py")
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -22,10 +22,12 @@ from finetune.data.documents import document_losses, longest, rows_of, tokens_in
 from finetune.data.examples import make_collate
 from finetune.data.loading import load_texts
 from finetune.evaluation import validation_loss
+from finetune.materials import choose_physical
+from finetune.model import lengthen, load_model
 from finetune.options import BASE_MODEL, Options
 from finetune.parsing import as_words, parse
 from finetune.private import Prepared
-from finetune.setup import choose_physical, lengthen, load_model
+from finetune.recipe import Recipe
 from tests.oracle import Float64
 
 CONFIG = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
@@ -137,7 +139,7 @@ def test_losses_and_norms_of_documents_in_rows_are_the_oracles(strategy: Any) ->
         summed = [total + g * min(1.0, clip / norms[-1]) for total, g in zip(summed, grads, strict=True)]
     model = dpft.wrap(tiny(), max_grad_norm=clip, strategy=strategy)
     batch = make_collate(0, row_tokens=8)(examples)
-    loss = Prepared(model, torch.optim.SGD(model.parameters()), None).loss(
+    loss = Prepared(model, torch.optim.SGD(model.parameters()), None, Recipe().losses).loss(
         {**batch, "example_weight": torch.ones(len(examples))}
     )
     loss.backward()

@@ -198,7 +198,7 @@ def test_what_cannot_be_done_ends_with_one_line_and_status_2(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("llama_dp.get_available_trackers", lambda: [])
+    monkeypatch.setattr("finetune.run.get_available_trackers", lambda: [])
     with pytest.raises(SystemExit) as stop:
         llama_dp.main([*SMALL, "--dataset", records, "--output-dir", str(tmp_path / "run"), *words])
     assert stop.value.code == 2

@@ -13,7 +13,8 @@ import torch
 import dpft
 from finetune.loop import History, Interrupt, StaleWeightsError, WeightWatch, describe
 from finetune.options import Options
-from finetune.report import write_report
+from finetune.recipe import Recipe
+from finetune.report import Report, write_report
 
 PLAN = dpft.PrivacyConfig(
     noise_multiplier=1.0, target_delta=1e-6, max_grad_norm=1.0, expected_batch_size=8, num_steps=4
@@ -31,16 +32,15 @@ def test_the_report_holds_statement_figures_samples_and_picture(private: bool, t
     data.parent.mkdir()
     data.write_text("{}")
     options = Options(dataset=str(data), output_dir=str(tmp_path), num_steps=4)
-    write_report(
-        tmp_path,
+    report = Report(
+        Recipe(),
         options,
-        PLAN,
         "## Privacy statement\n\nsaid\n",
         {"validation loss after": 4.2, "logical steps": 4},
         {"before": "Return the", "after": "Return the <b>path</b>\nof it"},
-        ROWS,
         private=private,
     )
+    write_report(tmp_path, report, PLAN, ROWS)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     for part in ("## Privacy statement", "ledger.jsonl", "4.2", "> Return the &lt;b>path"):
         assert part in card
@@ -51,7 +51,7 @@ def test_the_report_holds_statement_figures_samples_and_picture(private: bool, t
 
 
 def test_a_picture_of_nothing_is_drawn_too(tmp_path: Path) -> None:
-    write_report(tmp_path, Options(), PLAN, "", {}, {}, [], private=True)
+    write_report(tmp_path, Report(Recipe(), Options(), "", {}, {}, private=True), PLAN, [])
     assert (tmp_path / "training.png").stat().st_size > 1000
 
 

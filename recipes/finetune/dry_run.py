@@ -1,0 +1,89 @@
+"""--dry-run: what a run would do, its memory and its time, without doing it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+import dpft
+from accelerate import Accelerator
+from finetune.engine import WHOLE, engine_name, sequence_size
+from finetune.materials import Materials
+from finetune.options import Options
+from finetune.private import explain, privacy_config
+
+
+def dry_run(options: Options, materials: Materials, model: nn.Module, accelerator: Accelerator) -> None:
+    """Print what a run would do, without doing it."""
+    schedule = privacy_config(options).resolve(len(materials.train))
+    size, ranks = options.max_physical_batch_size or 1, accelerator.num_processes // sequence_size(accelerator)
+    physical = schedule.expected_batch_size / ranks / size
+    if options.clipping == "none" and schedule.noise_multiplier:
+        raise ValueError("--clipping none bounds nothing, so that no noise makes it private; --noise-multiplier 0")
+    if options.clipping == "none":
+        accelerator.print("NOT PRIVATE: --clipping none")
+    accelerator.print(schedule.describe())
+    accelerator.print(
+        f"physical batches   about {physical:.1f} of at most {size} examples "
+        f"for a logical batch, on each of {accelerator.num_processes} process(es) ({accelerator.device})"
+    )
+    first, *others = explain(model.to(accelerator.device).train(), options)
+    accelerator.print(f"execution          {first}")
+    for line in others:
+        accelerator.print(f"                   {line}")
+    accelerator.print(f"memory             {_steady_memory(model, accelerator, options)}")
+    accelerator.print("a physical batch   is predicted to take")
+    for line in _predicted_steps(model, options, accelerator):
+        accelerator.print(f"                   {line}")
+    accelerator.print("dry run: nothing was trained, nothing was written")
+
+
+def _steady_memory(model: nn.Module, accelerator: Accelerator, options: Options) -> str:
+    """The memory that a process always needs, in words: parameters, clipped sums, AdamW."""
+    engine, ranks = engine_name(accelerator), accelerator.num_processes
+    zero = engine.startswith("zero")
+    every = sum(_numel(p) * p.element_size() for p in model.parameters())
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    # two moments of the weights' dtype; under ZeRO of float32, with a float32 copy of the weights
+    adam = sum((12 if zero else 2 * p.element_size()) * _numel(p) for p in trainable)
+    sums = sum(4 * _numel(p) for p in trainable)  # the clipped sum of a logical batch is float32 in any case
+    if options.sums_device == "cpu":
+        return (
+            f"{every / 2**20:,.1f} MiB of parameters held; in host memory {4 * sums / 2**20:,.1f} MiB: clipped sums "
+            f"{sums / 2**20:,.1f}, AdamW with float32 masters {3 * sums / 2**20:,.1f}"
+        )
+    if engine in ("fsdp2", "zero3"):
+        every /= ranks
+    if engine in ("fsdp2", "zero2", "zero3"):
+        sums /= ranks
+    if engine == "fsdp2" or zero:
+        adam /= ranks
+    each = " on each process" if ranks > 1 else ""
+    return (
+        f"{(every + adam + sums) / 2**20:,.1f} MiB held{each}: parameters {every / 2**20:,.1f}, clipped sums "
+        f"{sums / 2**20:,.1f}, AdamW {adam / 2**20:,.1f}"
+    )
+
+
+def _predicted_steps(model: nn.Module, options: Options, accelerator: Accelerator) -> list[str]:
+    """What a physical batch of full length will take beyond that, by strategy, in lines: time and peak of memory."""
+    name, ranks = engine_name(accelerator), accelerator.num_processes
+    engine: Any = ("single" if ranks == 1 else "ddp") if name == WHOLE else name
+    try:
+        plan = dpft.plan(
+            model,
+            batch_size=options.max_physical_batch_size or 1,
+            seq_len=options.row_tokens,
+            engine=engine,
+            world_size=ranks,
+        )
+    except dpft.UnsupportedModuleError as error:
+        return [f"not predicted: {error}"]
+    steps = [("without privacy", plan.plain), *plan.predictions.items()]
+    return [f"{n:15} {s.seconds:8.3g} s {s.accumulating_peak_bytes / 2**20:10,.1f} MiB" for n, s in steps]
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    """Elements of the whole parameter; ZeRO-3 leaves an empty one in its place."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

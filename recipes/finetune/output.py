@@ -1,0 +1,63 @@
+"""The folder of a run: a new one, or the one that is resumed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+from finetune.engine import from_first
+from finetune.options import Options
+
+OUTPUTS = Path("outputs")
+LEDGER = "ledger.jsonl"
+METRICS, CARD, PICTURE, CHECKPOINTS = "metrics.jsonl", "README.md", "training.png", "checkpoints"
+
+
+def choose_output(options: Options, name: str, accelerator: Accelerator) -> Path:
+    """Choose and make the folder of the run, the same one on every rank; ``name`` is the recipe's.
+
+    Raises:
+        FileExistsError: the folder holds a run already, and neither resuming nor overwriting was asked for.
+    """
+    return from_first(accelerator, lambda: _choose_output(options, name))
+
+
+def _choose_output(options: Options, name: str) -> Path:
+    if options.output_dir is not None:
+        chosen = Path(options.output_dir).expanduser()
+    else:
+        candidates = [OUTPUTS / name, *(OUTPUTS / f"{name}-{n}" for n in range(2, 10_000))]
+        first_free = next(i for i, folder in enumerate(candidates) if not folder.exists())
+        # resuming continues the last one
+        chosen = candidates[max(0, first_free - 1) if options.resume_from_checkpoint else first_free]
+    if chosen.exists() and not chosen.is_dir():
+        raise FileExistsError(f"--output-dir {str(chosen)!r} is a file; expected a folder, or a name that is free.")
+    ledger = chosen / LEDGER
+    if not options.resume_from_checkpoint and chosen.exists():
+        if not ledger.exists() and any(chosen.iterdir()):
+            raise FileExistsError(
+                f"--output-dir {str(chosen)!r} holds files, and no ledger of a run. Choose a folder that is new or "
+                "empty: a run writes README.md, config.json and others of that kind."
+            )
+        if ledger.exists():
+            _clear(chosen, ledger, options.overwrite_output_dir)
+    chosen.mkdir(parents=True, exist_ok=True)
+    return chosen
+
+
+def _clear(folder: Path, ledger: Path, overwrite: bool) -> None:
+    """Make room for a new run. The ledger of the old one is renamed, not deleted: what it spent stays spent."""
+    releases = sum(line.startswith('{"release"') for line in ledger.read_text(encoding="utf-8").splitlines())
+    if releases and not overwrite:
+        raise FileExistsError(
+            f"--output-dir {str(folder)!r} holds a run, with {releases} releases in its ledger. Go on with it by "
+            "--resume-from-checkpoint, choose another folder, or start anew by --overwrite-output-dir."
+        )
+    if releases:
+        ledger.rename(folder / f"earlier-{sum(1 for _ in folder.glob(f'earlier-*-{LEDGER}')) + 1}-{LEDGER}")
+    ledger.unlink(missing_ok=True)  # a run that ended before its first release
+    for name in (METRICS, CARD, PICTURE):  # they describe the old run; the model's files are overwritten
+        (folder / name).unlink(missing_ok=True)
+    for inner in (CHECKPOINTS, "adapter"):
+        shutil.rmtree(folder / inner, ignore_errors=True)

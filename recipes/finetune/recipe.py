@@ -1,0 +1,112 @@
+"""What a recipe adds to the run that all of them share (``run.py``): its examples, model, loss and measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from accelerate import Accelerator
+from finetune.data.documents import document_losses
+from finetune.evaluation import sample_text, validation_loss
+from finetune.materials import Materials, text_materials
+from finetune.model import load_model
+from finetune.options import Options
+
+TUNED_ON_DOCSTRINGS = (
+    "not accounted for: the recipe's defaults (expected batch, steps, learning rate, Adam's betas) were chosen by "
+    "the validation loss of several private runs on these same docstrings, which are public"
+)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run whose model is trained and exported, for what a recipe does with it.
+
+    Attributes:
+        options: of the run.
+        accelerator: of the run.
+        materials: of the run.
+        output: the run's folder, which holds the exported model.
+        statement: the privacy statement, as Markdown.
+        epsilon: that was spent; None if the run is not private.
+    """
+
+    options: Any
+    accelerator: Accelerator
+    materials: Materials
+    output: Path
+    statement: str
+    epsilon: float | None
+
+
+class Recipe:
+    """A recipe; the defaults are those of ``llama_dp.py``: a causal language model on texts.
+
+    Attributes:
+        name: of the script, of its default folder below ``outputs``, and of its trackers.
+        options: its options, a dataclass that inherits :class:`finetune.options.Options`.
+        auto_class: of transformers, which loads the exported model.
+        pipeline_tag: of the model card.
+        loss_unit: of the losses that :meth:`measure` returns.
+    """
+
+    name: ClassVar[str] = "llama_dp"
+    options: ClassVar[type[Options]] = Options
+    auto_class: ClassVar[Any] = AutoModelForCausalLM
+    pipeline_tag: ClassVar[str] = "text-generation"
+    loss_unit: ClassVar[str] = "nats a token"
+
+    def materials(self, options: Any, accelerator: Accelerator) -> Materials:
+        """Load tokenizer and examples. A collective."""
+        return text_materials(options, accelerator)
+
+    def model(self, options: Any, dtype: torch.dtype) -> nn.Module:
+        """Load the model, with the adapters and checkpointing that the options ask for."""
+        return load_model(options, dtype)
+
+    def losses(self, model: Callable[..., Any], batch: dict[str, Tensor]) -> Tensor:
+        """The loss of a batch: the model's own, a scalar, or one for each example, ``[U]``.
+
+        An example's loss must depend on that example alone. It is used with privacy, where dpft clips each example's
+        gradient, and without (``--compare-nonprivate``), where the mean is taken.
+        """
+        ids = batch.get("example_ids")
+        if ids is None:
+            return model(**batch).loss
+        logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+        return document_losses(logits, batch["labels"], ids)
+
+    def measure(
+        self, model: nn.Module, materials: Materials, accelerator: Accelerator | None = None
+    ) -> dict[str, float]:
+        """Figures of a model on the held-out examples, ``loss`` first. A collective where there is an accelerator."""
+        return {"loss": validation_loss(model, materials.validation, materials.collate, accelerator)}
+
+    def sample(self, model: Any, materials: Materials, options: Any, accelerator: Accelerator) -> str:
+        """Text that the model writes after ``--prompt``. A collective."""
+        return sample_text(
+            model, materials.tokenizer, options.prompt, options.sample_tokens, options.seed, accelerator
+        )
+
+    def notes(self, options: Any) -> tuple[str, ...]:
+        """What the privacy statement must say of the examples; first of all, what one example is."""
+        unit = (
+            f"one record is one example, cut to {options.example_tokens} tokens: if a person has several records, "
+            "each is protected, not all together"
+        )
+        once = "a docstring that occurs several times in the library was kept once, before any step"
+        return (unit, once) if options.dataset == "docstrings" else (unit,)
+
+    def tuning(self, options: Any) -> str | None:
+        """How the options were chosen, as far as the epsilon does not account for it."""
+        return options.tuning_note or (TUNED_ON_DOCSTRINGS if options.dataset == "docstrings" else None)
+
+    def after(self, finished: Finished) -> dict[str, Any]:
+        """What is done with the exported model: figures for the card, by name. A collective."""
+        return {}
