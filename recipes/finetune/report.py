@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,27 @@ def shown(model: str) -> str:
     return Path(model).name if Path(model).exists() else model
 
 
+def is_path(value: str) -> bool:
+    """Whether a file or folder has this name; not of a single word, which may be one by chance."""
+    return os.sep in value and os.path.exists(value)  # Path.exists raises for what is too long to be one
+
+
+def described(dataset: str) -> str:
+    """The private records, for a card."""
+    return {
+        "docstrings": "docstrings of Python's standard library, public text that plays the private records",
+        "tickets": "**synthetic** support tickets, from templates",
+    }.get(dataset, Path(dataset).name if Path(dataset).exists() else dataset)
+
+
+def versions() -> str:
+    """What ran, for a card."""
+    return (
+        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"accelerate {accelerate.__version__}"
+    )
+
+
 @dataclass(frozen=True)
 class Report:
     """What a model card is made of.
@@ -67,18 +89,12 @@ def model_card(report: Report) -> str:
         given["model"] = shown(options.model)
     for of_the_machine in ("output_dir", "overwrite_output_dir", "resume_from_checkpoint"):
         given.pop(of_the_machine, None)
-    if Path(options.dataset).exists():  # a card must not disclose a path of the machine
-        given["dataset"] = Path(options.dataset).name
+    # a card must not disclose a path of the machine
+    given |= {name: Path(value).name for name, value in given.items() if isinstance(value, str) and is_path(value)}
     command = yaml.safe_dump(given, sort_keys=True).rstrip()
     rows = "\n".join(f"| {name} | {_figure(value)} |" for name, value in report.figures.items())
     texts = "\n\n".join(f"{when.capitalize()} training:\n\n{_quoted(text)}" for when, text in report.samples.items())
     samples = f"## Samples\n\nPrompt: `{options.prompt}`.\n\n{texts}\n" if texts else ""
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, "
-    versions += f"transformers {transformers.__version__}, accelerate {accelerate.__version__}"
-    data = {
-        "docstrings": "docstrings of Python's standard library, public text that plays the private records",
-        "tickets": "**synthetic** support tickets, from templates",
-    }.get(options.dataset, Path(options.dataset).name if Path(options.dataset).exists() else options.dataset)
     rows_words = f", in rows of at most {options.seq_len} tokens" if options.in_rows else ""
     title = shown(options.model).removeprefix("the ")
     return f"""---
@@ -88,8 +104,8 @@ tags: [{"differential-privacy, dp-sgd, dpft" if private else "not-private, dpft"
 ---
 # {title[:1].upper() + title[1:]}, fine-tuned {"with differential privacy" if private else "WITHOUT PRIVACY"}
 
-Data: {data}. At most {options.example_tokens} tokens of each record; one record is one example, never packed with \
-others{rows_words}.
+Data: {described(options.dataset)}. At most {options.example_tokens} tokens of each record; one record is one \
+example, never packed with others{rows_words}.
 
 {report.statement.strip()}
 
@@ -117,7 +133,7 @@ Every release is in the ledger, `{LEDGER}`, which was written ahead of it.
 {command if given else "{}  # all of them"}
 ```
 
-{versions}, {platform.machine()}, {torch.get_num_threads()} thread(s).
+{versions()}, {platform.machine()}, {torch.get_num_threads()} thread(s).
 """
 
 

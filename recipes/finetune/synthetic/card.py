@@ -13,11 +13,12 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from finetune.output import CARD
 from finetune.synthetic.checks import Rules
 from finetune.synthetic.conditions import Conditions
 from finetune.synthetic.generation import Sampling
 
-FOLDER, DATA, CARD = "synthetic", "synthetic.parquet", "README.md"
+DATA = "synthetic.parquet"
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ def card(made: Made) -> str:
         for f in fields(made.rules)
         if f.name != "columns" and getattr(made.rules, f.name) is not None
     )
+    columns = ", ".join(f"`{column}`" for column in made.conditions.columns)
+    trained = "with differential privacy" if made.private else "WITHOUT PRIVACY"
     covered = COVERED if made.private else NOT_PRIVATE
     values = VALUES_FROM_DATA if made.values_from_data else "Which values there are was given."
     return f"""---
@@ -105,12 +108,11 @@ tags: [synthetic, {"differential-privacy, dp-sgd, dpft" if made.private else "no
 task_categories: [text-generation, text-classification]
 configs: [{{config_name: default, data_files: {DATA}}}]
 ---
-# Synthetic texts {"from a model with differential privacy" if made.private else "from a model WITHOUT PRIVACY"}
+# Synthetic texts, from a model fine-tuned {trained}
 
-{kept:,} texts, written by a language model: **no text is a record**. The model is {made.model}, fine-tuned \
-{"privately" if made.private else "WITHOUT PRIVACY"} on {made.data}, where each text stood after a header with the
-values of {", ".join(f"`{column}`" for column in made.conditions.columns)}. Headers were given to it, texts came back.
-A label is what was asked for: that the text fits it was not verified.
+{kept:,} texts, written by a language model: {made.model}, fine-tuned {trained} on {made.data}. There each text stood
+after a header with the values of {columns}; here headers were given to the model, and it wrote the texts. A label is
+what was asked for: that the text fits it was not verified.
 
 {made.statement.strip()}
 
@@ -123,9 +125,12 @@ and not from the private records.
 
 ## How it was made
 
-`recipes/synthesize_dp.py`: {made.generated:,} texts with {settings}. Kept: {kept:,}, of which {made.cut:,} were cut at
-the largest number of tokens. Rejected, by the synthetic texts alone: {rejected}.
-Checks: {rules}; the header not repeated; valid text.
+`recipes/synthesize_dp.py`: {made.generated:,} texts were generated.
+
+- Generation: {settings}.
+- Checks, by the synthetic texts alone: {rules}; the header not repeated; valid text.
+- Rejected: {rejected}.
+- Kept: {kept:,}, of which {made.cut:,} were cut at the largest number of tokens.
 
 | {" | ".join(made.conditions.columns)} | texts |
 |{"---|" * (len(made.conditions.columns) + 1)}
@@ -137,8 +142,8 @@ Checks: {rules}; the header not repeated; valid text.
 
 COVERED = """\
 This data was computed from the model and public choices alone (post-processing): the epsilon of the model's
-training is its epsilon too, however many texts are drawn. It bounds what the data tells of whether one record was among the
-training data, and of what it said. It does **not** cover
+training is its epsilon too, however many texts are drawn. It bounds what the data tells of whether one record was
+among the training data, and of what it said. It does **not** cover
 - several records of one person together, unless the unit above is the person;
 - what many records have in common: texts may state it, true or not;
 - what the model knew before the fine-tuning, such as its public pretraining data;
@@ -149,8 +154,8 @@ It says nothing about truth, fairness or quality: read some before you use them.
 NOT_PRIVATE = """\
 **Nothing: the training was NOT PRIVATE.** Texts may be copies of records. Treat them as you treat the records."""
 VALUES_FROM_DATA = """\
-Which values there are was **taken from the private records**, so that the set of values is public, and not covered: one
-that a single record has tells that there is this record."""
+Which values there are was **taken from the private records**: the set of values is public, and no epsilon covers it. A
+value that a single record has tells that there is this record."""
 
 
 def _cell(value: str) -> str:

@@ -90,7 +90,7 @@ def format_tests(rules: Rules) -> dict[str, Callable[[str], bool]]:
 
 
 def valid(text: str) -> bool:
-    """No replacement character (bytes that are no UTF-8), no surrogate, no control character but tabs and line ends."""
+    """No replacement character (bytes that are no UTF-8), no surrogate, no control character but white space."""
     return not any(c == "\ufffd" or (unicodedata.category(c) in ("Cc", "Cs") and c not in "\t\n\r") for c in text)
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.output import MEASURES
 from finetune.synthetic import measures
 from finetune.synthetic.downstream import Classifier, Labelled
 
-FILE = "measures_private.json"
 NOTE = (
     "Not for publication: computed from private records without noise, and covered by no epsilon. A choice made by "
     "these figures (settings, or which data set is published) is not accounted for."
@@ -99,7 +99,7 @@ def compare(
 
 def write(output: Path, figures: dict[str, Any]) -> None:
     """Write the file beside the model, never into the folder that is published."""
-    (output / FILE).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    (output / MEASURES).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 def lines(figures: dict[str, Any]) -> list[str]:

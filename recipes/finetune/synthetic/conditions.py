@@ -14,7 +14,6 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.data.documents import IGNORED_LABEL
 
+MOST = 10_000  # conditions
 OTHER = "other"  # where it is among the public values: of the records with a value that is not
 SEPARATOR = " | "
 NO_HISTOGRAM = (
@@ -60,6 +60,11 @@ class Conditions:
                         f"column {column!r}: {word!r} cannot be written in a header; expected one line without "
                         f"{SEPARATOR.strip()!r}. Rename it in the data."
                     )
+        if (number := math.prod(map(len, self.values.values()))) > MOST:
+            raise ValueError(
+                f"{', '.join(self.values)} have {number:,} combinations of values, expected at most {MOST:,}. "
+                "Condition on columns of few values: one that tells records apart would publish them."
+            )
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -142,15 +147,18 @@ def parse_columns(words: str) -> tuple[str, ...]:
 
 
 def parse_values(words: str, columns: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """``a,b`` of one column, ``label=a,b;kind=x,y`` of several, or a JSON file such as ``{"label": ["a", "b"]}``.
+    """``a,b`` of one column, ``label=a,b;kind=x,y`` of several, or JSON, such as ``{"label": ["a, b", "c"]}``.
 
     Raises:
         ValueError: the columns are others than those conditioned on.
     """
-    if words.endswith(".json"):
-        loaded = json.loads(Path(words).read_text(encoding="utf-8"))
-        if not isinstance(loaded, dict) or not all(isinstance(values, list) for values in loaded.values()):
-            raise ValueError(f'--values {words!r}: expected a JSON object such as {{"label": ["a", "b"]}}.')
+    if words.lstrip().startswith("{"):
+        try:
+            loaded = json.loads(words)
+        except ValueError as error:
+            raise ValueError(f"--values begins with a brace and is no JSON: {error}.") from None
+        if not all(isinstance(values, list) for values in loaded.values()):
+            raise ValueError('--values: expected a list for each column, such as {"label": ["a", "b"]}.')
         found = {str(column): tuple(map(str, values)) for column, values in loaded.items()}
     else:
         parts = [part.partition("=") if "=" in part else (columns[0], "=", part) for part in words.split(";")]
