@@ -10,7 +10,6 @@ records, epsilon 8, a few minutes on two cores, no network. --dry-run says what 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 
 from finetune.run import main as run  # first of all: what it imports sets what torch reads when it is imported
 
@@ -18,7 +17,7 @@ from finetune.run import main as run  # first of all: what it imports sets what 
 from finetune.recipe import Recipe
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Read the options and run."""
     return run(Recipe(), __doc__ or "", argv)
 

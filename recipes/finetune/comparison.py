@@ -32,15 +32,14 @@ class Result:
     epsilon: float | None = None
 
 
-def report(folder: str, results: list[Result], train: int, test: int, names: list[str] | None = None) -> None:
+def report(folder: str, results: list[Result], train: int, test: int) -> None:
     """Print a line for each result, and write ``comparison.json``."""
-    shown = [key for key in ("eval_loss", "eval_accuracy", "eval_f1") if key in results[0].metrics]
     width = max(len(result.name) for result in results)
     print(f"\n{train} records to train on, {test} to evaluate with")
-    print(" " * width + "".join(f"  {key.removeprefix('eval_'):>9}" for key in shown))
+    print(" " * width + "       loss")
     for result in results:
-        print(f"{result.name:<{width}}" + "".join(f"  {result.metrics[key]:9.3f}" for key in shown))
-    content: dict[str, Any] = {"note": NOTE, "labels": names, "results": [asdict(result) for result in results]}
+        print(f"{result.name:<{width}}  {result.metrics['eval_loss']:9.3f}")
+    content: dict[str, Any] = {"note": NOTE, "results": [asdict(result) for result in results]}
     Path(folder, "comparison.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
     print(f"\nmodel, privacy statement and ledger: {folder}")
 

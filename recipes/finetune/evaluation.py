@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from accelerate import Accelerator
 from finetune.data.documents import IGNORED_LABEL
 
+T = TypeVar("T")
+
 TOKENS_AT_ONCE = 4096  # of an evaluation without gradients
 TEMPERATURE, TOP_K = 0.7, 40  # of samples
 
 
-def choose_examples(dataset: Any, at_most: int, seed: int) -> list[dict[str, Any]]:
+def choose_examples(dataset: Any, at_most: int, seed: int, least: int = 2) -> list[dict[str, Any]]:
     """Choose the examples of every evaluation of a run: always the same ones, and the same number.
 
     Args:
         dataset: tokenised validation examples.
         at_most: number of examples; all of them where there are fewer.
         seed: public seed of the choice.
+        least: tokens of an example; a language model predicts nothing in a single one.
     """
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
     chosen = sorted(order[:at_most])
-    return [dataset[i] for i in chosen if len(dataset[i]["input_ids"]) > 1]
+    return [dataset[i] for i in chosen if len(dataset[i]["input_ids"]) >= least]
 
 
 def batches_of(examples: Sequence[dict[str, Any]], tokens: int = TOKENS_AT_ONCE) -> list[list[dict[str, Any]]]:
@@ -45,13 +48,46 @@ def batches_of(examples: Sequence[dict[str, Any]], tokens: int = TOKENS_AT_ONCE)
 
 
 @torch.no_grad()
+def over_batches(
+    model: nn.Module,
+    examples: Sequence[dict[str, Any]],
+    collate: Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]],
+    accelerator: Accelerator | None,
+    act: Callable[[Any, dict[str, torch.Tensor]], Sequence[T]],
+) -> list[T]:
+    """What ``act`` returns for each batch of the examples, of all ranks, in no particular order.
+
+    Args:
+        model: wrapped by dpft or not; in eval mode meanwhile.
+        examples: tokenised, with ``input_ids``.
+        collate: from a list of examples to a batch.
+        accelerator: shares the batches between ranks; every rank runs the same number, as sharded engines need.
+        act: from the model and a batch on its device to a list of numbers or tuples of them; as many forwards in each
+            call.
+    """
+    was_training = model.training
+    model.eval()
+    rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    device = accelerator.device if accelerator else next(model.parameters()).device
+    found: list[T] = []
+    batches = batches_of(examples)
+    for start in range(0, len(batches), ranks):
+        position = start + rank
+        batch = collate(batches[min(position, len(batches) - 1)])
+        some = act(model, {name: tensor.to(device) for name, tensor in batch.items()})
+        if position < len(batches):  # the last round repeats a batch on ranks that have none left
+            found += some
+    model.train(was_training)
+    return gather_object(found) if accelerator is not None and ranks > 1 else found
+
+
 def validation_loss(
     model: nn.Module,
     examples: Sequence[dict[str, Any]],
     collate: Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]],
     accelerator: Accelerator | None = None,
 ) -> float:
-    """Mean loss in nats a token over all tokens of the examples.
+    """Mean loss in nats a token over all tokens of the examples that have a label.
 
     Computed from the logits, not from the loss that the model returns: a wrapped and a bare model average a batch
     differently, and this number is compared before and after training and with the model reloaded from disk. Of a
@@ -61,24 +97,10 @@ def validation_loss(
         model: a causal language model, wrapped by dpft or not; its training mode is restored.
         examples: tokenised examples.
         collate: from a list of examples to a batch.
-        accelerator: shares the batches between ranks; every rank runs the same number, as sharded engines need.
+        accelerator: see :func:`over_batches`.
     """
-    was_training = model.training
-    model.eval()
-    rank, ranks = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    device = accelerator.device if accelerator else next(model.parameters()).device
-    total = torch.zeros(2, dtype=torch.float64)
-    batches = batches_of(examples)
-    for start in range(0, len(batches), ranks):
-        position = start + rank
-        batch = collate(batches[min(position, len(batches) - 1)])
-        found = _summed_loss(model, {name: tensor.to(device) for name, tensor in batch.items()})
-        if position < len(batches):  # the last round repeats a batch on ranks that have none left
-            total += torch.tensor(found, dtype=torch.float64)
-    if accelerator is not None and ranks > 1:
-        total = accelerator.reduce(total.float().to(device), reduction="sum").double().cpu()
-    model.train(was_training)
-    return float(total[0] / total[1])
+    found = over_batches(model, examples, collate, accelerator, lambda network, batch: [_summed_loss(network, batch)])
+    return sum(loss for loss, _ in found) / sum(number for _, number in found)
 
 
 def _summed_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[float, int]:

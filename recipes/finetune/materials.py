@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from accelerate import Accelerator
@@ -37,29 +38,42 @@ class Materials:
     collate_train: Callable[..., dict[str, torch.Tensor]]
 
 
+def records_of(options: Options) -> tuple[Dataset, Dataset]:
+    """The records to train on and to evaluate with."""
+    return load_texts(
+        options.dataset,
+        options.dataset_config,
+        options.split,
+        options.validation_split,
+        options.validation_share,
+        options.seed,
+    )
+
+
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token to pad with, which is masked and has no loss: any will do."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
 def text_materials(options: Options, accelerator: Accelerator) -> Materials:
     """Load tokenizer and texts, and tokenise them; one rank first, so that the others find the cache."""
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     with accelerator.main_process_first():
-        train, validation = load_texts(
-            options.dataset,
-            options.dataset_config,
-            options.split,
-            options.validation_split,
-            options.validation_share,
-            options.seed,
-        )
+        train, validation = records_of(options)
         column = text_column(train, options.text_column)
         train = tokenise(train, tokenizer, options.example_tokens, column)
         validation = tokenise(validation, tokenizer, options.example_tokens, column)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     chosen = choose_examples(validation, options.max_eval_examples, options.seed)
     if not chosen:
         raise ValueError(f"no validation record of {options.dataset!r} has two tokens; choose another --text-column.")
     # the mean over all tokens is that of the rows
     rows = [{"input_ids": row} for example in chosen for row in rows_of(example["input_ids"], options.row_tokens)]
-    collate = make_collate(pad if pad is not None else 0)
-    in_rows = make_collate(pad if pad is not None else 0, row_tokens=options.row_tokens)
+    pad = pad_token(tokenizer)
+    collate = make_collate(pad)
+    in_rows = make_collate(pad, row_tokens=options.row_tokens)
     return Materials(tokenizer, train, rows, collate, in_rows if options.in_rows else collate)
 
 

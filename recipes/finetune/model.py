@@ -36,8 +36,11 @@ def load_model(options: Options, dtype: torch.dtype) -> nn.Module:
         )
     model = AutoModelForCausalLM.from_pretrained(options.model, config=config, dtype=dtype)
     model.config.use_cache = False
-    if options.lora_r:
-        model = _with_lora(model, options)
+    return checkpointed(with_lora(model, options), options)
+
+
+def checkpointed(model: Any, options: Options) -> nn.Module:
+    """``--gradient-checkpointing``: recompute activations in the backward pass."""
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -60,7 +63,10 @@ def lengthen(model: nn.Module, options: Options, accelerator: Accelerator) -> nn
     return model
 
 
-def _with_lora(model: nn.Module, options: Options) -> nn.Module:
+def with_lora(model: nn.Module, options: Options, task: str = "CAUSAL_LM") -> nn.Module:
+    """Add the adapters that the options ask for; ``task`` is PEFT's name of it. Nothing without ``--lora-r``."""
+    if not options.lora_r:
+        return model
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
@@ -69,5 +75,5 @@ def _with_lora(model: nn.Module, options: Options) -> nn.Module:
     if names != "all-linear":
         names = [name.strip() for name in options.lora_target_modules.split(",") if name.strip()]
     torch.manual_seed(options.seed)  # adapters are initialised at random, and alike on every rank
-    config = LoraConfig(r=options.lora_r, lora_alpha=options.lora_alpha, target_modules=names, task_type="CAUSAL_LM")
+    config = LoraConfig(r=options.lora_r, lora_alpha=options.lora_alpha, target_modules=names, task_type=task)
     return get_peft_model(model, config)

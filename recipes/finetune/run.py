@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from accelerate.tracking import get_available_trackers
@@ -58,8 +59,11 @@ def run(recipe: Recipe, options: Any) -> int:
         if options.with_tracking and not get_available_trackers():
             raise ImportError("--with-tracking: no tracker is installed: pip install tensorboard (or another).")
         accelerator = make_accelerator(options)
-        if options.compare_nonprivate and engine_name(accelerator) + str(accelerator.num_processes) != "whole1":
-            raise ValueError("--compare-nonprivate runs in one process; leave it out, or launch one process.")
+        alone = engine_name(accelerator) + str(accelerator.num_processes) == "whole1"
+        if options.compare_nonprivate and not alone:
+            if not recipe.options.compare_nonprivate:  # it was asked for, and is not this recipe's demonstration
+                raise ValueError("--compare-nonprivate runs in one process; leave it out, or launch one process.")
+            options = replace(options, compare_nonprivate=False)
         if accelerator.device.type == "cpu":
             set_threads(options.cpu_threads, accelerator.num_processes)
         materials, asked = recipe.materials(options, accelerator), options

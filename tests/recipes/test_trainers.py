@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from finetune.data.labelled import ENCODER, PACKAGES, labelled, load_classifier
+from finetune.data.labelled import ENCODER
 from tests.engines.launching import ROOT, environment
 from tools.base_model.encoder import masked
 
@@ -33,23 +33,6 @@ def results(tmp_path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_classify(tmp_path: Path) -> None:
-    """On a file of the user's, with words as labels."""
-    rows = [f"{kind} number {i} of the {kind}s,{kind}" for i in range(30) for kind in ("apple", "stone")]
-    (tmp_path / "mails.csv").write_text("\n".join(["body,folder", *rows]))
-    words = ["--dataset", "mails.csv", "--text_column", "body", "--label_column", "folder", "--max_steps", "3"]
-    done = run("classify_dp.py", tmp_path, *words, "--expected_batch_size", "16", "--noise_multiplier", "1.0")
-    assert done.returncode == 0, done.stderr[-3000:]
-    names = [result["name"] for result in results(tmp_path)]
-    assert names[0] == "before training" and names[1].startswith("private, epsilon") and names[2] == "without privacy"
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-    assert model.config.id2label == {0: "apple", 1: "stone"}
-    assert "Privacy statement" in (tmp_path / "out" / "README.md").read_text()
-    refused = run("classify_dp.py", tmp_path, "--dataset", "mails.csv", "--max_steps", "3")
-    assert refused.returncode == 2 and "give --text_column and --label_column" in refused.stderr.splitlines()[-1]
-
-
-@pytest.mark.slow
 def test_sft(tmp_path: Path) -> None:
     pytest.importorskip("trl")
     records = [{"prompt": f"Name a number after {i}.", "completion": f" {i + 1}."} for i in range(40)]
@@ -61,22 +44,6 @@ def test_sft(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     refused = run("trainer_sft.py", tmp_path, *words, "--packing", "true")
     assert refused.returncode == 2 and "packing=True" in refused.stderr.splitlines()[-1]
-
-
-@pytest.mark.slow
-def test_labels_are_the_packages() -> None:
-    train, test, names = labelled("docstrings", "text", "label")
-    assert names == list(PACKAGES) and set(train["label"]) == set(range(len(names)))
-    assert not set(train["text"]) & set(test["text"])
-
-
-@pytest.mark.parametrize(("train", "trained"), [("all", None), ("top", "layer.2"), ("head", "classifier")])
-def test_what_is_trained(train: str, trained: str | None) -> None:
-    model = load_classifier(str(ENCODER), ["a", "b"], train)
-    names = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert any("classifier" in name for name in names) and any("pooler" in name for name in names)
-    assert any("layer.2." in name for name in names) == (train != "head")
-    assert any("layer.0." in name for name in names) == (trained is None)
 
 
 def test_the_encoder_is_small_described_and_better_than_chance() -> None:

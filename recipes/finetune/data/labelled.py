@@ -1,46 +1,60 @@
-"""Texts with labels: the built-in ones, files and the hub; their model, their metrics."""
+"""Texts with labels: the built-in ones, files and the hub; their model."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from finetune.data.loading import load_texts
+from finetune.data.examples import make_collate
 
 ENCODER = Path(__file__).resolve().parents[2] / "assets" / "encoder"
 # Packages whose docstrings are many in every version of Python; chosen by name, not by counting private records.
 PACKAGES = ("asyncio", "email", "importlib", "logging", "tkinter", "turtle", "unittest", "xml")
 
 
-def labelled(dataset: str, text_column: str, label_column: str) -> tuple[Dataset, Dataset, list[str]]:
+def labelled(
+    train: Dataset, test: Dataset, dataset: str, text_column: str, label_column: str, labels: str | None = None
+) -> tuple[Dataset, Dataset, list[str]]:
     """Records with ``text`` and ``label``, a number, to train on and to test with, and the labels' names.
 
+    Args:
+        train: records to train on.
+        test: records to test with.
+        dataset: where they are from; of ``docstrings`` those of some packages are taken, whose names are the labels.
+        text_column: of the texts.
+        label_column: of the labels.
+        labels: all that there can be, separated by commas; if None, those that there are.
+
     Raises:
-        ValueError: a column is missing; says which there are.
+        ValueError: a column is missing; a record has another label; or there are fewer than two labels.
     """
-    train, test = load_texts(dataset, validation_share=0.2)
+    parts = [train, test]
     if dataset == "docstrings":
         parts = [
             part.map(lambda row: {"label": row["name"].split(".")[0]}).filter(lambda row: row["label"] in PACKAGES)
-            for part in (train, test)
+            for part in parts
         ]
-        names = list(PACKAGES)
-        text_column, label_column = "text", "label"
-    else:
-        parts = [train, test]
-        for column in (text_column, label_column):
-            if column not in train.column_names:
-                raise ValueError(
-                    f"{dataset!r} has the columns {train.column_names}, and no {column!r}; give --text_column and "
-                    "--label_column."
-                )
-        # The set of labels becomes a public part of the model: name them, or be sure that it tells nothing.
-        names = sorted({str(value) for part in parts for value in part[label_column]})
+        text_column, label_column, labels = "text", "label", ",".join(PACKAGES)
+    for option, column in (("--text-column", text_column), ("--label-column", label_column)):
+        if column not in parts[0].column_names:
+            there = ", ".join(parts[0].column_names)
+            raise ValueError(f"{option} {column!r}: the data has the columns {there}. Name one of them.")
+    found = {str(value) for part in parts for value in part.unique(label_column)}
+    # The set of labels becomes a public part of the model: name them, or be sure that it tells nothing.
+    names = sorted(found) if labels is None else [name.strip() for name in labels.split(",") if name.strip()]
+    if found - set(names):
+        raise ValueError(
+            f"--labels has {len(names)} names, and {len(found - set(names))} labels of the records are none of them. "
+            "Name all."
+        )
+    if len(names) < 2:
+        raise ValueError(f"--label-column {label_column!r} holds one label only; a classifier needs two.")
     number = {name: i for i, name in enumerate(names)}
 
     def row(record: dict[str, Any]) -> dict[str, Any]:
@@ -51,16 +65,29 @@ def labelled(dataset: str, text_column: str, label_column: str) -> tuple[Dataset
 
 
 def tokenised(data: Dataset, tokenizer: PreTrainedTokenizerBase, seq_len: int) -> Dataset:
-    """``input_ids``, ``attention_mask`` and ``label`` of each record, one row for each."""
+    """``input_ids`` of at most ``seq_len`` tokens and ``labels``, a number, of each record: one row for each."""
 
-    def cut(record: dict[str, Any]) -> dict[str, Any]:
-        return dict(tokenizer(record["text"], truncation=True, max_length=seq_len, return_token_type_ids=False))
+    def cut(batch: dict[str, list[Any]]) -> dict[str, Any]:
+        return {
+            "input_ids": tokenizer(batch["text"], truncation=True, max_length=seq_len)["input_ids"],
+            "labels": batch["label"],
+        }
 
-    return data.map(cut, remove_columns=["text"])
+    return data.map(cut, batched=True, remove_columns=data.column_names)
 
 
-def load_classifier(model: str, names: list[str], train: str) -> nn.Module:
-    """A model with a head for these labels, of which ``train`` says what is trained.
+def make_label_collate(pad_token_id: int) -> Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]:
+    """From a list of examples to ``input_ids`` and ``attention_mask`` ``[B, T]`` and ``labels`` ``[B]``, int64."""
+    pad = make_collate(pad_token_id)
+
+    def collate(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        return pad(examples) | {"labels": torch.tensor([example["labels"] for example in examples])}
+
+    return collate
+
+
+def load_classifier(model: str, names: list[str], train: str, **options: Any) -> nn.Module:
+    """A model with a head for these labels, of which ``train`` says what is trained; ``options`` of from_pretrained.
 
     Raises:
         ValueError: ``train`` is none of all, top, head.
@@ -68,7 +95,11 @@ def load_classifier(model: str, names: list[str], train: str) -> nn.Module:
     if train not in ("all", "top", "head"):
         raise ValueError(f"--train is {train!r}; expected all, top or head")
     loaded = AutoModelForSequenceClassification.from_pretrained(
-        model, num_labels=len(names), id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)}
+        model,
+        num_labels=len(names),
+        id2label=dict(enumerate(names)),
+        label2id={n: i for i, n in enumerate(names)},
+        **options,
     )
     if train == "all":
         return loaded
@@ -80,13 +111,3 @@ def load_classifier(model: str, names: list[str], train: str) -> nn.Module:
         if isinstance(part, nn.Module):
             part.requires_grad_(True)
     return loaded
-
-
-def measure(prediction: Any) -> dict[str, float]:
-    """Accuracy, and the mean of the classes' F1."""
-    found, labels = np.asarray(prediction.predictions).argmax(-1), np.asarray(prediction.label_ids)
-    scores = []
-    for label in np.unique(labels):
-        hit = float(np.sum((found == label) & (labels == label)))
-        scores.append(2 * hit / max(1.0, float(np.sum(found == label) + np.sum(labels == label))))
-    return {"accuracy": float(np.mean(found == labels)), "f1": float(np.mean(scores))}
