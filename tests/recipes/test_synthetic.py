@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import synthesize_dp
 from finetune.data.corpora import TROUBLES
 from finetune.data.examples import make_collate
+from finetune.data.labelled import ENCODER
 from finetune.options import BASE_MODEL
 from finetune.synthetic import records
 from finetune.synthetic.card import Made, card, write
@@ -31,6 +32,7 @@ from finetune.synthetic.conditions import (
     tokenise_conditioned,
     without_prompt_loss,
 )
+from finetune.synthetic.downstream import Classifier, Labelled
 from finetune.synthetic.generation import Sampling, generate
 from finetune.synthetic.measures import (
     clusters,
@@ -158,6 +160,8 @@ def test_texts_follow_from_the_seed_and_not_from_the_number_of_ranks() -> None:
     assert all(shares) and sorted(shares[0] + shares[1], key=lambda text: text.position) == alone
     assert [text.position for text in alone] == list(range(7)) and not any("label" in text.text for text in alone)
     assert len({text.text for text in alone}) == 7  # batches of the same headers differ
+    model.generation_config.repetition_penalty = 9.0  # a setting of the model's own, which the card would not name
+    assert generate(model, tokenizer, headers, sampling) == alone and model.generation_config.repetition_penalty == 9
     other = generate(model, tokenizer, headers, dataclasses.replace(sampling, seed=4))
     assert [text.text for text in other] != [text.text for text in alone]
 
@@ -316,6 +320,20 @@ def test_an_embedding_does_not_depend_on_the_texts_beside_it() -> None:
     both, alone = embed(model, tokenizer, texts, 64), embed(model, tokenizer, texts[:1], 64)
     torch.testing.assert_close(both[:1], alone)
     torch.testing.assert_close(both.norm(dim=1), torch.ones(2))
+
+
+def test_a_classifier_learns_from_labels_that_fit_and_from_others_not() -> None:
+    texts = [f"{word} {other}" for word in ("import", "return") for other in WORDS * 3]
+    labels = ["a"] * 30 + ["b"] * 30
+    classifier = Classifier(str(ENCODER), steps=25, batch_size=16, seq_len=8)
+    fits = classifier.score(Labelled(texts, labels), Labelled(texts, labels), ["a", "b"], seed=0)
+    swapped = classifier.score(Labelled(texts, labels[::-1]), Labelled(texts, labels), ["a", "b"], seed=0)
+    assert fits["accuracy"] > 0.95 and fits["macro F1"] > 0.95 and swapped["accuracy"] < 0.05
+    some = Labelled(texts, labels).some(7, seed=1)
+    assert len(some.texts) == 7 and all(
+        labels[texts.index(x)] == y for x, y in zip(some.texts, some.labels, strict=True)
+    )
+    assert sorted(Labelled(texts, labels).some(99, seed=1).texts) == sorted(texts)
 
 
 # --- the folder that is published

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import AutoTokenizer, get_cosine_schedule_with_warmup
 
-from finetune.data.labelled import load_classifier, measure
+from finetune.classification import figures, predictions
+from finetune.data.labelled import load_classifier, make_label_collate, tokenised
+from finetune.materials import pad_token
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Classifier:
     device: str = "cpu"
 
     def score(self, train: Labelled, test: Labelled, names: Sequence[str], seed: int) -> dict[str, float]:
-        """Accuracy and F1 (mean of the classes) on ``test`` after training on ``train``.
+        """Accuracy and macro F1 on ``test`` after training on ``train``.
 
         Args:
             train: texts to learn from.
@@ -65,37 +67,25 @@ class Classifier:
         """
         tokenizer = AutoTokenizer.from_pretrained(self.model)
         number = {name: i for i, name in enumerate(names)}
+        collate = make_label_collate(pad_token(tokenizer))
+
+        def rows(some: Labelled) -> Dataset:
+            labels = [number[label] for label in some.labels]
+            return tokenised(Dataset.from_dict({"text": list(some.texts), "label": labels}), tokenizer, self.seq_len)
+
+        examples = list(rows(train))
         with torch.random.fork_rng(devices=[self.device] if self.device.startswith("cuda") else []):
-            torch.manual_seed(seed)  # the head's, and dropout's
+            torch.manual_seed(seed)  # the head's, dropout's, the order's
             model: nn.Module = load_classifier(self.model, list(names), "all").to(self.device).train()
             optimizer = torch.optim.AdamW(model.parameters(), lr=self.learning_rate)
             scheduler = get_cosine_schedule_with_warmup(optimizer, self.steps // 10, self.steps)
             for _ in range(self.steps):
-                chosen = torch.randint(len(train.texts), (self.batch_size,)).tolist()
-                labels = torch.tensor([number[train.labels[i]] for i in chosen], device=self.device)
-                loss = nn.functional.cross_entropy(
-                    self._logits(model, tokenizer, [train.texts[i] for i in chosen]), labels
-                )
-                loss.backward()
+                chosen = torch.randint(len(examples), (self.batch_size,)).tolist()
+                batch = collate([examples[i] for i in chosen])
+                model(**{name: tensor.to(self.device) for name, tensor in batch.items()}).loss.backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # of a batch: this training is not private
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
-            model.eval()
-            with torch.no_grad():
-                parts = [test.texts[at : at + 128] for at in range(0, len(test.texts), 128)]
-                logits = torch.cat([self._logits(model, tokenizer, part) for part in parts]).cpu()
-        labels = torch.tensor([number[label] for label in test.labels])
-        return measure(SimpleNamespace(predictions=logits.numpy(), label_ids=labels.numpy()))
-
-    def _logits(self, model: nn.Module, tokenizer: AutoTokenizer, texts: Sequence[str]) -> torch.Tensor:
-        """``[texts, classes]`` float32."""
-        batch = tokenizer(
-            list(texts),
-            truncation=True,
-            max_length=self.seq_len,
-            padding=True,
-            return_tensors="pt",
-            return_token_type_ids=False,
-        )
-        return model(**{name: tensor.to(self.device) for name, tensor in batch.items()}).logits.float()
+        scores = figures(*predictions(model, list(rows(test)), collate))
+        return {name: scores[name] for name in ("accuracy", "macro F1")}

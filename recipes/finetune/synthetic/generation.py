@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from accelerate import Accelerator
+from finetune.materials import pad_token
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,22 @@ def generate(
     """
     was_training, device = model.training, next(model.parameters()).device
     model.eval()
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = pad_token(tokenizer)
     ends = {tokenizer.eos_token_id}
+    # in the place of the model's own settings, some of which (a penalty of repetition ...) the card would not name
+    own, model.generation_config = (
+        model.generation_config,
+        GenerationConfig(
+            do_sample=True,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=0,
+            max_new_tokens=sampling.max_new_tokens,
+            pad_token_id=pad,
+            eos_token_id=tokenizer.eos_token_id,
+            use_cache=True,
+        ),
+    )
     found = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         for number, start in enumerate(range(0, len(headers), sampling.batch_size)):
@@ -81,24 +96,14 @@ def generate(
             rows = [tokenizer(header)["input_ids"] for header in headers[start : start + sampling.batch_size]]
             length = max(map(len, rows))
             # padded on the left: what is generated follows the header at once
-            ids = torch.tensor([[pad or 0] * (length - len(row)) + row for row in rows], device=device)
+            ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=device)
             mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
             torch.manual_seed(sampling.seed * 1_000_003 + number)
-            drawn = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                do_sample=True,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=0,
-                max_new_tokens=sampling.max_new_tokens,
-                pad_token_id=pad,
-                eos_token_id=tokenizer.eos_token_id,
-                use_cache=True,
-            )
+            drawn = model.generate(input_ids=ids, attention_mask=mask)
             for i, row in enumerate(drawn[:, length:].tolist()):
                 text = tokenizer.decode(row, skip_special_tokens=True)
                 found.append(Generated(start + i, text, bool(ends & set(row))))
+    model.generation_config = own
     model.train(was_training)
     return found
 

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from finetune.materials import pad_token
+
 NGRAM = 13  # words in a row, in common: a near-copy. As in the overlap analysis of GPT-3 (arXiv 2005.14165, app. C)
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SCALE, MIXTURES = 5.0, 25  # of the divergence frontier: those of Pillutla et al.
@@ -103,7 +105,7 @@ def embed(model: Any, tokenizer: Any, texts: Sequence[str], max_tokens: int, bat
     """
     device, found = next(model.parameters()).device, []
     body = getattr(model, "base_model", model).eval()
-    pad = tokenizer.pad_token_id or 0
+    pad = pad_token(tokenizer)
     for start in range(0, len(texts), batch_size):
         rows = [
             tokenizer(text, truncation=True, max_length=max_tokens)["input_ids"] or [pad]

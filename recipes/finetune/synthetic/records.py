@@ -11,9 +11,8 @@ from accelerate import Accelerator
 from finetune.data.corpora import TROUBLES, in_validation, synthetic_tickets
 from finetune.data.examples import make_collate, text_column
 from finetune.data.labelled import PACKAGES
-from finetune.data.loading import load_texts
 from finetune.evaluation import choose_examples
-from finetune.materials import Materials
+from finetune.materials import Materials, pad_token, records_of
 from finetune.synthetic.conditions import (
     Conditions,
     conditions_of,
@@ -66,14 +65,7 @@ def load_records(options: SynthesisOptions) -> tuple[Dataset, Dataset]:
         out = [in_validation(str(row["of"]), options.validation_share) for row in rows]
         parts = [[row for row, held in zip(rows, out, strict=True) if held is side] for side in (False, True)]
         return Dataset.from_list(parts[0]), Dataset.from_list(parts[1])
-    train, held_out = load_texts(
-        options.dataset,
-        options.dataset_config,
-        options.split,
-        options.validation_split,
-        options.validation_share,
-        options.seed,
-    )
+    train, held_out = records_of(options)
     if options.dataset == "docstrings":
         train, held_out = (
             part.map(lambda row: {"label": row["name"].split(".")[0]}).filter(lambda row: row["label"] in PACKAGES)
@@ -111,8 +103,7 @@ def conditioned_materials(options: SynthesisOptions, accelerator: Accelerator) -
             f"--max-new-tokens {options.max_new_tokens}: --seq-len {options.seq_len} leaves {room} after the longest "
             "header, and nothing longer was trained on. Lower it, or raise --seq-len."
         )
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    collate = without_prompt_loss(make_collate(pad if pad is not None else 0))
+    collate = without_prompt_loss(make_collate(pad_token(tokenizer)))
     chosen = choose_examples(held_out, options.max_eval_examples, options.seed)
 
     def as_trained_on(examples: Dataset, part: Dataset) -> Labelled:
