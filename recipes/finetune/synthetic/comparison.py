@@ -72,7 +72,8 @@ def compare(
             name: measures.overlap(some.texts, samples.train.texts) for name, some in others.items()
         },
         "words of a text, beside the training records": {
-            name: measures.lengths(some.texts, samples.train.texts) for name, some in others.items()
+            name: measures.lengths(some.texts, samples.train.texts)
+            for name, some in {REAL: samples.train, **others}.items()
         },
         "labels, total variation from the training records": {
             name: measures.total_variation(some.labels, samples.train.labels) for name, some in others.items()

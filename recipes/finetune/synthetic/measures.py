@@ -80,15 +80,14 @@ def total_variation(one: Sequence[Any], other: Sequence[Any]) -> float:
     return sum(abs(p[value] / len(one) - q[value] / len(other)) for value in p | q) / 2
 
 
-def lengths(one: Sequence[str], other: Sequence[str]) -> dict[str, Any]:
-    """Quantiles of the words of a text, of both samples, and the total variation over tenths of the second's."""
-    a, b = (np.array([len(text.split()) for text in texts]) for texts in (one, other))
-    edges = np.unique(np.quantile(b, np.linspace(0, 1, 11)[1:-1]))
+def lengths(texts: Sequence[str], others: Sequence[str]) -> dict[str, Any]:
+    """Quantiles of the words of a text, and the total variation from other texts, over tenths of their lengths."""
+    found, there = (np.array([len(text.split()) for text in some]) for some in (texts, others))
+    edges = np.unique(np.quantile(there, np.linspace(0, 1, 11)[1:-1]))
+    tenths, others_tenths = (np.searchsorted(edges, some).tolist() for some in (found, there))
     return {
-        "quantiles": list(QUANTILES),
-        "words": np.quantile(a, QUANTILES).tolist(),
-        "words of the others": np.quantile(b, QUANTILES).tolist(),
-        "total variation": total_variation(np.searchsorted(edges, a).tolist(), np.searchsorted(edges, b).tolist()),
+        f"quantiles {', '.join(map(str, QUANTILES))}": np.quantile(found, QUANTILES).tolist(),
+        "total variation": total_variation(tenths, others_tenths),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ def synthesise(finished: Finished) -> dict[str, Any]:
         accelerator.print("no synthetic text passed the checks; none is written. Loosen them, or train for longer.")
         return figures
     texts = [generated[i].text.strip() for i in kept]
+    of_header = Counter(headers[i] for i in kept)
     made = card.Made(
         model=shown(options.model),
         data=described(options.dataset),
@@ -80,7 +82,7 @@ def synthesise(finished: Finished) -> dict[str, Any]:
         sampling=sampling,
         rules=options.rules(),
         generated=len(generated),
-        kept=[sum(asked[i] == some for i in kept) for some in conditions.all()],
+        kept=[of_header[conditions.header(some)] for some in conditions.all()],
         cut=sum(not generated[i].ended for i in kept),
         rejected=rejected,
         versions=versions(),
