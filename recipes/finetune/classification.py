@@ -156,7 +156,8 @@ class Classification(Recipe):
     def model(self, options: ClassifyOptions, dtype: torch.dtype) -> nn.Module:
         """Load the encoder, with a new head."""
         torch.manual_seed(options.seed)  # the head is initialised at random, and alike on every rank
-        model = load_classifier(options.model, self.names, options.train, dtype=dtype)
+        settings = {"dtype": dtype, "attn_implementation": options.attn_implementation}
+        model = load_classifier(options.model, self.names, options.train, **settings)
         return checkpointed(with_lora(model, options, "SEQ_CLS"), options)
 
     def losses(self, model: Callable[..., Any], batch: dict[str, Tensor]) -> Tensor:

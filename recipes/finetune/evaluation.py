@@ -36,8 +36,8 @@ def choose_examples(dataset: Any, at_most: int, seed: int, least: int = 2) -> li
 def batches_of(examples: Sequence[dict[str, Any]], tokens: int = TOKENS_AT_ONCE) -> list[list[dict[str, Any]]]:
     """Cut the examples into batches of at most ``tokens`` tokens, padding included, or of one example.
 
-    Sorted by length, so that little is padded. Training batches must not be: how they are drawn is part of the
-    privacy.
+    Sorted by length, so that little is padded. How training batches are drawn is part of the privacy: dpft sorts those
+    after the draw.
     """
     batches: list[list[dict[str, Any]]] = []
     for example in sorted(examples, key=lambda example: len(example["input_ids"])):

@@ -23,7 +23,7 @@ def load_model(options: Options, dtype: torch.dtype) -> nn.Module:
 
     Raises:
         ValueError: the examples are longer than the model's positions.
-        ImportError: LoRA was asked for, and peft is missing.
+        ImportError: LoRA was asked for, and peft is missing; or the kernels of ``--attn-implementation`` are.
     """
     config = AutoConfig.from_pretrained(options.model)
     if options.rope_theta is not None:
@@ -34,7 +34,9 @@ def load_model(options: Options, dtype: torch.dtype) -> nn.Module:
             f"--seq-len {options.row_tokens} is more than the {positions} positions of {options.model!r}. Lower it, "
             "take a model with a longer context, or give a larger --rope-theta."
         )
-    model = AutoModelForCausalLM.from_pretrained(options.model, config=config, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        options.model, config=config, dtype=dtype, attn_implementation=options.attn_implementation
+    )
     model.config.use_cache = False
     return checkpointed(with_lora(model, options), options)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from accelerate import Accelerator
-from finetune.data.documents import document_losses
+from finetune.data.documents import document_losses, token_counts
 from finetune.evaluation import sample_text, validation_loss
 from finetune.materials import Materials, text_materials
 from finetune.model import load_model
@@ -65,6 +65,13 @@ class Recipe:
     def materials(self, options: Any, accelerator: Accelerator) -> Materials:
         """Load tokenizer and examples. A collective."""
         return text_materials(options, accelerator)
+
+    def lengths(self, train: Any) -> Sequence[int] | None:
+        """Of the training examples: what is drawn is sorted by them before it is cut into physical batches.
+
+        None: it is not sorted. Private, as the examples are.
+        """
+        return token_counts(train)
 
     def model(self, options: Any, dtype: torch.dtype) -> nn.Module:
         """Load the model, with the adapters and checkpointing that the options ask for."""

@@ -25,6 +25,11 @@ The epsilon covers the weights in this directory, and whatever is computed from 
 It does **not** cover `{METRICS}`, the picture, the checkpoints and the figures under "Measured": training loss, share
 clipped, gradient norms, tokens a second and validation loss are computed from the private records, without noise, for
 whoever trained. Leave them out when you publish the model, or treat them as you treat the records."""
+PUBLISHED = """\
+Every release was written to a ledger ahead of it. The ledger, and what was measured on private records, stay with
+whoever trained.
+
+"""
 NOTHING_COVERED = """\
 Everything: **this training was NOT PRIVATE**. Treat the weights, and whatever was computed with them, as you treat the
 records themselves."""
@@ -81,13 +86,13 @@ class Report:
     audit: str = ""
 
 
-def model_card(report: Report) -> str:
-    """Write the card."""
+def model_card(report: Report, published: bool = False) -> str:
+    """Write the card; ``published``: without what the epsilon does not cover, and what stays in the run's folder."""
     options, private = report.options, report.private
     given = as_words(options)
     if "model" in given:
         given["model"] = shown(options.model)
-    for of_the_machine in ("output_dir", "overwrite_output_dir", "resume_from_checkpoint"):
+    for of_the_machine in ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub"):
         given.pop(of_the_machine, None)
     # a card must not disclose a path of the machine
     given |= {name: Path(value).name for name, value in given.items() if isinstance(value, str) and is_path(value)}
@@ -96,6 +101,10 @@ def model_card(report: Report) -> str:
     texts = "\n\n".join(f"{when.capitalize()} training:\n\n{_quoted(text)}" for when, text in report.samples.items())
     samples = f"## Samples\n\nPrompt: `{options.prompt}`.\n\n{texts}\n" if texts else ""
     rows_words = f", in rows of at most {options.seq_len} tokens" if options.in_rows else ""
+    uncovered = f"### What the epsilon does not cover\n\n{NOT_COVERED if private else NOTHING_COVERED}\n\n"
+    measured = f"## Measured\n\n| | |\n|---|---|\n{rows}\n\n![Loss and epsilon over the steps]({PICTURE})\n\n"
+    ledger = f"Every release is in the ledger, `{LEDGER}`, which was written ahead of it.\n\n"
+    of_the_run = PUBLISHED if published else f"{ledger}{uncovered}{report.audit}\n{measured}"
     title = shown(options.model).removeprefix("the ")
     return f"""---
 library_name: transformers
@@ -109,22 +118,7 @@ example, never packed with others{rows_words}.
 
 {report.statement.strip()}
 
-Every release is in the ledger, `{LEDGER}`, which was written ahead of it.
-
-### What the epsilon does not cover
-
-{NOT_COVERED if private else NOTHING_COVERED}
-
-{report.audit}
-## Measured
-
-| | |
-|---|---|
-{rows}
-
-![Loss and epsilon over the steps]({PICTURE})
-
-{samples}
+{of_the_run}{samples}
 ## How it was made
 
 `recipes/{report.recipe.name}.py` with these options (the others at their defaults):
