@@ -8,10 +8,7 @@ the small Llama kept beside this file learns to prefer how a docstring of Python
 words in another order, at epsilon 8, in under three minutes on two cores, no network.
 """
 
-from __future__ import annotations
-
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from finetune.run import main as run  # first of all: what it imports sets what torch reads when it is imported
@@ -70,10 +67,10 @@ class PreferenceRecipe(Recipe):
         return (*super().notes(options), rows, *((made,) if options.dataset == PAIRS else ()))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Read the options and run."""
     return run(PreferenceRecipe(), __doc__ or "", argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

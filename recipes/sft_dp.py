@@ -8,10 +8,6 @@ arguments: the small Llama kept beside this file, questions about Python's stand
 epsilon 8, a few minutes on two cores, no network. Formats and templates: docs/sft.md.
 """
 
-from __future__ import annotations
-
-import sys
-from collections.abc import Sequence
 from typing import Any
 
 from finetune.run import main as run  # first of all: what it imports sets what torch reads when it is imported
@@ -41,10 +37,10 @@ class SFT(Recipe):
         return sample_reply(model, materials, options, accelerator)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Read the options and run."""
     return run(SFT(), __doc__ or "", argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())
