@@ -14,7 +14,7 @@ from torch import nn
 
 from dpft.clipping.state import Clipping, ClipState, Isolation
 from dpft.clipping.strategy_choice import Choice, Strategy, allowance, choose_for_all, free_memory
-from dpft.engines.agreement import dataset_mark, described, versions, weights
+from dpft.engines.agreement import dataset_mark, described, mark, versions, weights
 from dpft.engines.engine import SENDS_AT_ONCE, Kind, launch
 from dpft.engines.host import check_sums_device
 from dpft.engines.ranks import Ranks
@@ -29,7 +29,7 @@ from dpft.planning.hardware import measure
 from dpft.planning.plan import plan as predict
 from dpft.planning.result import Plan
 from dpft.privacy.config import PrivacyConfig
-from dpft.privacy.sampler import PhysicalBatchSampler, draw_seed, make_sampler
+from dpft.privacy.sampler import Lengths, PhysicalBatchSampler, checked_lengths, draw_seed, make_sampler
 from dpft.run import LoopGuard, PrivacyRun, check_optimizer
 from dpft.wrap import get_state, unwrap, wrap
 
@@ -51,6 +51,7 @@ def prepare(
     ledger_path: str | os.PathLike[str] | None = None,
     continue_ledger: bool = False,
     num_workers: int = 0,
+    lengths: Lengths | None = None,
     static_shapes: bool = False,
     isolation: Isolation = "default",
     sums_device: Literal["cpu"] | None = None,
@@ -87,6 +88,10 @@ def prepare(
             the current one.
         continue_ledger: continue the count of a ledger that has releases, with a new model.
         num_workers: worker processes of the DataLoader.
+        lengths: of the examples, such as their numbers of tokens: whole numbers >= 0, one for each. Each rank then
+            sorts its part of a logical batch by them, longest first, before it is cut into physical batches: less
+            padding, and the most memory in the first one. Which examples are drawn, the clipped sum (up to the order
+            of its terms), noise and accounting stay the same. They are private data and stay on this machine.
         static_shapes: pad every physical batch to ``max_physical_batch_size`` rows.
         isolation: as :func:`dpft.wrap`; the report says where it is ``"off"``.
         sums_device: ``"cpu"`` keeps the clipped sums and the optimiser in host memory, with float32 masters of the
@@ -97,7 +102,8 @@ def prepare(
         The model (wrapped in place, prepared), the optimiser (a :class:`DPOptimizer` inside Accelerate's), the loader.
 
     Raises:
-        PrivacyConfigError: a parameter out of range, or a dataset without length and indexing.
+        PrivacyConfigError: a parameter out of range, ``lengths`` of other examples, or a dataset without length and
+            indexing.
         EngineError: an Accelerate configuration that would void the guarantee.
         UnsupportedModuleError: see :func:`dpft.wrap`.
         LedgerError: the ledger is locked, damaged, or of another mechanism.
@@ -141,6 +147,7 @@ def prepare(
         return kind
 
     kind = ranks.together(check)
+    sizes = ranks.together(lambda: None if lengths is None else checked_lengths(lengths, len(dataset)))
     key = ranks.from_first(os.urandom(16))
     ranks.agree(
         {
@@ -159,6 +166,8 @@ def prepare(
             "test_seed": test_seed,
             "number of examples": len(dataset),
             "order of the examples": ranks.together(lambda: dataset_mark(dataset, key)) if ranks.world > 1 else "",
+            # the ranks of one sequence must have the same example in each physical batch
+            "lengths": None if sizes is None else mark(key, sizes.tobytes()),
             "parameters": described(model),
             "weights": weights(accelerator, model) if kind == "fsdp2" else None,
             **versions(),
@@ -232,6 +241,7 @@ def prepare(
                 num_steps=run.last_step,
                 first_step=lambda: run.steps,
                 agree=ranks.maximum,
+                lengths=sizes,
             ),
             loader={
                 "dataset": dataset,

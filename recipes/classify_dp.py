@@ -8,10 +8,6 @@ docstring belongs, at epsilon 8, and again without privacy, in under two minutes
 F1 and calibration before and after. With Hugging Face's Trainer instead of a loop: docs/trainer.md.
 """
 
-from __future__ import annotations
-
-import sys
-
 from finetune.run import main as run  # first of all: what it imports sets what torch reads when it is imported
 
 # isort: split
@@ -24,4 +20,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

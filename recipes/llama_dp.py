@@ -7,10 +7,6 @@ Without arguments: the small Llama kept beside this file, the docstrings of Pyth
 records, epsilon 8, a few minutes on two cores, no network. --dry-run says what a run would do and stops.
 """
 
-from __future__ import annotations
-
-import sys
-
 from finetune.run import main as run  # first of all: what it imports sets what torch reads when it is imported
 
 # isort: split
@@ -23,4 +19,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -126,6 +126,54 @@ def test_physical_batch_size_does_not_change_the_result(tmp_path: Path, strategy
         assert (other - results[0]).norm() < 1e-5 * moved
 
 
+def ragged() -> list[dict[str, Tensor]]:
+    """Of 2 to 6 tokens, in no order."""
+    cut = [6, 2, 4, 3, 6, 5, 2, 3, 4, 6, 2, 5]
+    return [{name: value[:n] for name, value in item.items()} for item, n in zip(examples(), cut, strict=True)]
+
+
+def padded(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """To the longest of a physical batch."""
+    fill = {"labels": -100}
+    return {
+        name: nn.utils.rnn.pad_sequence([item[name] for item in items], True, fill.get(name, 0)) for name in items[0]
+    }
+
+
+@strategies
+@pytest.mark.parametrize("static", [False, True])
+def test_lengths_change_no_release(tmp_path: Path, strategy: Any, static: bool) -> None:
+    """Each step's clipped sum is that of the drawn examples, one at a time; only the padding gets less."""
+    data, total = ragged(), {}
+    sizes = [len(item["input_ids"]) for item in data]
+    for lengths in (None, sizes):
+        options: dict[str, Any] = {"max_physical_batch_size": 3, "static_shapes": static, "strategy": strategy}
+        training = Training(
+            tmp_path / f"{lengths is None}",
+            dataset=data,
+            collate_fn=padded,
+            lengths=lengths,
+            changes={"noise_multiplier": 0, "num_steps": 3, "max_grad_norm": 0.5},
+            **options,
+        )
+        widths: list[list[int]] = [[] for _ in range(3)]
+        for batch in training.physical():
+            widths[training.loader.step].append(batch["input_ids"].shape[1])
+        total[lengths is None] = sum(map(sum, widths))
+        assert lengths is None or widths == [sorted(each, reverse=True) for each in widths]
+
+        model = tiny_llama().double()
+        sampler = make_sampler(config().resolve(EXAMPLES), EXAMPLES, test_seed=3)
+        for step in range(3):
+            sums = [oracle.oracle(model, padded([data[i]])).clipped_sum(0.5) for i in sampler.draw(step)]
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    p -= sum(s[name] for s in sums) / 6
+        moved = values(model) - values(tiny_llama())
+        assert (values(training.model) - values(model)).norm() < 1e-5 * moved.norm()
+    assert total[False] < total[True]
+
+
 @pytest.mark.parametrize("strategy", ["one_pass", "two_pass"])
 def test_padding_rows_change_nothing_also_where_the_user_computes_the_losses(tmp_path: Path, strategy: Any) -> None:
     """`model(**batch)` takes the weights out of the batch; `clipped_loss` must not take the padding for examples."""

@@ -92,6 +92,15 @@ def test_clipping_none_with_noise(path: Path, changes: dict[str, Any]) -> None:
     assert not path.exists()
 
 
+@pytest.mark.parametrize("lengths", [[3] * 11, [3.0] * 12, [3] * 11 + [-1]])
+def test_lengths_of_other_examples(path: Path, lengths: list[Any]) -> None:
+    model = tiny_llama()
+    with pytest.raises(PrivacyConfigError, match=r"lengths.*each of 12 examples"):
+        Training(path, model=model, lengths=lengths)
+    assert not path.exists()
+    dpft.wrap(model)
+
+
 @pytest.mark.parametrize("rows", [0, -1, True, 2.5, "4", None])
 def test_physical_batch_size_must_be_whole(path: Path, rows: Any) -> None:
     with pytest.raises(PrivacyConfigError, match="max_physical_batch_size"):

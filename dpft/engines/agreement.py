@@ -49,6 +49,14 @@ def versions() -> dict[str, str]:
     return found
 
 
+def mark(key: bytes, *parts: bytes) -> str:
+    """A digest of bytes, in eight characters; the key is new in each run, so that it says nothing about them."""
+    digest = hmac.new(key, digestmod=hashlib.sha256)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:8]
+
+
 def dataset_mark(dataset: Any, key: bytes, count: int = 16) -> str:
     """A keyed digest of some examples in their order, to be compared between ranks.
 
@@ -64,12 +72,7 @@ def dataset_mark(dataset: Any, key: bytes, count: int = 16) -> str:
         Eight characters; ``"random"`` where an example read twice is not the same, so that nothing can be compared.
     """
     places = sorted({int(i) for i in np.linspace(0, len(dataset) - 1, count)})
-    marks = []
-    for _ in range(2):
-        digest = hmac.new(key, digestmod=hashlib.sha256)
-        for i in places:
-            digest.update(_bytes(dataset[i]))
-        marks.append(digest.hexdigest()[:8])
+    marks = [mark(key, *(_bytes(dataset[i]) for i in places)) for _ in range(2)]
     return marks[0] if marks[0] == marks[1] else "random"
 
 

@@ -24,6 +24,7 @@ import abc
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,7 @@ from dpft.errors import PrivacyConfigError
 from dpft.privacy.schedule import PrivacySchedule
 
 Indices = npt.NDArray[np.int64]
+Lengths = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 
 def draw_seed() -> int:
@@ -285,6 +287,30 @@ def physical_batches(
     return batches
 
 
+def checked_lengths(lengths: Lengths, dataset_size: int) -> Indices:
+    """``lengths`` as int64 ``[N]``.
+
+    Args:
+        lengths: one whole number >= 0 for each example.
+        dataset_size: number of examples N.
+
+    Raises:
+        PrivacyConfigError: another number of them, negative ones, or not whole numbers.
+    """
+    try:
+        found = np.asarray(lengths)
+        shape, kind = list(found.shape), str(found.dtype)
+    except ValueError:  # lists of different lengths in it
+        found, shape, kind = np.empty(0), [], "lists"
+    wanted = f"expected one whole number >= 0 for each of {dataset_size} examples, such as its number of tokens."
+    if shape != [dataset_size] or found.dtype.kind not in "iu":
+        raise PrivacyConfigError(f"lengths is {kind} of shape {shape}; {wanted}")
+    found = found.astype(np.int64)
+    if found.min() < 0:  # also where an unsigned number was too large
+        raise PrivacyConfigError(f"lengths[{int(found.argmin())}] is {int(found.min())}; {wanted}")
+    return found
+
+
 def _alone(count: int) -> int:
     return count
 
@@ -299,6 +325,16 @@ class PhysicalBatchSampler:
         first_step: where iteration begins; a callable is evaluated at every ``iter()``. Pass ``lambda: ledger.count``,
             so that a second loop, or a resumed run, does not make more releases than were planned.
         agree: returns the maximum of a count over all ranks (a collective), so that all make equally many passes.
+        lengths: of the N examples. A rank's part of a logical batch is sorted by them before it is cut, longest first,
+            so that a physical batch has examples of similar lengths, and the first one needs the most memory. Equal
+            lengths stay in the order of the indices. None: in the order of the indices.
+
+    Which examples are in a logical batch, and how many physical ones it is cut into, does not depend on lengths: they
+    only decide which examples pass through the model together. The release is the noisy sum over the logical batch,
+    whatever the cut, so that its guarantee and its accounting are those without lengths.
+
+    Raises:
+        PrivacyConfigError: sizes out of range; see :func:`checked_lengths`.
     """
 
     def __init__(
@@ -309,15 +345,19 @@ class PhysicalBatchSampler:
         num_steps: int,
         first_step: int | Callable[[], int] = 0,
         agree: Callable[[int], int] = _alone,
+        lengths: Lengths | None = None,
     ) -> None:
         if max_physical_batch_size < 1:
             raise PrivacyConfigError(f"max_physical_batch_size={max_physical_batch_size!r}; expected at least 1.")
         self.sampler, self.max_physical_batch_size = sampler, max_physical_batch_size
         self.num_steps, self.first_step, self.agree = num_steps, first_step, agree
+        self.lengths = None if lengths is None else checked_lengths(lengths, sampler.dataset_size)
 
     def __iter__(self) -> Iterator[PhysicalBatch]:
         first = self.first_step() if callable(self.first_step) else self.first_step
         for step in range(first, self.num_steps):
             indices = self.sampler.draw(step)
+            if self.lengths is not None:
+                indices = indices[np.argsort(-self.lengths[indices], kind="stable")]
             needed = max(1, -(-len(indices) // self.max_physical_batch_size))
             yield from physical_batches(indices, self.max_physical_batch_size, self.agree(needed), step=step)

@@ -118,6 +118,18 @@ def _no_token_average(args: Any, privacy: PrivacyConfig) -> str | None:
     )
 
 
+def _sampling_strategy(args: Any, privacy: PrivacyConfig) -> str | None:
+    strategy = str(getattr(args.train_sampling_strategy, "value", args.train_sampling_strategy))
+    if strategy == "group_by_length":
+        return "train_sampling_strategy='group_by_length': drawn at random, sorted by length within a logical batch"
+    if strategy != "random":
+        raise PrivacyConfigError(
+            f"train_sampling_strategy={strategy!r} is not possible in a private training; expected 'random', or "
+            "'group_by_length'. Batches are drawn by PrivacyConfig.sampler, which the accountant relies on."
+        )
+    return None
+
+
 def _hub(args: Any, privacy: PrivacyConfig) -> str | None:
     strategy = str(getattr(args.hub_strategy, "value", args.hub_strategy))
     if args.push_to_hub and strategy in ("checkpoint", "all_checkpoints"):
@@ -176,11 +188,7 @@ RULES: dict[str, Rule] = {
     "dataloader_drop_last": _refuse(
         "dataloader_drop_last", False, "A Poisson sample has no last batch, and every drawn example must count."
     ),
-    "train_sampling_strategy": _refuse(
-        "train_sampling_strategy",
-        "random",
-        "Batches are drawn by PrivacyConfig.sampler, which the accountant relies on.",
-    ),
+    "train_sampling_strategy": _sampling_strategy,
     "debug": _refuse("debug", "", "It prints activations of private records."),
     "hub_strategy": _hub,
     "report_to": _trackers,

@@ -20,6 +20,7 @@ from dpft.privacy import PrivacyConfig, privacy_statement_markdown
 from dpft.trainer import losses
 from dpft.trainer.arguments import apply_rules, set_steps
 from dpft.trainer.callback import PrivacyCallback
+from dpft.trainer.lengths import lengths_of
 from dpft.trainer.steps import LogicalBatch, Steps
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class PrivateMixin:
         privacy: everything that affects the privacy; None takes it from :class:`dpft.DPTrainingArguments`.
         privacy_options: further arguments of :func:`dpft.prepare`: ``ledger_path`` (default: in ``output_dir``),
             ``continue_ledger``, ``strategy``, ``clipping``, ``memory``, ``loss_chunk``, ``isolation``,
-            ``static_shapes``, ``sums_device``, ``test_seed``.
+            ``lengths``, ``static_shapes``, ``sums_device``, ``test_seed``.
         *args: of the Trainer.
         **kwargs: of the Trainer.
 
@@ -152,6 +153,8 @@ class PrivateMixin:
             model, optimizer = objects
             dataset, collate = self._training_examples()
             options = {"ledger_path": Path(self.args.output_dir) / LEDGER} | self.privacy_options
+            if "lengths" not in options and self.args.train_sampling_strategy == "group_by_length":
+                options["lengths"] = lengths_of(self)
             prepared, stepped, self.private_loader = prepare(
                 accelerator,
                 model,

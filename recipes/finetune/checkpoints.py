@@ -40,13 +40,25 @@ class Checkpoint:
 
 
 def save(accelerator: Accelerator, output: Path, step: int) -> None:
-    """Save the state after a step: under another name until it is complete, since any process may die meanwhile.
+    """Save the state after a step, of which the last two are kept. A collective.
+
+    Raises:
+        SaveError: see :func:`write`.
+    """
+    write(accelerator, output / CHECKPOINTS / f"step_{step}")
+    if accelerator.is_main_process:
+        for old in sorted(_whole(output), key=_step)[:-KEPT]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def write(accelerator: Accelerator, folder: Path, **facts: Any) -> None:
+    """Save the state, and facts about it: under another name until it is complete, as any process may die meanwhile.
 
     Raises:
         SaveError: on the ranks that failed; the others wait, so that the process has to end.
     """
-    folder = output / CHECKPOINTS / f"step_{step}"
-    partial = folder.with_name(f"partial_step_{step}")
+    partial = folder.with_name(f"partial_{folder.name}")
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
@@ -57,17 +69,16 @@ def save(accelerator: Accelerator, output: Path, step: int) -> None:
         raise
     except BaseException as error:  # torch.distributed.checkpoint has errors that are no Exception
         # The engines' messages seldom name the cause; their end comes nearest to it.
+        name = folder.name.replace("_", " ")
         raise SaveError(
-            f"the checkpoint of step {step} could not be saved (... {' '.join(str(error).split())[-200:]}). Is the "
+            f"the checkpoint of {name} could not be saved (... {' '.join(str(error).split())[-200:]}). Is the "
             f"disk full, or a quota used up? Make room first; {partial.name} is what was written of it."
         ) from error
     if accelerator.is_main_process:
-        about = {"engine": engine_name(accelerator), "processes": accelerator.num_processes}
+        about = {"engine": engine_name(accelerator), "processes": accelerator.num_processes, **facts}
         (partial / ABOUT).write_text(json.dumps(about), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-        for old in sorted(_whole(output), key=_step)[:-KEPT]:
-            shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
 
@@ -88,9 +99,12 @@ def find(accelerator: Accelerator, output: Path) -> Checkpoint:
     return found
 
 
-def load(accelerator: Accelerator, checkpoint: Checkpoint) -> None:
-    """Load the state into the prepared objects. A collective."""
-    accelerator.load_state(str(checkpoint.path))
+def load(accelerator: Accelerator, checkpoint: Checkpoint, strict: bool = True) -> None:
+    """Load the state into the prepared objects; not ``strict`` for 4-bit weights, whose scales are no entry of theirs.
+
+    A collective.
+    """
+    accelerator.load_state(str(checkpoint.path), **({} if strict else {"strict": False}))
     accelerator.wait_for_everyone()
     if checkpoint.converted and accelerator.is_main_process:
         shutil.rmtree(checkpoint.path)
@@ -107,7 +121,24 @@ def _find(accelerator: Accelerator, output: Path) -> Checkpoint:
         about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
     except FileNotFoundError:
         about = {"engine": WHOLE, "processes": 1}  # checkpoints without this file are of one process
-    here, there = engine_name(accelerator), about["engine"]
+    check_engine(accelerator, path, about["engine"])
+    if is_of_others(accelerator, about["processes"]):
+        return Checkpoint(_step(path), _convert(path), converted=True)
+    return Checkpoint(_step(path), path)
+
+
+def is_of_others(accelerator: Accelerator, processes: int) -> bool:
+    """Whether a checkpoint of so many processes has to be converted: DeepSpeed's are bound to their number."""
+    return engine_name(accelerator).startswith("zero") and processes != accelerator.num_processes
+
+
+def check_engine(accelerator: Accelerator, path: Path, there: str) -> None:
+    """Refuse a checkpoint of another engine.
+
+    Raises:
+        ValueError: names both.
+    """
+    here = engine_name(accelerator)
     if here != there:
         words = {WHOLE: "one process or data parallelism (ddp.yaml)"}
         raise ValueError(
@@ -115,9 +146,6 @@ def _find(accelerator: Accelerator, output: Path) -> Checkpoint:
             f"is {words.get(here, here)}. Launch with the configuration that wrote it; the number of processes may "
             "change."
         )
-    if here.startswith("zero") and about["processes"] != accelerator.num_processes:
-        return Checkpoint(_step(path), _convert(path), converted=True)
-    return Checkpoint(_step(path), path)
 
 
 def _convert(path: Path) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,7 +27,8 @@ class ClassifyOptions(Options):
 
     steps: ClassVar[int] = 60
     unused: ClassVar[tuple[str, ...]] = (
-        *("pack", "max_tokens_in_memory", "long_context", "rope_theta", "prompt", "sample_tokens", "audit"),
+        *("pack", "max_tokens_in_memory", "long_context", "rope_theta", "load_in_4bit"),
+        *("prompt", "sample_tokens", "audit"),
     )
 
     model: str = again(Options, "model", str(ENCODER))
@@ -112,6 +113,22 @@ def figures(probabilities: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
+def predictions(
+    model: nn.Module,
+    examples: Sequence[dict[str, Any]],
+    collate: Callable[..., dict[str, Tensor]],
+    accelerator: Accelerator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Probabilities ``[N, K]`` float64 and labels ``[N]`` of examples. A collective where there is an accelerator."""
+
+    def probabilities(network: Any, batch: dict[str, Tensor]) -> list[tuple[list[float], int]]:
+        labels = batch.pop("labels").tolist()
+        return list(zip(network(**batch).logits.double().softmax(-1).tolist(), labels, strict=True))
+
+    found = over_batches(model, examples, collate, accelerator, probabilities)
+    return torch.tensor([p for p, _ in found], dtype=torch.float64), torch.tensor([y for _, y in found])
+
+
 class Classification(Recipe):
     """Texts with labels."""
 
@@ -140,7 +157,8 @@ class Classification(Recipe):
     def model(self, options: ClassifyOptions, dtype: torch.dtype) -> nn.Module:
         """Load the encoder, with a new head."""
         torch.manual_seed(options.seed)  # the head is initialised at random, and alike on every rank
-        model = load_classifier(options.model, self.names, options.train, dtype=dtype)
+        settings = {"dtype": dtype, "attn_implementation": options.attn_implementation}
+        model = load_classifier(options.model, self.names, options.train, **settings)
         return checkpointed(with_lora(model, options, "SEQ_CLS"), options)
 
     def losses(self, model: Callable[..., Any], batch: dict[str, Tensor]) -> Tensor:
@@ -154,13 +172,7 @@ class Classification(Recipe):
         self, model: nn.Module, materials: Materials, accelerator: Accelerator | None = None
     ) -> dict[str, float]:
         """See :func:`figures`."""
-
-        def probabilities(network: Any, batch: dict[str, Tensor]) -> list[tuple[list[float], int]]:
-            labels = batch.pop("labels").tolist()
-            return list(zip(network(**batch).logits.double().softmax(-1).tolist(), labels, strict=True))
-
-        found = over_batches(model, materials.validation, materials.collate, accelerator, probabilities)
-        return figures(torch.tensor([p for p, _ in found], dtype=torch.float64), torch.tensor([y for _, y in found]))
+        return figures(*predictions(model, materials.validation, materials.collate, accelerator))
 
     def notes(self, options: ClassifyOptions) -> tuple[str, ...]:
         """One example, and that the labels are public."""

@@ -40,30 +40,39 @@ def dry_run(options: Options, materials: Materials, model: nn.Module, accelerato
 
 
 def _steady_memory(model: nn.Module, accelerator: Accelerator, options: Options) -> str:
-    """The memory that a process always needs, in words: parameters, clipped sums, AdamW."""
+    """The memory that a process always needs, in words: parameters, clipped sums, optimiser."""
     engine, ranks = engine_name(accelerator), accelerator.num_processes
     zero = engine.startswith("zero")
     every = sum(_numel(p) * p.element_size() for p in model.parameters())
     trainable = [p for p in model.parameters() if p.requires_grad]
-    # two moments of the weights' dtype; under ZeRO of float32, with a float32 copy of the weights
-    adam = sum((12 if zero else 2 * p.element_size()) * _numel(p) for p in trainable)
+    # under ZeRO, and in host memory, of float32, with a float32 copy of the weights
+    masters = zero or options.sums_device == "cpu"
+    held = ((4 if masters else 0, 4 if masters else p.element_size(), _numel(p)) for p in trainable)
+    optimiser = sum((copy + _state_bytes(options.optim, size)) * number for copy, size, number in held)
     sums = sum(4 * _numel(p) for p in trainable)  # the clipped sum of a logical batch is float32 in any case
     if options.sums_device == "cpu":
         return (
-            f"{every / 2**20:,.1f} MiB of parameters held; in host memory {4 * sums / 2**20:,.1f} MiB: clipped sums "
-            f"{sums / 2**20:,.1f}, AdamW with float32 masters {3 * sums / 2**20:,.1f}"
+            f"{every / 2**20:,.1f} MiB of parameters held; in host memory {(sums + optimiser) / 2**20:,.1f} MiB: "
+            f"clipped sums {sums / 2**20:,.1f}, {options.optim} with float32 masters {optimiser / 2**20:,.1f}"
         )
     if engine in ("fsdp2", "zero3"):
         every /= ranks
     if engine in ("fsdp2", "zero2", "zero3"):
         sums /= ranks
     if engine == "fsdp2" or zero:
-        adam /= ranks
+        optimiser /= ranks
     each = " on each process" if ranks > 1 else ""
     return (
-        f"{(every + adam + sums) / 2**20:,.1f} MiB held{each}: parameters {every / 2**20:,.1f}, clipped sums "
-        f"{sums / 2**20:,.1f}, AdamW {adam / 2**20:,.1f}"
+        f"{(every + optimiser + sums) / 2**20:,.1f} MiB held{each}: parameters {every / 2**20:,.1f}, clipped sums "
+        f"{sums / 2**20:,.1f}, {options.optim} {optimiser / 2**20:,.1f}"
     )
+
+
+def _state_bytes(optim: str, itemsize: int) -> int:
+    """Bytes that an optimiser keeps of a weight: two moments, one of Lion; Adafactor's are of rows and columns."""
+    if optim in ("sgd", "adafactor"):
+        return 0
+    return (1 if "lion" in optim else 2) * (1 if optim.endswith("8bit") else itemsize)
 
 
 def _predicted_steps(model: nn.Module, options: Options, accelerator: Accelerator) -> list[str]:
@@ -73,7 +82,7 @@ def _predicted_steps(model: nn.Module, options: Options, accelerator: Accelerato
     try:
         plan = dpft.plan(
             model,
-            batch_size=options.max_physical_batch_size or 1,
+            batch_size=(options.max_physical_batch_size or 1) * options.rows,
             seq_len=options.row_tokens,
             engine=engine,
             world_size=ranks,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, parse_flag_from_env
 from transformers.integrations import unset_hf_deepspeed_config
 
@@ -30,15 +31,54 @@ def make_accelerator(options: Options) -> Accelerator:
 
     Under FSDP2 and DeepSpeed ``--bf16`` is their mixed precision: they compute in bfloat16 and step on float32
     weights. Elsewhere it is the dtype of the weights, and Accelerate's mixed precision (autocast) stays off.
+
+    Raises:
+        ValueError: ``--torch-dtype`` contradicts the launcher; see :func:`trackers`.
+        ImportError: see :func:`trackers`.
     """
-    flags = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")  # set by the launcher
-    mixes = any(parse_flag_from_env(flag) for flag in flags)
-    return Accelerator(
-        mixed_precision="bf16" if options.bf16 and mixes else None,  # None: as set by the launcher
-        log_with="all" if options.with_tracking and not options.dry_run else None,
+    names = trackers(options)
+    accelerator = Accelerator(
+        mixed_precision="bf16" if options.bf16 and launched_sharded() else None,  # None: as set by the launcher
+        log_with=None if options.dry_run else names or None,
         project_dir=".",
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=options.rank_timeout))],
     )
+    if options.torch_dtype == "float32" and accelerator.mixed_precision == "bf16":
+        raise ValueError("--torch-dtype float32, and the launcher's mixed_precision is bf16. Leave one of them out.")
+    elsewhere = [name for name in names if name != "tensorboard"]
+    if elsewhere:
+        accelerator.print(
+            f"--report-to {','.join(elsewhere)}: losses and norms, computed from private records without noise, leave "
+            "this machine where the tracker sends them. No epsilon covers them."
+        )
+    return accelerator
+
+
+def trackers(options: Options) -> list[str]:
+    """The names of the trackers that ``--report-to`` asks for.
+
+    Raises:
+        ValueError: accelerate has no such tracker.
+        ImportError: it is not installed; or none is, of all.
+    """
+    wanted = "all" if options.with_tracking else options.report_to
+    if wanted in (None, "none"):
+        return []
+    installed = [str(getattr(name, "value", name)) for name in get_available_trackers()]
+    names = installed if wanted == "all" else [name.strip() for name in str(wanted).split(",")]
+    if not names:
+        raise ImportError("--report-to all: no tracker is installed: pip install tensorboard (or another).")
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ValueError(f"--report-to {name!r}; expected none, all, or of {', '.join(LOGGER_TYPE_TO_CLASS)}.")
+        if name not in installed:
+            raise ImportError(f"--report-to {name}: it is not installed: pip install {name.replace('_', '-')}.")
+    return names
+
+
+def launched_sharded() -> bool:
+    """Whether the launcher was told to shard: FSDP2 or DeepSpeed."""
+    return any(parse_flag_from_env(flag) for flag in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"))
 
 
 def engine_name(accelerator: Accelerator) -> str:

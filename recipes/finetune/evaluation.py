@@ -36,8 +36,8 @@ def choose_examples(dataset: Any, at_most: int, seed: int, least: int = 2) -> li
 def batches_of(examples: Sequence[dict[str, Any]], tokens: int = TOKENS_AT_ONCE) -> list[list[dict[str, Any]]]:
     """Cut the examples into batches of at most ``tokens`` tokens, padding included, or of one example.
 
-    Sorted by length, so that little is padded. Training batches must not be: how they are drawn is part of the
-    privacy.
+    Sorted by length, so that little is padded. How training batches are drawn is part of the privacy: dpft sorts those
+    after the draw.
     """
     batches: list[list[dict[str, Any]]] = []
     for example in sorted(examples, key=lambda example: len(example["input_ids"])):
@@ -151,6 +151,7 @@ def sample_text(
     tokens: int,
     seed: int,
     accelerator: Accelerator | None = None,
+    special_tokens: bool = True,
 ) -> str:
     """Let the model continue a prompt, with its own generator, which affects no other random number.
 
@@ -164,6 +165,7 @@ def sample_text(
         tokens: number of tokens to write.
         seed: seed of the sampling.
         accelerator: of the run; then all ranks must call this, and use rank 0's tokens. A collective.
+        special_tokens: whether the tokenizer adds its own, such as the first; not where the prompt has them.
 
     Returns:
         The prompt and what follows it.
@@ -172,7 +174,8 @@ def sample_text(
     model.eval()
     device = accelerator.device if accelerator else next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
-    ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)["input_ids"].to(device)
+    encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False, add_special_tokens=special_tokens)
+    ids = encoded["input_ids"].to(device)
     for _ in range(tokens):
         logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1].float().cpu()
         likeliest = torch.topk(logits / TEMPERATURE, min(TOP_K, len(logits)))

@@ -10,18 +10,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import get_scheduler
+from transformers import Trainer, get_scheduler
+from transformers.training_args import OptimizerNames
 
 from accelerate import Accelerator
-from finetune.engine import sequence_size
+from finetune.engine import WHOLE, engine_name, sequence_size
 from finetune.options import Options
 from finetune.private import Prepared
+from finetune.watch import RunWatch
 
 
 class StaleWeightsError(RuntimeError):
@@ -70,14 +72,23 @@ class WeightWatch:
                 seen[name] = local[:: max(1, local.numel() // self.elements)].cpu().clone()
         return seen
 
+    def unchanged(self) -> float:
+        """The share of the elements that are as they were when this was last asked, or at the start; 0 of none."""
+        now, before = self._look(), self.before
+        self.before = now
+        pairs = [(now[name], old) for name, old in before.items() if name in now]
+        total = sum(old.numel() for _, old in pairs)
+        # FSDP2 may hold another part of a tensor after an evaluation than after a step
+        same = sum(int((new == old).sum()) for new, old in pairs if new.shape == old.shape)
+        return same / total if total else 0.0
+
     def check(self) -> None:
         """Compare with what was kept.
 
         Raises:
             StaleWeightsError: no tensor moved.
         """
-        now = self._look()
-        if self.before and all(torch.equal(now[name], old) for name, old in self.before.items() if name in now):
+        if self.unchanged() == 1:
             raise StaleWeightsError(
                 f"the first optimiser step moved none of {len(self.before)} trainable tensors, expected all to "
                 "move. Does the optimiser hold this model's parameters (move the model and add adapters before making "
@@ -86,8 +97,8 @@ class WeightWatch:
 
 
 NOT_FOR_PUBLICATION = (
-    "loss, validation_loss, clipped_share, median_norm, tokens_per_second: computed from private records without "
-    "noise, and covered by no epsilon. Not for publication."
+    "loss, validation_loss, clipped_share, median_norm, tokens_per_second, and warnings that are not_for_publication: "
+    "computed from private records without noise, and covered by no epsilon. Not for publication."
 )
 
 
@@ -150,6 +161,7 @@ def train(
     evaluate: Callable[[nn.Module], dict[str, float]],
     scheduler: Any,
     checkpoint: Callable[[int], None],
+    evaluated: Callable[[int, dict[str, float]], None],
 ) -> bool:
     """Train until the schedule's last logical batch.
 
@@ -161,6 +173,7 @@ def train(
         evaluate: measures of a model on the held-out examples, ``loss`` among them.
         scheduler: of the learning rate; stepped once for each logical batch.
         checkpoint: saves the state after a logical step.
+        evaluated: told of the measures after a logical step.
 
     Returns:
         True if the run finished; False if it was interrupted, and then a checkpoint was written.
@@ -171,6 +184,8 @@ def train(
     schedule, model, optimizer = prepared.schedule, prepared.model, prepared.optimizer
     target = options.target_epsilon if options.target_epsilon is not None else schedule.epsilon
     watch: WeightWatch | None = WeightWatch(model)
+    rounds = rounds_updates(accelerator, options, model)
+    run_watch, moved = RunWatch(options.max_grad_norm, options.learning_rate), False
     bar = tqdm(
         total=schedule.num_steps,
         initial=prepared.step,
@@ -202,9 +217,13 @@ def train(
             if not last:
                 continue
             scheduler.step()
+            unchanged = None
             if watch is not None and rate > 0:  # a warm-up begins with a learning rate of zero
-                watch.check()
-                watch = None
+                if not moved:
+                    watch.check()
+                elif rounds:
+                    unchanged = watch.unchanged()
+                moved, watch = True, watch if rounds else None
             step = prepared.step
             stop = torch.tensor([float(interrupt.asked)], dtype=torch.float64)
             totals = torch.cat([sums, stop])
@@ -220,12 +239,18 @@ def train(
                 "clipped_share": clipped / examples if examples and options.clipping != "none" else None,
                 "median_norm": _median(torch.cat(norms)),  # of this rank
                 "learning_rate": rate,
+                **({"unchanged_share": unchanged} if rounds else {}),
             }
             finished = step >= schedule.num_steps
             if options.eval_every and step % options.eval_every == 0 and not finished:
-                row.update(validation_row(step, evaluate(model)))
+                measures = evaluate(model)
+                row.update(validation_row(step, measures))
+                evaluated(step, measures)
             if accelerator.is_main_process:
                 history.add(row)
+                for finding in run_watch.look(row):
+                    tqdm.write(str(finding))
+                    history.add(finding.row(step))
             accelerator.log({key: value for key, value in row.items() if value is not None}, step=step)
             bar.set_postfix_str(describe(row, target))
             bar.update(1)
@@ -263,14 +288,47 @@ def describe(row: dict[str, Any], target: float) -> str:
     return ", ".join(words)
 
 
+def rounds_updates(accelerator: Accelerator, options: Options, model: nn.Module) -> bool:
+    """Whether the optimiser steps on bfloat16 weights, where a small update is lost; elsewhere on float32 ones."""
+    trained = {p.dtype for p in model.parameters() if p.requires_grad}
+    return torch.bfloat16 in trained and engine_name(accelerator) == WHOLE and options.sums_device is None
+
+
 def make_optimizer(options: Options, model: nn.Module, learning_rate: float | None = None) -> torch.optim.Optimizer:
-    """AdamW on the trainable parameters, the same with and without privacy, at ``--learning-rate`` or another one."""
-    return torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=options.learning_rate if learning_rate is None else learning_rate,
-        betas=(options.adam_beta1, options.adam_beta2),
-        weight_decay=options.weight_decay,
+    """The optimiser of the trainable parameters, the same with and without privacy.
+
+    Args:
+        options: of the run.
+        model: whose parameters it steps on.
+        learning_rate: another one than ``--learning-rate``.
+
+    Raises:
+        ImportError: ``--optim`` is of a package that is not installed.
+    """
+    chosen: Any = SimpleNamespace(
+        optim=OptimizerNames("adamw_torch" if options.optim == "adamw" else options.optim),
+        optim_args=None,
+        learning_rate=options.learning_rate if learning_rate is None else learning_rate,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_epsilon=1e-8,
     )
+    cls, settings = Trainer.get_optimizer_cls_and_kwargs(chosen)
+    return cls([p for p in model.parameters() if p.requires_grad], weight_decay=options.weight_decay, **settings)
+
+
+def check_optimizer(options: Options, accelerator: Accelerator) -> None:
+    """Refuse ``--optim`` where shards of a tensor are not stepped on as the whole tensor is.
+
+    Raises:
+        ValueError: names the engine.
+    """
+    engine = engine_name(accelerator)
+    if engine != WHOLE and options.optim not in ("adamw", "adamw_torch", "sgd"):
+        raise ValueError(
+            f"--optim {options.optim} under {engine}, which gives it shards of tensors; expected adamw or sgd. Or "
+            "launch one process, or ddp.yaml."
+        )
 
 
 def make_scheduler(options: Options, optimizer: torch.optim.Optimizer, num_steps: int) -> Any:

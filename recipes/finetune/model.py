@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 import dpft
-from accelerate import Accelerator
-from finetune.engine import engine_name
+from accelerate import Accelerator, PartialState
+from finetune.engine import engine_name, launched_sharded
 from finetune.options import Options
 
 
@@ -22,19 +24,17 @@ def load_model(options: Options, dtype: torch.dtype) -> nn.Module:
         dtype: of all parameters, frozen ones too.
 
     Raises:
-        ValueError: the examples are longer than the model's positions.
-        ImportError: LoRA was asked for, and peft is missing.
+        ValueError: the examples are longer than the model's positions; 4 bits under an engine that shards.
+        ImportError: peft, bitsandbytes, or the kernels of ``--attn-implementation`` are asked for and missing.
     """
-    config = AutoConfig.from_pretrained(options.model)
-    if options.rope_theta is not None:
-        _extend_positions(config, options)
+    config = _configuration(options)
     positions = getattr(config, "max_position_embeddings", None)
     if positions and options.row_tokens > positions:
         raise ValueError(
             f"--seq-len {options.row_tokens} is more than the {positions} positions of {options.model!r}. Lower it, "
             "take a model with a longer context, or give a larger --rope-theta."
         )
-    model = AutoModelForCausalLM.from_pretrained(options.model, config=config, dtype=dtype)
+    model: Any = _bare(options, config, dtype)
     model.config.use_cache = False
     return checkpointed(with_lora(model, options), options)
 
@@ -44,6 +44,46 @@ def checkpointed(model: Any, options: Options) -> nn.Module:
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def _bare(options: Options, config: Any, dtype: torch.dtype) -> nn.Module:
+    """The bare model; with ``--load-in-4bit`` its linear layers in nf4, which compute in ``dtype``."""
+    quantised: dict[str, Any] = {}
+    if options.load_in_4bit:
+        if launched_sharded():
+            raise ValueError("--load-in-4bit runs in one process or under ddp.yaml; launch it so, or leave it out.")
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ImportError("--load-in-4bit needs bitsandbytes, which is not installed: pip install bitsandbytes.")
+        bits = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+        quantised = {"quantization_config": bits, "device_map": {"": PartialState().device}}
+    model = AutoModelForCausalLM.from_pretrained(
+        options.model, config=config, dtype=dtype, attn_implementation=options.attn_implementation, **quantised
+    )
+    for module in model.modules():
+        # on some CPUs an evaluation packs 4-bit weights, and packed ones let no gradient through
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def merged(options: Options, adapter: Path, dtype: torch.dtype) -> nn.Module:
+    """The model that adapters on 4-bit weights were trained on, with these weights in ``dtype`` and the adapter in.
+
+    What the 4 bits stand for, not what they were rounded from: the adapter was trained on that.
+    """
+    from peft import PeftModel
+
+    base: Any = _bare(options, _configuration(options), dtype)
+    return PeftModel.from_pretrained(base.dequantize(dtype), adapter).merge_and_unload()
+
+
+def _configuration(options: Options) -> Any:
+    config = AutoConfig.from_pretrained(options.model)
+    if options.rope_theta is not None:
+        _extend_positions(config, options)
+    return config
 
 
 def _extend_positions(config: Any, options: Options) -> None:

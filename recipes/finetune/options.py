@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 BASE_MODEL = Path(__file__).resolve().parent.parent / "assets" / "base_model"
 
 DEFAULT_PHYSICAL = 32
+OPTIMISERS: tuple[str, ...] = ("adamw", "adamw_torch", "adamw_torch_fused", "sgd", "adafactor")
+OPTIMISERS += ("adamw_8bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_8bit")
 
 
 def option(default: Any, group: str, help: str, *, also: tuple[str, ...] = (), **kwargs: Any) -> Any:
@@ -31,10 +33,12 @@ class Options:
     Attributes:
         steps: logical batches where neither their number nor that of epochs is given.
         unused: options that a recipe does not have.
+        rows: of an example, where that is a fixed number.
     """
 
     steps: ClassVar[int] = 24
     unused: ClassVar[tuple[str, ...]] = ()
+    rows: ClassVar[int] = 1
 
     model: str = option(
         str(BASE_MODEL),
@@ -48,6 +52,19 @@ class Options:
         "model",
         "compute in bfloat16. One process and DDP keep the parameters in bfloat16, ZeRO a float32 copy that it steps "
         "on, FSDP2 float32 shards, which it also exports. Norms, sums and noise are float32 in any case",
+    )
+    torch_dtype: str | None = option(
+        None,
+        "model",
+        "dtype that the weights are loaded in; bfloat16 is --bf16, float32 is without it",
+        also=("dtype",),
+        choices=("float32", "bfloat16"),
+    )
+    attn_implementation: str | None = option(
+        None,
+        "model",
+        "how attention is computed; if not given, as transformers chooses",
+        choices=("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"),
     )
     gradient_checkpointing: bool = option(False, "model", "recompute activations in the backward pass: less memory")
     long_context: bool = option(
@@ -66,6 +83,12 @@ class Options:
     lora_alpha: float = option(32.0, "model", "LoRA's scale: the adapter's output is multiplied by alpha / r")
     lora_target_modules: str = option(
         "all-linear", "model", "modules that get adapters, separated by commas, or all-linear", metavar="NAMES"
+    )
+    load_in_4bit: bool = option(
+        False,
+        "model",
+        "QLoRA: the frozen weights in 4 bits (nf4, quantised twice; needs bitsandbytes and --lora-r; one process or "
+        "data parallelism)",
     )
 
     dataset: str = option(
@@ -194,7 +217,14 @@ class Options:
         metavar="SECONDS",
     )
 
-    learning_rate: float = option(5e-3, "optimisation", "peak of the learning rate (AdamW)", metavar="LR")
+    optim: str = option(
+        "adamw",
+        "optimisation",
+        "optimiser, by its name in transformers' Trainer, which steps on the noisy sum. Those of 8 bits need "
+        "bitsandbytes; those that step within the backward, before there is a sum, cannot be private",
+        choices=OPTIMISERS,
+    )
+    learning_rate: float = option(5e-3, "optimisation", "peak of the learning rate", metavar="LR")
     adam_beta1: float = option(0.8, "optimisation", "AdamW's beta 1; a short memory suits few steps", metavar="BETA")
     adam_beta2: float = option(0.95, "optimisation", "AdamW's beta 2", metavar="BETA")
     weight_decay: float = option(0.0, "optimisation", "AdamW's weight decay", metavar="DECAY")
@@ -231,8 +261,27 @@ class Options:
     max_eval_examples: int = option(
         256, "output", "validation examples to evaluate, the same ones each time", metavar="N"
     )
-    with_tracking: bool = option(
-        False, "output", "also log to the trackers that accelerate finds (TensorBoard, wandb ...)"
+    save_best: bool = option(
+        False,
+        "output",
+        "export the weights of the evaluation with the lowest validation loss instead of the last ones. The epsilon "
+        "is that of the whole run; that choice looks at held-out records, which no epsilon covers",
+    )
+    with_tracking: bool = option(False, "output", "--report-to all")
+    report_to: str | None = option(
+        None,
+        "output",
+        "trackers of accelerate that get the metrics, separated by commas: tensorboard, wandb ...; all that are "
+        "installed; none. What they get was computed from private records without noise",
+        metavar="NAMES",
+    )
+    push_to_hub: str | None = option(
+        None,
+        "output",
+        "at the end publish what the epsilon covers on the hub: weights, configuration, tokenizer, and the card "
+        "without what was measured. Needs a token (hf auth login)",
+        also=("hub_model_id",),
+        metavar="REPO",
     )
     reload_check: bool = option(
         True,
@@ -278,6 +327,17 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ValueError(f"--{name.replace('_', '-')} is {value}; expected at least {bound}.")
+        if self.torch_dtype == "float32" and self.bf16:
+            raise ValueError("got both --bf16 and --torch-dtype float32; the first is bfloat16. Give one of them.")
+        self.bf16 = self.bf16 or self.torch_dtype == "bfloat16"
+        if self.with_tracking and self.report_to not in (None, "all"):
+            raise ValueError(
+                f"got both --with-tracking, which is --report-to all, and --report-to {self.report_to}; give one."
+            )
+        if self.save_best and not self.eval_every:
+            raise ValueError("--save-best chooses among evaluations, and --eval-every 0 makes none while training.")
+        if self.push_to_hub is not None and (self.clipping == "none" or self.noise_multiplier == 0):
+            raise ValueError("--push-to-hub publishes what an epsilon covers, and this training would have none.")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name):g}; expected 0 to below 1.")
@@ -289,6 +349,8 @@ class Options:
             raise ValueError(f"--validation-share is {self.validation_share:g}; expected a share between 0 and 1.")
         if self.rope_theta is not None and not 1 < self.rope_theta < float("inf"):
             raise ValueError(f"--rope-theta is {self.rope_theta:g}; expected a finite number above 1.")
+        if self.load_in_4bit and not self.lora_r:
+            raise ValueError("--load-in-4bit freezes the weights; give --lora-r, the rank of the adapters to train.")
         if self.pack == "documents" and self.max_tokens_in_memory is None:
             raise ValueError("--pack documents needs --max-tokens-in-memory: where a document is cut that is longer.")
         if self.in_rows and self.strategy == "per_example":

@@ -12,6 +12,7 @@ from finetune.options import Options
 OUTPUTS = Path("outputs")
 LEDGER = "ledger.jsonl"
 METRICS, CARD, PICTURE, CHECKPOINTS = "metrics.jsonl", "README.md", "training.png", "checkpoints"
+SYNTHETIC, MEASURES = "synthetic", "measures_private.json"  # of synthesize_dp.py
 
 
 def choose_output(options: Options, name: str, accelerator: Accelerator) -> Path:
@@ -57,7 +58,7 @@ def _clear(folder: Path, ledger: Path, overwrite: bool) -> None:
     if releases:
         ledger.rename(folder / f"earlier-{sum(1 for _ in folder.glob(f'earlier-*-{LEDGER}')) + 1}-{LEDGER}")
     ledger.unlink(missing_ok=True)  # a run that ended before its first release
-    for name in (METRICS, CARD, PICTURE):  # they describe the old run; the model's files are overwritten
+    for name in (METRICS, CARD, PICTURE, MEASURES):  # they describe the old run; the model's files are overwritten
         (folder / name).unlink(missing_ok=True)
-    for inner in (CHECKPOINTS, "adapter"):
+    for inner in (CHECKPOINTS, "adapter", SYNTHETIC):
         shutil.rmtree(folder / inner, ignore_errors=True)

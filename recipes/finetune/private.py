@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -95,6 +95,7 @@ def prepare(
     losses: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor],
     options: Options,
     ledger: Path,
+    lengths: Sequence[int] | None,
 ) -> Prepared:
     """Make the parts of an ordinary loop private."""
     model, optimizer, loader = dpft.prepare(
@@ -108,6 +109,7 @@ def prepare(
         clipping=cast(Any, options.clipping),  # the command line has checked the choices
         strategy=cast(Any, options.strategy),
         sums_device=cast(Any, options.sums_device),
+        lengths=lengths,
         ledger_path=ledger,
     )
     return Prepared(model, optimizer, loader, losses)
@@ -136,8 +138,9 @@ def explain(model: nn.Module, options: Options) -> list[str]:
     )
     lines = []
     for size in sorted({options.max_physical_batch_size or 1, 1}, reverse=True):
-        lines.append(f"{size} x {options.row_tokens} tokens:")
-        lines += ["  " + line for line in dpft.explain(model, size, options.row_tokens).splitlines()]
+        rows = size * options.rows
+        lines.append(f"{rows} x {options.row_tokens} tokens:")
+        lines += ["  " + line for line in dpft.explain(model, rows, options.row_tokens).splitlines()]
     dpft.unwrap(model)
     return lines
 

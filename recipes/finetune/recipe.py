@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from accelerate import Accelerator
-from finetune.data.documents import document_losses
+from finetune.data.documents import document_losses, token_counts
 from finetune.evaluation import sample_text, validation_loss
 from finetune.materials import Materials, text_materials
 from finetune.model import load_model
@@ -54,6 +54,8 @@ class Recipe:
         auto_class: of transformers, which loads the exported model.
         pipeline_tag: of the model card.
         loss_unit: of the losses that :meth:`measure` returns.
+        unit: what one record is.
+        demonstration: the dataset of the demonstration, made of docstrings, by which the defaults were chosen.
     """
 
     name: ClassVar[str] = "llama_dp"
@@ -61,14 +63,26 @@ class Recipe:
     auto_class: ClassVar[Any] = AutoModelForCausalLM
     pipeline_tag: ClassVar[str] = "text-generation"
     loss_unit: ClassVar[str] = "nats a token"
+    unit: ClassVar[str] = "record"
+    demonstration: ClassVar[str] = "docstrings"
 
     def materials(self, options: Any, accelerator: Accelerator) -> Materials:
         """Load tokenizer and examples. A collective."""
         return text_materials(options, accelerator)
 
+    def lengths(self, train: Any) -> Sequence[int] | None:
+        """Of the training examples: what is drawn is sorted by them before it is cut into physical batches.
+
+        None: it is not sorted. Private, as the examples are.
+        """
+        return token_counts(train)
+
     def model(self, options: Any, dtype: torch.dtype) -> nn.Module:
         """Load the model, with the adapters and checkpointing that the options ask for."""
         return load_model(options, dtype)
+
+    def begin(self, model: nn.Module, materials: Materials, accelerator: Accelerator) -> None:
+        """What is done with the prepared start model, before a checkpoint is loaded. A collective."""
 
     def losses(self, model: Callable[..., Any], batch: dict[str, Tensor]) -> Tensor:
         """The loss of a batch: the model's own, a scalar, or one for each example, ``[U]``.
@@ -97,15 +111,15 @@ class Recipe:
     def notes(self, options: Any) -> tuple[str, ...]:
         """What the privacy statement must say of the examples; first of all, what one example is."""
         unit = (
-            f"one record is one example, cut to {options.example_tokens} tokens: if a person has several records, "
-            "each is protected, not all together"
+            f"one {self.unit} is one example, cut to {options.example_tokens} tokens: if a person has several "
+            f"{self.unit}s, each is protected, not all together"
         )
         once = "a docstring that occurs several times in the library was kept once, before any step"
-        return (unit, once) if options.dataset == "docstrings" else (unit,)
+        return (unit, once) if options.dataset == self.demonstration else (unit,)
 
     def tuning(self, options: Any) -> str | None:
         """How the options were chosen, as far as the epsilon does not account for it."""
-        return options.tuning_note or (TUNED_ON_DOCSTRINGS if options.dataset == "docstrings" else None)
+        return options.tuning_note or (TUNED_ON_DOCSTRINGS if options.dataset == self.demonstration else None)
 
     def after(self, finished: Finished) -> dict[str, Any]:
         """What is done with the exported model: figures for the card, by name. A collective."""

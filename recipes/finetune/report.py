@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +25,11 @@ The epsilon covers the weights in this directory, and whatever is computed from 
 It does **not** cover `{METRICS}`, the picture, the checkpoints and the figures under "Measured": training loss, share
 clipped, gradient norms, tokens a second and validation loss are computed from the private records, without noise, for
 whoever trained. Leave them out when you publish the model, or treat them as you treat the records."""
+PUBLISHED = """\
+Every release was written to a ledger ahead of it. The ledger, and what was measured on private records, stay with
+whoever trained.
+
+"""
 NOTHING_COVERED = """\
 Everything: **this training was NOT PRIVATE**. Treat the weights, and whatever was computed with them, as you treat the
 records themselves."""
@@ -33,7 +39,34 @@ def shown(model: str) -> str:
     """A model's name for a card: that of the hub, or the last part of a local path, the rest of which is private."""
     if Path(model).resolve() == BASE_MODEL:
         return "the bundled base model of dpft's recipes"
-    return Path(model).name if Path(model).exists() else model
+    return Path(model).name if is_path(model) else model
+
+
+def is_path(value: str) -> bool:
+    """Whether a file or folder has this name; not of a single word, which may be one by chance."""
+    return os.sep in value and os.path.exists(
+        os.path.expanduser(value)
+    )  # Path.exists raises for what is too long to be one
+
+
+def described(dataset: str) -> str:
+    """The private records, for a card."""
+    return {
+        "docstrings": "docstrings of Python's standard library, public text that plays the private records",
+        "chats": "questions about names of Python's standard library, answered by their docstrings, public text that "
+        "plays the private records",
+        "pairs": "pairs made of the docstrings of Python's standard library, public text that plays the private "
+        "records",
+        "tickets": "**synthetic** support tickets, from templates",
+    }.get(dataset, Path(dataset).name if is_path(dataset) else dataset)
+
+
+def versions() -> str:
+    """What ran, for a card."""
+    return (
+        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"accelerate {accelerate.__version__}"
+    )
 
 
 @dataclass(frozen=True)
@@ -59,27 +92,25 @@ class Report:
     audit: str = ""
 
 
-def model_card(report: Report) -> str:
-    """Write the card."""
+def model_card(report: Report, published: bool = False) -> str:
+    """Write the card; ``published``: without what the epsilon does not cover, and what stays in the run's folder."""
     options, private = report.options, report.private
     given = as_words(options)
     if "model" in given:
         given["model"] = shown(options.model)
-    for of_the_machine in ("output_dir", "overwrite_output_dir", "resume_from_checkpoint"):
+    for of_the_machine in ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "push_to_hub"):
         given.pop(of_the_machine, None)
-    if Path(options.dataset).exists():  # a card must not disclose a path of the machine
-        given["dataset"] = Path(options.dataset).name
+    # a card must not disclose a path of the machine
+    given |= {name: Path(value).name for name, value in given.items() if isinstance(value, str) and is_path(value)}
     command = yaml.safe_dump(given, sort_keys=True).rstrip()
     rows = "\n".join(f"| {name} | {_figure(value)} |" for name, value in report.figures.items())
     texts = "\n\n".join(f"{when.capitalize()} training:\n\n{_quoted(text)}" for when, text in report.samples.items())
     samples = f"## Samples\n\nPrompt: `{options.prompt}`.\n\n{texts}\n" if texts else ""
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, "
-    versions += f"transformers {transformers.__version__}, accelerate {accelerate.__version__}"
-    data = {
-        "docstrings": "docstrings of Python's standard library, public text that plays the private records",
-        "tickets": "**synthetic** support tickets, from templates",
-    }.get(options.dataset, Path(options.dataset).name if Path(options.dataset).exists() else options.dataset)
     rows_words = f", in rows of at most {options.seq_len} tokens" if options.in_rows else ""
+    uncovered = f"### What the epsilon does not cover\n\n{NOT_COVERED if private else NOTHING_COVERED}\n\n"
+    measured = f"## Measured\n\n| | |\n|---|---|\n{rows}\n\n![Loss and epsilon over the steps]({PICTURE})\n\n"
+    ledger = f"Every release is in the ledger, `{LEDGER}`, which was written ahead of it.\n\n"
+    of_the_run = PUBLISHED if published else f"{ledger}{uncovered}{report.audit}\n{measured}"
     title = shown(options.model).removeprefix("the ")
     return f"""---
 library_name: transformers
@@ -88,27 +119,12 @@ tags: [{"differential-privacy, dp-sgd, dpft" if private else "not-private, dpft"
 ---
 # {title[:1].upper() + title[1:]}, fine-tuned {"with differential privacy" if private else "WITHOUT PRIVACY"}
 
-Data: {data}. At most {options.example_tokens} tokens of each record; one record is one example, never packed with \
-others{rows_words}.
+Data: {described(options.dataset)}. At most {options.example_tokens} tokens of each record; one record is one \
+example, never packed with others{rows_words}.
 
 {report.statement.strip()}
 
-Every release is in the ledger, `{LEDGER}`, which was written ahead of it.
-
-### What the epsilon does not cover
-
-{NOT_COVERED if private else NOTHING_COVERED}
-
-{report.audit}
-## Measured
-
-| | |
-|---|---|
-{rows}
-
-![Loss and epsilon over the steps]({PICTURE})
-
-{samples}
+{of_the_run}{samples}
 ## How it was made
 
 `recipes/{report.recipe.name}.py` with these options (the others at their defaults):
@@ -117,7 +133,7 @@ Every release is in the ledger, `{LEDGER}`, which was written ahead of it.
 {command if given else "{}  # all of them"}
 ```
 
-{versions}, {platform.machine()}, {torch.get_num_threads()} thread(s).
+{versions()}, {platform.machine()}, {torch.get_num_threads()} thread(s).
 """
 
 

@@ -11,27 +11,30 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from accelerate.tracking import get_available_trackers
 from datasets import disable_progress_bars
+from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from dpft import DPFTError
 from finetune import auditing, checkpoints
+from finetune.best import Best
 from finetune.dry_run import dry_run
 from finetune.engine import ending_all, engine_name, from_first, make_accelerator, weight_dtype
 from finetune.export import export, reload_and_check
-from finetune.loop import History, make_optimizer, make_scheduler, train, validation_row
+from finetune.loop import History, check_optimizer, make_optimizer, make_scheduler, train, validation_row
 from finetune.materials import choose_physical
 from finetune.model import lengthen
 from finetune.output import LEDGER, METRICS, choose_output
 from finetune.parsing import parse
 from finetune.plain import train_without_privacy
 from finetune.private import Prepared, prepare, privacy_config, statement
+from finetune.publish import check_login, publish
 from finetune.recipe import Finished, Recipe
-from finetune.report import Report, write_report
+from finetune.report import Report, model_card, write_report
 
 
 @contextmanager
@@ -56,9 +59,10 @@ def run(recipe: Recipe, options: Any) -> int:
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
     with one_line(recipe.name):
-        if options.with_tracking and not get_available_trackers():
-            raise ImportError("--with-tracking: no tracker is installed: pip install tensorboard (or another).")
+        if options.push_to_hub is not None:
+            check_login(options.push_to_hub)
         accelerator = make_accelerator(options)
+        check_optimizer(options, accelerator)
         alone = engine_name(accelerator) + str(accelerator.num_processes) == "whole1"
         if options.compare_nonprivate and not alone:
             if not recipe.options.compare_nonprivate:  # it was asked for, and is not this recipe's demonstration
@@ -75,6 +79,7 @@ def run(recipe: Recipe, options: Any) -> int:
         output = choose_output(options, recipe.name, accelerator)
         checkpoint = checkpoints.find(accelerator, output) if options.resume_from_checkpoint else None
         audit = auditing.begin(accelerator, options, materials, output) if options.audit else None
+        best = Best(accelerator, output, strict=not options.load_in_4bit) if options.save_best else None
     accelerator.project_configuration.set_directories(str(output))
     accelerator.init_trackers(recipe.name)
     history = History(output / METRICS if accelerator.is_main_process else None)
@@ -92,17 +97,21 @@ def run(recipe: Recipe, options: Any) -> int:
             recipe.losses,
             options,
             output / LEDGER,
+            recipe.lengths(materials.train),  # the canaries' too
         )
         schedule = prepared.schedule
         scheduler = make_scheduler(options, prepared.optimizer, schedule.num_steps)
         accelerator.register_for_checkpointing(scheduler)
     with ending_all(accelerator, recipe.name, output):
+        recipe.begin(prepared.model, materials, accelerator)
         if options.sample_tokens:
             samples["before"] = recipe.sample(prepared.model, materials, options, accelerator)
     with one_line(recipe.name):
+        if options.push_to_hub is not None and not prepared.private:
+            raise ValueError("--push-to-hub publishes what an epsilon covers, and this training has none.")
         if checkpoint is not None:
             history.read()
-            checkpoints.load(accelerator, checkpoint)
+            checkpoints.load(accelerator, checkpoint, strict=not options.load_in_4bit)
     with ending_all(accelerator, recipe.name, output):
         history.start(prepared.private)
         warning = "" if prepared.private else "NOT PRIVATE: "
@@ -118,6 +127,10 @@ def run(recipe: Recipe, options: Any) -> int:
 
         def evaluate(network: nn.Module) -> dict[str, float]:
             return recipe.measure(network, materials, accelerator)
+
+        def evaluated(step: int, measures: dict[str, float]) -> None:
+            if best is not None:
+                best.consider(step, measures["loss"])
 
         # only rank 0 has the metrics of a resumed run, and an evaluation needs all ranks
         before = from_first(accelerator, history.first_measures)
@@ -138,6 +151,7 @@ def run(recipe: Recipe, options: Any) -> int:
             evaluate,
             scheduler,
             lambda step: checkpoints.save(accelerator, output, step),
+            evaluated,
         )
         training_seconds = time.perf_counter() - trained_from
         if not finished:
@@ -149,6 +163,11 @@ def run(recipe: Recipe, options: Any) -> int:
             return 130
         after = evaluate(prepared.model)
         history.add(validation_row(prepared.step, after) | {"epsilon": prepared.epsilon()})
+        evaluated(prepared.step, after)
+        if best is not None and best.step not in (0, prepared.step):
+            best.restore()
+            after = evaluate(prepared.model)
+            accelerator.print(f"the best weights are those of step {best.step}; they are exported")
         accelerator.print(f"{warning}validation {in_words(after, 'after', recipe)} (before: {before['loss']:.3f})")
         if options.sample_tokens:
             samples["after"] = recipe.sample(prepared.model, materials, options, accelerator)
@@ -156,6 +175,8 @@ def run(recipe: Recipe, options: Any) -> int:
                 accelerator.print(f"sample {when}: {json.dumps(text)}")
         # before the model is unwrapped and saved: the statement needs the ledger and the optimiser
         notes = [*recipe.notes(options), *([audit.note] if audit else [])]
+        if best is not None:
+            notes.append(best.note(prepared.step))
         words = statement(prepared, recipe.tuning(options), *notes)
         spent = prepared.epsilon(exact=True)
         losses = auditing.losses(audit, accelerator, prepared.model, materials) if audit else []
@@ -187,10 +208,24 @@ def run(recipe: Recipe, options: Any) -> int:
                 section = auditing.section(found)
             report = Report(recipe, asked, words, figures, samples, private=spent is not None, audit=section)
             write_report(output, report, schedule, history.rows)
+            card = model_card(report, published=True)
         accelerator.end_training()
     accelerator.print(
         f"{warning}model, card, ledger, metrics and picture: {output} ({time.perf_counter() - began:.0f} s in all)"
     )
+    if options.push_to_hub is not None and accelerator.is_main_process:
+        return push(recipe.name, options.push_to_hub, output, card)
+    return 0
+
+
+def push(name: str, repo: str, output: Path, card: str) -> int:
+    """Publish the model; 0, or 1 with one line if the hub does not take it, which costs nothing of the run."""
+    try:
+        print(f"published, private until you change it: {publish(output, repo, card)}")
+    except (OSError, HfHubHTTPError) as error:
+        words = " ".join(str(error).split())
+        print(f"{name}.py: error: --push-to-hub {repo}: {words}; the model is in {output}.", file=sys.stderr)
+        return 1
     return 0
 
 

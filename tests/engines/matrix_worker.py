@@ -241,14 +241,14 @@ class Bench:
         num_workers: int = 0,
         tokens: int = TOKENS,
         tiles: int | None = None,
+        by_length: bool = False,
     ) -> None:
         """One logical batch of all examples: the clipped sum that reached the optimiser, against the oracle.
 
-        ``tiles``: tokens of one; with them comes all of ``dpft.long_context``.
+        ``tiles``: tokens of one; with them comes all of ``dpft.long_context``. ``by_length``: sorted before the cut.
         """
         model, examples = MODELS[name](), Examples(number, tokens=tokens)
-        if precision == "bf16 weights":
-            model = model.to(torch.bfloat16)
+        model = model.to(torch.bfloat16) if precision == "bf16 weights" else model
         before = {n: p.detach().clone().float() for n, p in trainable(model).items()}
         if ckpt:
             model.gradient_checkpointing_enable(  # type: ignore[operator]  # every model here is Hugging Face's
@@ -265,9 +265,9 @@ class Bench:
             max_physical_batch_size=physical,
             strategy=strategy,
             num_workers=num_workers,
+            lengths=examples.batch["attention_mask"].sum(1) if by_length else None,
         )
-        counts = self.train(*made)
-        after = full_parameters(made[0], made[1])
+        counts, after = self.train(*made), full_parameters(made[0], made[1])
         release = {n: (before[n] - after[n]) / RATE * number for n in before}
         self.note(
             title,
@@ -372,7 +372,7 @@ def run_situations(bench: Bench) -> None:
         bench.sum(f"five physical batches, {strategy}", "llama", "float32", strategy, 9, 1, False)
         if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") != "3":  # which refuses it
             bench.sum(f"in tiles, {strategy}", "tied", "float32", strategy, 5, 2, False, tiles=3)
-    bench.sum("loaded by a worker process", "llama", "float32", "one_pass", 9, 2, False, num_workers=1)
+    bench.sum("by a worker process, by length", "llama", "float32", "one_pass", 9, 2, False, 1, by_length=True)
     # Three examples on one rank and two on the other, each of them with collectives of its own.
     bench.sum("per_example", "llama", "float32", "per_example", 5, 4, False)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":

@@ -119,6 +119,8 @@ def disagreements() -> None:
         "physical": {"max_physical_batch_size": 3},
         "length": {"dataset": data[:-1]},
         "order": {"dataset": data[1:] + data[:1]},
+        "lengths": {"lengths": range(len(data))},
+        "other lengths": {"lengths": [RANK] * len(data)},
         "seed": {"test_seed": 4},
         "workers": {"num_workers": 1},
         "trainable": {"model": zoo.seeded(zoo.llama)("sdpa") if RANK else None},
@@ -127,7 +129,7 @@ def disagreements() -> None:
         "fp16": {"model": zoo.seeded(zoo.llama)("sdpa").half() if RANK else None},
     }
     for name, options in other.items():
-        always = name == "epsilon"
+        always = name in ("epsilon", "other lengths")
         case(name, lambda name=name, o=options if RANK or always else {}: Private(name, **o))  # type: ignore[misc]  # bound now
     plain = agreement.versions
     real: Any = dpft.prepare.__globals__

@@ -76,6 +76,7 @@ def run_sequence(bench: Bench) -> None:
         ("frozen embedding", False, TOKENS),
     ):
         bench.sum(f"{name}, {tokens}", name, "float32", "auto", 5, 1, ckpt, tokens=tokens)
+    bench.sum("by length", "llama", "float32", "auto", 5, 1, False, by_length=True)
     bench.sum("an example on fewer ranks than there are", "llama", "float32", "auto", 1, 1, False)
     if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
         bench.note(

@@ -45,7 +45,7 @@ def test_sequence(engine: str, processes: int, tmp_path: Path) -> None:
     every = [json.loads((output / f"results_{rank}.json").read_text()) for rank in range(processes)]
     check_verdicts(every)
     for results in every:
-        check_sums(results, 9)
+        check_sums(results, 10)
         if processes == 2:
             check_refusals(results)
         assert "in tiles" in results or "under ZeRO-3" in results["tiles"]["raised"]

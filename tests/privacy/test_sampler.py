@@ -259,6 +259,63 @@ def test_ranks_make_the_same_number_of_passes() -> None:
     assert seen[0] == seen[1] == seen[2] == [step for step in range(6) for _ in range(5)]
 
 
+@pytest.mark.parametrize("kind", MAKERS)
+@given(data=st.data(), world=st.integers(1, 3), rows=st.integers(1, 7))
+def test_lengths_change_the_order_within_a_logical_batch_only(
+    kind: str, data: st.DataObject, world: int, rows: int
+) -> None:
+    """On each rank the examples that it draws anyway, in as many physical batches; longest first, ties by index."""
+    lengths = data.draw(st.lists(st.integers(0, 9), min_size=30, max_size=30))
+    for rank in range(world):
+        drawn = MAKERS[kind](30, rank=rank, world_size=world, test_seed=8)
+        plain, by_length = (
+            list(
+                PhysicalBatchSampler(
+                    MAKERS[kind](30, rank=rank, world_size=world, test_seed=8),
+                    rows,
+                    num_steps=7,
+                    first_step=2,
+                    agree=lambda count: max(count, 3),
+                    lengths=given,
+                )
+            )
+            for given in (None, lengths)
+        )
+        assert [(b.step, b.is_last, b.num_padding) for b in plain] == [
+            (b.step, b.is_last, b.num_padding) for b in by_length
+        ]
+        for step in range(2, 7):
+            mine = [i for batch in by_length if batch.step == step for i in batch.indices]
+            assert mine == sorted(drawn.draw(step).tolist(), key=lambda i: (-lengths[i], i))
+
+
+@pytest.mark.parametrize("make", [list, tuple, np.array, torch.tensor, lambda some: np.array(some, np.uint8)])
+def test_lengths_of_any_kind_of_sequence(make: Callable[[list[int]], Any]) -> None:
+    sampler = PhysicalBatchSampler(PoissonSampler(4, 1.0), 2, num_steps=1, lengths=make([3, 1, 200, 0]))
+    assert [batch.indices for batch in sampler] == [[2, 0], [1, 3]]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "found"),
+    [
+        ([1, 2, 3], r"of shape \[3\].*each of 4 examples"),
+        ([], r"of shape \[0\]"),
+        (7, r"of shape \[\]"),
+        ([[1], [2], [3], [4]], r"of shape \[4, 1\]"),
+        ([[1], [2], [3], [4, 5]], "is lists"),
+        ([1, 2, -3, 4], r"lengths\[2\] is -3"),
+        (np.array([1, 2, 3, 2**63], np.uint64), r"lengths\[3\] is -"),
+        ([1.0, 2.0, 3.0, 4.0], "is float64"),
+        ([True, False, True, True], "is bool"),
+        (["a", "b", "c", "d"], "is <U1"),
+        ([1, None, 2, 3], "is object"),
+    ],
+)
+def test_wrong_lengths_are_refused(lengths: Any, found: str) -> None:
+    with pytest.raises(PrivacyConfigError, match=found):
+        PhysicalBatchSampler(PoissonSampler(4, 0.5), 2, num_steps=1, lengths=lengths)
+
+
 def test_iteration_begins_where_the_ledger_stands_and_ends_at_the_schedule() -> None:
     released = [0]
     sampler = PhysicalBatchSampler(

@@ -18,7 +18,7 @@ import dpft
 import llama_dp
 from accelerate import Accelerator
 from finetune import evaluation
-from finetune.data.documents import document_losses, longest, rows_of, tokens_in_memory
+from finetune.data.documents import document_losses, longest, rows_of, token_counts, tokens_in_memory
 from finetune.data.examples import make_collate
 from finetune.data.loading import load_texts
 from finetune.evaluation import validation_loss
@@ -199,6 +199,9 @@ def test_lengths_are_those_of_the_selected_examples() -> None:
     assert longest(examples) == 20
     assert longest(examples.select([0, 2])) == 11
     assert longest(examples.select([3])) == 0
+    assert token_counts(examples.select([3, 0])) == [0, len(examples[0]["input_ids"])]
+    assert token_counts(documents(3, 7)) == [3, 7]
+    assert token_counts(Dataset.from_list([{"chosen": [1]}])) is None
 
 
 def test_a_spread_sequence_is_one_row(capsys: pytest.CaptureFixture[str]) -> None:

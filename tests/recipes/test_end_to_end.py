@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from matplotlib.image import imread
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llama_dp
 from finetune import loop
+from finetune.recipe import Recipe
+from finetune.run import main as run
 from tests.fixed_draws import fixed_draws
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -157,6 +160,20 @@ def test_ways_to_train(words: list[str], tmp_path: Path, records: str) -> None:
     assert llama_dp.main(["--dataset", records, "--output-dir", str(tmp_path), "--num-steps", "2", *words]) == 0
     assert releases(tmp_path) == 2
     assert AutoModelForCausalLM.from_pretrained(tmp_path)
+    rounded = [row["unchanged_share"] for row in metrics(tmp_path) if "unchanged_share" in row]
+    if "--bf16" in words:
+        assert rounded[0] is None and 0 < rounded[1] < 0.5  # at this learning rate few updates are lost
+    else:
+        assert not rounded
+
+
+@pytest.mark.slow
+def test_a_warning_is_written_and_said(tmp_path: Path, records: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--dataset", records, "--output-dir", str(tmp_path), "--num-steps", "3", "--learning-rate", "0", *SMALL]
+    assert llama_dp.main(words) == 0
+    (row,) = [row for row in metrics(tmp_path) if "warning" in row]
+    assert row["step"] == 2 and "learning rate is 0" in row["warning"] and row["not_for_publication"] is False
+    assert f"warning: {row['warning']}" in "".join(capsys.readouterr())
 
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
@@ -187,6 +204,11 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(
         (["--dry-run", "--clipping", "none", "--noise-multiplier", "1"], "bounds nothing"),
         (["--clipping", "ghost", "--strategy", "one_pass"], "by definition"),
         (["--with-tracking"], "pip install"),
+        (["--report-to", "wandb"], "pip install wandb"),
+        (["--report-to", "none,nosuch"], "'none'; expected none, all, or of"),
+        (["--attn-implementation", "flash_attention_2"], "FlashAttention2"),
+        (["--optim", "adamw_8bit"], "bitsandbytes"),
+        (["--push-to-hub", "me/model"], "not logged in"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -198,7 +220,9 @@ def test_what_cannot_be_done_ends_with_one_line_and_status_2(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("finetune.run.get_available_trackers", lambda: [])
+    monkeypatch.setattr("finetune.engine.get_available_trackers", lambda: [])
+    monkeypatch.setattr("finetune.publish.get_token", lambda: None)
+    monkeypatch.setattr("transformers.trainer_optimizer.is_bitsandbytes_available", lambda: False)
     with pytest.raises(SystemExit) as stop:
         llama_dp.main([*SMALL, "--dataset", records, "--output-dir", str(tmp_path / "run"), *words])
     assert stop.value.code == 2
@@ -223,6 +247,52 @@ def test_starting_anew_keeps_the_ledger_of_what_was_spent(tmp_path: Path, record
     assert llama_dp.main([*words, "--overwrite-output-dir"]) == 0
     assert releases(tmp_path) == 1
     assert sum("release" in json.loads(line) for line in (tmp_path / "earlier-1-ledger.jsonl").open()) == 1
+
+
+@pytest.mark.slow
+def test_the_best_weights_are_exported_also_of_a_run_that_was_resumed(
+    tmp_path: Path, records: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Evaluations are numbered; the fourth of them, after step 2, is the best."""
+    seen: dict[float, torch.Tensor] = {}
+    losses = iter([9.0, 8.0, 1.0, 7.0, 6.0, 5.0, 1.0])  # before; steps 1 to 4; at the end; of what is put back
+
+    class Scripted(Recipe):
+        def measure(self, model: Any, materials: Any, accelerator: Any = None) -> dict[str, float]:
+            loss = next(losses)
+            seen.setdefault(loss, model.state_dict()["lm_head.weight"].clone())
+            return {"loss": loss}
+
+    add = loop.History.add
+
+    def press(history: loop.History, row: dict[str, Any]) -> None:
+        add(history, row)
+        if row["step"] == 3 and "loss" in row:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    words = ["--dataset", records, "--output-dir", str(tmp_path), "--num-steps", "5", "--save-best", *SMALL]
+    words += ["--eval-every", "1", "--no-reload-check"]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.History, "add", press)
+        assert run(Scripted(), "", words) == 130
+    gc.collect()
+    assert run(Scripted(), "", [*words, "--resume-from-checkpoint"]) == 0
+    assert "the best weights are those of step 2; they are exported" in capsys.readouterr().out
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight
+    assert torch.equal(exported, seen[1.0]) and not torch.equal(exported, seen[5.0])
+    card = (tmp_path / "README.md").read_text()
+    assert "those of step 2, chosen by the lowest validation loss" in card and "that of all 5 steps" in card
+    assert "| Steps released / planned | 5 / 5 |" in card and "| validation loss after, nats a token | 1 |" in card
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optim", ["adafactor", "sgd", "adamw_torch_fused"])
+def test_optimisers(optim: str, tmp_path: Path, records: str) -> None:
+    words = [*SMALL, "--optim", optim, "--attn-implementation", "eager", "--torch-dtype", "bfloat16"]
+    words += ["--learning-rate", "0.1", "--dataset", records, "--output-dir", str(tmp_path), "--num-steps", "2"]
+    assert llama_dp.main(words) == 0
+    assert releases(tmp_path) == 2
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
 
 
 @pytest.mark.slow

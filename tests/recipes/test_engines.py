@@ -112,6 +112,18 @@ def test_zero2_lora_in_bfloat16(tmp_path: Path, records: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+def test_the_best_weights_are_put_back_into_every_engine(engine: str, tmp_path: Path, records: str) -> None:
+    """At a learning rate that destroys the model more with each step. The recipe reloads what it exports."""
+    output = tmp_path / "run"
+    words = words_of(records, output, "--num-steps", "4", "--save-best", "--eval-every", "1", "--learning-rate", "3")
+    told = succeed(launch(engine, RECIPE, *words, "--lr-scheduler-type", "constant", scratch=tmp_path, timeout=150))
+    assert "the best weights are those of step 1;" in told or "the best weights are those of step 2;" in told
+    check_result(output, torch.float32, steps=4)
+    assert "chosen by the lowest validation loss" in (output / "README.md").read_text()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "more"), [("sp2_fsdp2", ["--gradient-checkpointing"]), ("sp2_zero3", ["--lora-r", "2"])]
 )

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import Adafactor
 
+from finetune.engine import trackers
+from finetune.loop import check_optimizer, make_optimizer
 from finetune.options import BASE_MODEL, Options
 from finetune.parsing import as_words, build_parser, parse, read_yaml
 
@@ -90,6 +96,14 @@ def test_a_wrong_file_is_refused_with_what_to_do(
         ["--seq-len", "1"],
         ["--max-physical-batch-size", "0"],
         ["--validation-share", "1"],
+        ["--bf16", "--torch-dtype", "float32"],
+        ["--torch-dtype", "float16"],
+        ["--attn-implementation", "nosuch"],
+        ["--optim", "lomo"],
+        ["--with-tracking", "--report-to", "none"],
+        ["--save-best", "--eval-every", "0"],
+        ["--push-to-hub", "me/model", "--clipping", "none"],
+        ["--push-to-hub", "me/model", "--noise-multiplier", "0"],
         ["--seq", "8"],  # no abbreviations: a new option must not change what an old command means
     ],
 )
@@ -119,3 +133,64 @@ def test_the_files_kept_with_the_recipe_are_valid(path: Path) -> None:
 
 def test_as_words_shows_only_what_differs() -> None:
     assert as_words(Options(seq_len=64)).keys() <= {"seq_len", "num_steps"}
+
+
+def test_the_dtype_of_bf16() -> None:
+    assert parse(["--torch-dtype", "bfloat16"]).bf16 and parse(["--dtype", "bfloat16", "--bf16"]).bf16
+    assert not parse(["--torch-dtype", "float32"]).bf16
+
+
+@pytest.mark.parametrize(
+    ("words", "cls", "settings"),
+    [
+        ([], torch.optim.AdamW, {"lr": 5e-3, "betas": (0.8, 0.95), "eps": 1e-8, "weight_decay": 0.0}),
+        (["--optim", "adamw_torch", "--weight-decay", "0.1"], torch.optim.AdamW, {"weight_decay": 0.1, "fused": None}),
+        (
+            ["--optim", "adamw_torch_fused", "--adam-beta1", "0.9"],
+            torch.optim.AdamW,
+            {"betas": (0.9, 0.95), "fused": True},
+        ),
+        (["--optim", "sgd", "--learning-rate", "0.5"], torch.optim.SGD, {"lr": 0.5, "momentum": 0}),
+        (["--optim", "adafactor"], Adafactor, {"lr": 5e-3, "relative_step": False, "scale_parameter": False}),
+    ],
+)
+def test_the_optimiser_is_that_of_the_name(words: list[str], cls: type, settings: dict[str, Any]) -> None:
+    model = torch.nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    optimizer = make_optimizer(parse(words), model)
+    assert type(optimizer) is cls
+    assert [p.shape for group in optimizer.param_groups for p in group["params"]] == [model.weight.shape]
+    assert {name: optimizer.param_groups[0][name] for name in settings} == settings
+    assert make_optimizer(parse(words), model, 0.25).param_groups[0]["lr"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("optim", "engine", "fine"),
+    [
+        ("sgd", "zero2", True),
+        ("adafactor", "whole", True),
+        ("adafactor", "fsdp2", False),
+        ("adamw_8bit", "zero3", False),
+    ],
+)
+def test_optimisers_of_whole_tensors_are_refused_where_there_are_shards(
+    optim: str, engine: str, fine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune.loop.engine_name", lambda accelerator: engine)
+    with contextlib.nullcontext() if fine else pytest.raises(ValueError, match=f"{optim} under {engine}"):
+        check_optimizer(Options(optim=optim), None)  # type: ignore[arg-type]  # it only asks for the name
+
+
+def test_trackers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.engine.get_available_trackers", lambda: ["wandb", "tensorboard"])
+    found = [
+        trackers(parse(words))
+        for words in (
+            [],
+            ["--report-to", "none"],
+            ["--with-tracking"],
+            ["--report-to", "all"],
+            ["--report-to", "tensorboard, wandb"],
+        )
+    ]
+    assert found == [[], [], ["wandb", "tensorboard"], ["wandb", "tensorboard"], ["tensorboard", "wandb"]]

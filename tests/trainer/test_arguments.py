@@ -25,7 +25,7 @@ REFUSED = {
     "auto_find_batch_size": (True, "dpft.plan"),
     "include_num_input_tokens_seen": ("all", "number of drawn tokens"),
     "dataloader_drop_last": (True, "every drawn example"),
-    "train_sampling_strategy": ("group_by_length", "PrivacyConfig.sampler"),
+    "train_sampling_strategy": ("sequential", "PrivacyConfig.sampler"),
     "debug": ("underflow_overflow", "activations"),
 }
 OPTIMISERS = {

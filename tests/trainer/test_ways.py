@@ -13,6 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import dpft
+from dpft.errors import PrivacyConfigError
 from tests import zoo
 from tests.trainer import setups
 from tests.trainer.test_trainer import COUNT, data, trainer_of
@@ -190,3 +191,50 @@ def test_a_resumed_epoch_ends_where_it_would_have(tmp_path: Path) -> None:
     resumed = trainer_of(tmp_path, privacy=privacy, args=args, callbacks=[second])
     done = resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
     assert second.at == [4, 6] and done.global_step == 6 and resumed.private_loader.privacy.steps == 6
+
+
+def ragged() -> list[dict[str, Any]]:
+    """The examples without padding, of different numbers of tokens."""
+    return [{k: v[: 4 + (5 * i) % COUNT].tolist() for k, v in item.items()} for i, item in enumerate(data())]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "expected"),
+    [
+        (lambda: ragged(), [9, 8, 7, 6, 5, 4]),
+        (lambda: Dataset.from_list(ragged()).with_format("torch"), [9, 8, 7, 6, 5, 4]),
+        (lambda: Dataset.from_list([{**x, "length": -len(x["labels"]) + 9} for x in ragged()]), [4, 5, 6, 7, 8, 9]),
+        (lambda: Dataset.from_list([{**x, "size": -len(x["labels"]) + 9} for x in ragged()]), [4, 5, 6, 7, 8, 9]),
+    ],
+    ids=["a list", "Arrow", "a column", "a named column"],
+)
+def test_group_by_length_sorts_within_the_logical_batch(dataset: Any, expected: list[int], tmp_path: Path) -> None:
+    """Longest first, as Trainer finds lengths; and the update is that without it."""
+    examples, found = dataset(), {}
+    named = {"length_column_name": "size"} if "size" in getattr(examples, "column_names", ()) else {}
+    for strategy in ("random", "group_by_length"):
+        order: list[int] = []
+
+        def collate_noting(items: list[Any], order: list[int] = order) -> dict[str, torch.Tensor]:
+            order += [len(item["labels"]) for item in items]
+            return collate([{k: torch.as_tensor(v) for k, v in item.items()} for item in items])
+
+        args = {"per_device_train_batch_size": 1, "train_sampling_strategy": strategy, **named}
+        trainer = dpft.DPTrainer(
+            model=zoo.LLAMA.build(),
+            args=setups.arguments(hf.TrainingArguments, tmp_path / strategy, **args),
+            train_dataset=examples,
+            data_collator=collate_noting,
+            privacy=setups.whole_data(COUNT),
+        )
+        found[strategy] = setups.moved(trainer.model, trainer.train), order
+    setups.assert_same(found["group_by_length"][0], found["random"][0])
+    assert found["group_by_length"][1] == expected != found["random"][1]
+
+
+def test_group_by_length_needs_lengths(tmp_path: Path) -> None:
+    args = setups.arguments(hf.TrainingArguments, tmp_path, train_sampling_strategy="group_by_length")
+    options: dict[str, Any] = {"model": zoo.LLAMA.build(), "args": args, "privacy": setups.whole_data(COUNT)}
+    trainer = dpft.DPTrainer(train_dataset=[{"pixels": 1}] * COUNT, **options)
+    with pytest.raises(PrivacyConfigError, match=r"needs 'input_ids'.*column 'length'.*got \['pixels'\]"):
+        trainer.train()

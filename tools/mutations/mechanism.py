@@ -159,6 +159,14 @@ MECHANISM_MUTATIONS = (
         SAMPLER,
     ),
     Mutation(
+        "lengths_change_the_draw",
+        "positions in the sorted batch are taken for examples",
+        _SAMPLER,
+        'indices = indices[np.argsort(-self.lengths[indices], kind="stable")]',
+        'indices = np.argsort(-self.lengths[indices], kind="stable")',
+        SAMPLER,
+    ),
+    Mutation(
         "padding_has_weight",
         "padding rows count",
         _LOADER,

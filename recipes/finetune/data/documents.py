@@ -90,11 +90,22 @@ def tokens_in_memory(tokens: int, row_tokens: int) -> int:
     return tokens if tokens <= row_tokens else -(-(tokens - 1) // (row_tokens - 1)) * row_tokens
 
 
+def token_counts(examples: Any) -> list[int] | None:
+    """The number of tokens of each example, of a ``datasets.Dataset`` from the offsets of its lists alone.
+
+    None where the examples have no ``input_ids``.
+    """
+    if "input_ids" not in examples[0]:
+        return None
+    if not isinstance(examples, Dataset):
+        return [len(example["input_ids"]) for example in examples]
+    batches: Iterable[Any] = examples.select_columns("input_ids").with_format("arrow").iter(1000)
+    return [n for batch in batches for n in batch["input_ids"].combine_chunks().value_lengths().to_pylist()]
+
+
 def longest(examples: Dataset) -> int:
-    """Tokens of the longest example, in one pass over the lengths."""
-    batches: Iterable[Any] = examples.with_format("arrow").iter(1000)
-    lengths = (batch["input_ids"].combine_chunks().value_lengths().to_pylist() for batch in batches)
-    return max(max(some) for some in lengths)
+    """Tokens of the longest example."""
+    return max(token_counts(examples) or [0])
 
 
 def document_losses(logits: Tensor, labels: Tensor, example_ids: Tensor) -> Tensor:

@@ -75,14 +75,24 @@ def make_collate(
 
     Returns:
         A function from a list of examples to int64 tensors [B, T]: ``input_ids``, ``attention_mask`` (1 where there
-        is a token), ``labels`` (-100 on padding); with ``row_tokens`` also ``example_ids`` [B], and B counts rows. It
-        must be given at least one example; the loader of dpft adds its examples of weight zero before.
+        is a token), ``labels`` (the tokens, or the example's own ``labels``; -100 on padding); with ``row_tokens``
+        also ``example_ids`` [B], and B counts rows. It must be given at least one example; the loader of dpft adds
+        its examples of weight zero before. It raises ValueError for an example with more tokens than
+        ``pad_to``, or another number of labels than of tokens.
     """
 
     def collate(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         whole = [list(example["input_ids"]) for example in examples]
-        parts = [[row] if row_tokens is None else rows_of(row, row_tokens) for row in whole]
+        learnt = [list(example.get("labels", example["input_ids"])) for example in examples]
+        if [len(ids) for ids in whole] != [len(labels) for labels in learnt]:
+            raise ValueError("an example has another number of labels than of tokens; expected one for each token.")
+
+        def in_rows(tokens: list[int]) -> list[list[int]]:
+            return [tokens] if row_tokens is None else rows_of(tokens, row_tokens)
+
+        parts = [in_rows(ids) for ids in whole]
         rows = [row for part in parts for row in part]
+        rows_of_labels = [row for labels in learnt for row in in_rows(labels)]
         longest = max(1, *(len(row) for row in rows)) if rows else 1
         length = pad_to or -(-longest // multiple_of) * multiple_of
         if longest > length:
@@ -92,15 +102,13 @@ def make_collate(
             )
         input_ids = torch.full((len(rows), length), pad_token_id, dtype=torch.long)
         mask = torch.zeros_like(input_ids)
-        for i, row in enumerate(rows):
+        labels = torch.full_like(input_ids, IGNORED_LABEL)
+        for i, (row, row_labels) in enumerate(zip(rows, rows_of_labels, strict=True)):
             input_ids[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+            labels[i, : len(row)] = torch.tensor(row_labels, dtype=torch.long)
             mask[i, : len(row)] = 1
         # A row without a single token attends to nothing, which some attention kernels answer with NaN.
         mask[:, 0] = 1
-        labels = input_ids.masked_fill(mask == 0, IGNORED_LABEL)
-        for i, row in enumerate(rows):
-            if not row:
-                labels[i] = IGNORED_LABEL
         batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
         if row_tokens is not None:
             batch["example_ids"] = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p) for p in parts]))

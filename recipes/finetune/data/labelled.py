@@ -81,7 +81,8 @@ def make_label_collate(pad_token_id: int) -> Callable[[Sequence[dict[str, Any]]]
     pad = make_collate(pad_token_id)
 
     def collate(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        return pad(examples) | {"labels": torch.tensor([example["labels"] for example in examples])}
+        batch = pad([{"input_ids": example["input_ids"]} for example in examples])
+        return batch | {"labels": torch.tensor([example["labels"] for example in examples])}
 
     return collate
 

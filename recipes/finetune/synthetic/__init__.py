@@ -1,0 +1,1 @@
+"""A synthetic data set from a private model: conditions, generation, checks, measures, the data card."""
