@@ -82,6 +82,7 @@ def train(setting: Setting, evaluated: int) -> dict[str, Any]:
             recipe.losses,
             options,
             Path(folder) / "ledger.jsonl",
+            recipe.lengths(materials.train),
         )
         schedule = prepared.schedule
         scheduler = make_scheduler(options, prepared.optimizer, schedule.num_steps)
