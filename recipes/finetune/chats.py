@@ -15,7 +15,8 @@ from finetune.data.examples import make_collate
 from finetune.evaluation import choose_examples, sample_text
 from finetune.materials import Materials, pad_token, records_of
 from finetune.model import load_tokenizer
-from finetune.options import BASE_MODEL, Options, again, option
+from finetune.option import again, option
+from finetune.options import BASE_MODEL, Options
 
 CHATS = "chats"
 

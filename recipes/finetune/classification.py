@@ -25,7 +25,8 @@ from finetune.data.progress import loading_bars
 from finetune.evaluation import choose_examples, over_batches
 from finetune.materials import Materials, pad_token, records_of
 from finetune.model import checkpointed, load_tokenizer, reading, with_lora
-from finetune.options import Options, again, option
+from finetune.option import again, option
+from finetune.options import Options
 from finetune.recipe import Recipe
 
 BINS = 10  # of the calibration error

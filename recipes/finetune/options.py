@@ -5,9 +5,11 @@ Names follow TRL where TRL has one (``--model_name_or_path``, ``--dataset_name``
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
+
+from finetune.option import option
 
 BASE_MODEL = Path(__file__).resolve().parent.parent / "assets" / "base_model"
 
@@ -16,16 +18,6 @@ SCHEDULES: tuple[str, ...] = ("cosine", "linear", "constant", "constant_with_war
 SCHEDULES += ("cosine_with_restarts", "polynomial", "inverse_sqrt")
 OPTIMISERS: tuple[str, ...] = ("adamw", "adamw_torch", "adamw_torch_fused", "sgd", "adafactor")
 OPTIMISERS += ("adamw_8bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_8bit")
-
-
-def option(default: Any, group: str, help: str, *, also: tuple[str, ...] = (), **kwargs: Any) -> Any:
-    """A dataclass field that is an option: its default, its group in ``--help``, other names, argparse's keywords."""
-    return field(default=default, metadata={"group": group, "help": help, "also": also, "argparse": kwargs})
-
-
-def again(options: type[Any], name: str, default: Any) -> Any:
-    """The option of another recipe with another default, for a dataclass that inherits its options."""
-    return field(default=default, metadata=next(f.metadata for f in fields(options) if f.name == name))
 
 
 @dataclass

@@ -17,7 +17,8 @@ from finetune.engine import sequence_size
 from finetune.evaluation import choose_examples
 from finetune.materials import Materials, pad_token, records_of
 from finetune.model import load_tokenizer
-from finetune.options import Options, again, option
+from finetune.option import again, option
+from finetune.options import Options
 
 PAIRS = "pairs"
 
