@@ -119,8 +119,10 @@ def shard_blocks(accelerator: Accelerator, model: Any) -> None:
 
     Accelerate 1.15 shards the embeddings by themselves, and fails where they are sharded with their block already.
     """
+    if engine_name(accelerator) != "fsdp2":
+        return
     plugin = accelerator.state.fsdp_plugin
-    if engine_name(accelerator) != "fsdp2" or plugin.transformer_cls_names_to_wrap:
+    if plugin.transformer_cls_names_to_wrap:
         return
     embeddings = model.get_input_embeddings()
     around = {type(m).__name__ for m in model.modules() if m is not embeddings and embeddings in set(m.modules())}
