@@ -331,7 +331,7 @@ LABELLED = "text,label\n" + "secret,a\nsecret,b\n" * 40
         ("blank.csv", LABELLED + "secret,\n", [], "--label-column 'label' is empty in record 81"),
         ("one.csv", "text,label\n" + "secret,a\n" * 40, [], "one label only"),
         ("good.csv", LABELLED, ["--model", "nothing"], "--model 'nothing'"),
-        ("good.csv", LABELLED, ["--user-column", "label"], "--user-column"),
+        ("good.csv", LABELLED, ["--user-column", "nobody"], "--user-column 'nobody'"),
     ],
     ids=["broken", "no label", "null", "float", "blank", "one label", "no model", "users"],
 )
