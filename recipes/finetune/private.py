@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +14,9 @@ from torch import nn
 import dpft
 from accelerate import Accelerator
 from finetune.data.users import user_words
+from finetune.materials import Materials
 from finetune.options import Options
+from finetune.recipe import Recipe
 
 
 def privacy_config(options: Options) -> dpft.PrivacyConfig:
@@ -108,30 +110,27 @@ def prepare(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    dataset: Any,
-    privacy: dpft.PrivacyConfig,
-    collate: Callable[..., dict[str, torch.Tensor]],
-    losses: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor],
+    recipe: Recipe,
+    materials: Materials,
     options: Options,
     ledger: Path,
-    lengths: Sequence[int] | None,
 ) -> Prepared:
-    """Make the parts of an ordinary loop private."""
+    """Make the parts of an ordinary loop private: the examples that the materials hold now, canaries among them."""
     model, optimizer, loader = dpft.prepare(
         accelerator,
         model,
         optimizer,
-        dataset,
-        privacy,
-        collate_fn=collate,
+        materials.train,
+        privacy_config(options),
+        collate_fn=materials.collate_train,
         max_physical_batch_size=options.max_physical_batch_size or 1,
         clipping=cast(Any, options.clipping),  # the command line has checked the choices
         strategy=cast(Any, options.strategy),
         sums_device=cast(Any, options.sums_device),
-        lengths=lengths,
+        lengths=recipe.lengths(materials.train),
         ledger_path=ledger,
     )
-    return Prepared(model, optimizer, loader, losses)
+    return Prepared(model, optimizer, loader, recipe.losses)
 
 
 def unwrap(accelerator: Accelerator, model: nn.Module) -> Any:

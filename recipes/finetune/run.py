@@ -33,7 +33,7 @@ from finetune.model import check_vocabulary, lengthen
 from finetune.output import LEDGER, METRICS, choose_output, no_trace
 from finetune.parsing import parse
 from finetune.plain import train_without_privacy
-from finetune.private import Prepared, check_privacy, prepare, privacy_config, statement
+from finetune.private import Prepared, check_privacy, prepare, statement
 from finetune.publish import check_login, publish
 from finetune.recipe import Finished, Recipe
 from finetune.report import Report, model_card, write_report
@@ -93,18 +93,7 @@ def run(recipe: Recipe, options: Any) -> int:
     with one_line(recipe.name), no_trace(accelerator, output):
         shard_blocks(accelerator, model)
         optimizer = make_optimizer(options, model)
-        prepared = prepare(
-            accelerator,
-            model,
-            optimizer,
-            materials.train,
-            privacy_config(options),
-            materials.collate_train,
-            recipe.losses,
-            options,
-            output / LEDGER,
-            recipe.lengths(materials.train),  # the canaries' too
-        )
+        prepared = prepare(accelerator, model, optimizer, recipe, materials, options, output / LEDGER)
         schedule = prepared.schedule
         scheduler = make_scheduler(options, prepared.optimizer, schedule.num_steps)
         accelerator.register_for_checkpointing(scheduler)

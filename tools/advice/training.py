@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from finetune.loop import make_optimizer, make_scheduler
 from finetune.materials import Materials
 from finetune.options import Options
-from finetune.private import prepare, privacy_config
+from finetune.private import prepare
 from finetune.recipe import Recipe
 
 DELTA, TOKENS = 1e-6, 64
@@ -72,18 +72,7 @@ def train(setting: Setting, evaluated: int) -> dict[str, Any]:
     before = recipe.measure(model, materials)["loss"]
     optimizer = make_optimizer(options, model)
     with tempfile.TemporaryDirectory() as folder:
-        prepared = prepare(
-            accelerator,
-            model,
-            optimizer,
-            materials.train,
-            privacy_config(options),
-            materials.collate_train,
-            recipe.losses,
-            options,
-            Path(folder) / "ledger.jsonl",
-            recipe.lengths(materials.train),
-        )
+        prepared = prepare(accelerator, model, optimizer, recipe, materials, options, Path(folder) / "ledger.jsonl")
         schedule = prepared.schedule
         scheduler = make_scheduler(options, prepared.optimizer, schedule.num_steps)
         norms: list[list[torch.Tensor]] = [[]]
