@@ -12,6 +12,7 @@ import dpft.command_line.environment
 from dpft.command_line import main
 from dpft.privacy import Ledger, privacy_report
 
+ROOT = Path(__file__).resolve().parent.parent
 CONFIG = dpft.PrivacyConfig(noise_multiplier=1.0, target_delta=1e-5, expected_batch_size=10, num_steps=20)
 
 
@@ -79,6 +80,38 @@ def test_the_environment_names_what_is_there_and_what_an_extra_brings(
     monkeypatch.setattr("dpft.command_line.environment.version", lambda name: None if name == "peft" else real(name))
     lines = dict(line.split(None, 1) for line in said(capsys, "env").splitlines())
     assert lines["torch"] == real("torch") and lines["peft"].startswith("not installed; pip install 'dpft[peft]'")
+
+
+def test_the_recipes_are_copied_and_never_over_something(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = said(capsys, "recipes", "--to", "my folder")
+    assert "cd 'my folder' && accelerate launch recipes/llama_dp.py" in told
+    for name in ("accelerate_config.yaml", "recipes/llama_dp.py", "recipes/assets/base_model/model.safetensors"):
+        assert (tmp_path / "my folder" / name).read_bytes() == (ROOT / name).read_bytes()
+    assert not list(tmp_path.rglob("__pycache__"))
+    (tmp_path / "accelerate_config.yaml").write_text("mine")
+    (tmp_path / "file").touch()
+    for folder, message in (
+        (".", "accelerate_config.yaml exists"),
+        ("my folder", "recipes exists"),
+        ("file", "a file"),
+    ):
+        assert main(["recipes", "--to", folder]) == 2
+        told = capsys.readouterr().err.strip()
+        assert len(told.splitlines()) == 1 and message in told
+    assert (tmp_path / "accelerate_config.yaml").read_text() == "mine"
+    assert not (tmp_path / "recipes").exists()
+
+
+def test_a_package_without_recipes_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("dpft.command_line.recipes.source", lambda: tmp_path)
+    assert main(["recipes", "--to", str(tmp_path / "new")]) == 2
+    assert "has no recipes" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
