@@ -23,6 +23,8 @@ from dpft.loader import PrivateDataLoader
 from dpft.long_context.install import long_context
 from dpft.noise import GaussianNoise
 from dpft.optimizer import DPOptimizer
+from dpft.planning.advice import advise
+from dpft.planning.advice_result import Advice
 from dpft.planning.hardware import Hardware
 from dpft.planning.longest import Longest
 from dpft.planning.plan import longest, plan
@@ -39,6 +41,7 @@ __version__ = "0.1.0"  # setup.cfg reads it from here: a string, not a computati
 
 __all__ = [
     "AccountingError",
+    "Advice",
     "BookKeeping",
     "BudgetExceededError",
     "ClipStats",
@@ -62,6 +65,7 @@ __all__ = [
     "PrivateDataLoader",
     "UnsupportedModuleError",
     "WrapError",
+    "advise",
     "audit",
     "book_keeping",
     "check_rule",
