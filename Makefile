@@ -21,7 +21,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 # An install is repeated when one of these is newer than its stamp, and not otherwise.
-INPUTS := setup.cfg pyproject.toml constraints.txt
+INPUTS := setup.cfg setup.py pyproject.toml constraints.txt dpft/__init__.py
 CHECKED := dpft recipes tools
 # Two, on any machine: each of pytest's processes imports torch and transformers and computes its own references.
 PARALLEL := --numprocesses=2 --dist=worksteal

@@ -37,6 +37,8 @@ from dpft.wrap import book_keeping, clipped_loss, explain, stats, unwrap, wrap
 if TYPE_CHECKING:
     from dpft.trainer.classes import DPTrainer, DPTrainingArguments, private_trainer
 
+__version__ = "0.1.0"  # setup.cfg reads it from here: a string, not a computation
+
 __all__ = [
     "AccountingError",
     "Advice",
