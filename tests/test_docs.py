@@ -16,14 +16,14 @@ DOCUMENTS = (
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "recipes" / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 )
 _PATH = re.compile(r"(?<![\w/.:-])((?:\.\./)*(?:[\w.-]+/)*[\w-]+\.(?:py|ya?ml|md|json|png|cfg|toml|txt))(?![\w/*-])")
 # A folder at the top of the project, as in `tests/clipping` or `recipes/accelerate/`.
 _FOLDER = re.compile(r"(?<![\w/.:-])((?:tests|docs|tools|recipes|dpft)(?:/[\w-]+)+)(?![\w*-]|\.\w)")
 _LINK = re.compile(r"\[[^]]*\]\(([^)\s#]+)[^)]*\)")
 # A path that is written by a run, or that stands for the reader's own file, is none of the project's.
-_OUTPUTS = ("outputs/", "runs/", "example_run/", "memory_profiling_results/", "my_records")
+_OUTPUTS = ("outputs/", "runs/", "example_run/", "memory_profiling_results/", "my_records", "docs/benchmarks/gpu/CARD")
 
 
 @cache

@@ -90,7 +90,9 @@ def test_site_is_built_without_a_warning_and_fetches_nothing(tmp_path: Path) -> 
     assert len(pages) > 35
     for page in pages:
         text = page.read_text(encoding="utf-8")
-        fetched = re.findall(r'(?:<(?:script|img|iframe|source)\b[^>]*\bsrc|<link\b[^>]*\bhref)="(https?:[^"]+)"', text)
+        fetched = re.findall(
+            r'(?:<(?:script|img|iframe|source)\b[^>]*\bsrc|<link\b[^>]*\bhref)="(https?:[^"]+)"', text
+        )
         assert not fetched, (page, fetched)
     prepare = (tmp_path / "api" / "training.html").read_text(encoding="utf-8")
     assert 'id="dpft.prepare.prepare"' in prepare and "max_physical_batch_size" in prepare

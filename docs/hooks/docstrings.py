@@ -1,4 +1,4 @@
-"""Docstrings as Markdown: they have roles and code blocks of reStructuredText, which mkdocstrings shows as they are."""
+"""Docstrings as Markdown: mkdocstrings shows the roles and code blocks of reStructuredText as they are."""
 
 from __future__ import annotations
 
