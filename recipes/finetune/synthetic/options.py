@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from finetune.data.labelled import ENCODER
-from finetune.options import Options, again, option
+from finetune.option import again, option
+from finetune.options import Options
 from finetune.synthetic.checks import Rules
 from finetune.synthetic.conditions import NO_HISTOGRAM, parse_columns, parse_weights
 from finetune.synthetic.generation import Sampling
@@ -17,7 +18,10 @@ class SynthesisOptions(Options):
     """The defaults are the demonstration."""
 
     # --audit's canaries have no header; texts are the sample
-    unused: ClassVar[tuple[str, ...]] = ("pack", "audit", "prompt", "sample_tokens")
+    unused: ClassVar[tuple[str, ...]] = (
+        *("pack", "audit", "prompt", "sample_tokens"),
+        *("user_column", "records_per_user"),
+    )
 
     steps: ClassVar[int] = 30
 
