@@ -77,7 +77,7 @@ def begin(accelerator: Accelerator, options: Options, materials: Materials, outp
         )
     included = [list(record) for record in audit.canaries.included]
     if users:  # each is a user of its own, as the claim is about users
-        materials.train = materials.train.with_users([[record] for record in included])
+        materials.train = materials.train.with_users([[{"input_ids": record}] for record in included])
         return audit
     added = Dataset.from_dict({"input_ids": included})
     materials.train = concatenate_datasets([materials.train, added.cast(materials.train.features)])

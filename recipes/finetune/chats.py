@@ -13,7 +13,7 @@ from finetune.data.dialogues import docstring_chats
 from finetune.data.documents import IGNORED_LABEL
 from finetune.data.examples import make_collate
 from finetune.evaluation import choose_examples, sample_text
-from finetune.materials import Materials, pad_token, records_of
+from finetune.materials import Materials, by_user, pad_token, records_of
 from finetune.model import load_tokenizer
 from finetune.option import again, option
 from finetune.options import BASE_MODEL, Options
@@ -26,7 +26,7 @@ class ChatOptions(Options):
     """The options of a recipe on conversations."""
 
     steps: ClassVar[int] = 16
-    unused: ClassVar[tuple[str, ...]] = ("text_column", "pack", "audit", "user_column", "records_per_user")
+    unused: ClassVar[tuple[str, ...]] = ("text_column", "pack", "audit")
 
     dataset: str = option(
         CHATS,
@@ -78,7 +78,7 @@ def chat_materials(options: ChatOptions, accelerator: Accelerator) -> Materials:
         kind = detect(train.column_names, options.format)
         accelerator.print(show(chat, kind))
         show(measured, kind)  # it raises where the assistant's tokens are not to be found
-        train = tokenise_chats(train, chat, kind, "training")
+        examples = tokenise_chats(train, chat, kind, "training")
         validation = tokenise_chats(validation, measured, kind, "validation")
     chosen = [
         example
@@ -91,7 +91,8 @@ def chat_materials(options: ChatOptions, accelerator: Accelerator) -> Materials:
             f"{options.seq_len}; raise it."
         )
     collate = make_collate(pad_token(tokenizer))
-    return Materials(tokenizer, train, chosen, collate, collate)
+    users, collate_train = by_user(options, examples, train, collate, accelerator)
+    return Materials(tokenizer, users, chosen, collate, collate_train)
 
 
 def sample_reply(model: Any, materials: Materials, options: ChatOptions, accelerator: Accelerator) -> str:

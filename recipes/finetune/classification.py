@@ -22,8 +22,9 @@ from finetune.data.labelled import (
     tokenised,
 )
 from finetune.data.progress import loading_bars
+from finetune.data.users import mean_of_users
 from finetune.evaluation import choose_examples, over_batches
-from finetune.materials import Materials, pad_token, records_of
+from finetune.materials import Materials, by_user, pad_token, records_of
 from finetune.model import checkpointed, load_tokenizer, reading, with_lora
 from finetune.option import again, option
 from finetune.options import Options
@@ -40,7 +41,6 @@ class ClassifyOptions(Options):
     unused: ClassVar[tuple[str, ...]] = (
         *("pack", "max_tokens_in_memory", "long_context", "rope_theta", "load_in_4bit"),
         *("prompt", "sample_tokens", "audit"),
-        *("user_column", "records_per_user"),
     )
 
     model: str = again(Options, "model", str(ENCODER))
@@ -164,14 +164,17 @@ class Classification(Recipe):
                     check_labelled(records, text, label)
 
             parts = records_of(options, check)
-            texts, test, self.names = labelled(*parts, options.dataset, text, label, options.labels)
+            texts, test, self.names = labelled(
+                *parts, options.dataset, text, label, options.labels, options.user_column
+            )
             train, test = (tokenised(part, tokenizer, options.seq_len) for part in (texts, test))
         if accelerator.is_main_process:
             print(*summary(texts, "text", train, options.seq_len, None), sep="\n")
         self.weights = weights_of(options.class_weights, self.names)
         chosen = choose_examples(test, options.max_eval_examples, options.seed, least=0)
         collate = make_label_collate(pad_token(tokenizer))
-        return Materials(tokenizer, train, chosen, collate, collate)
+        examples, collate_train = by_user(options, train, texts, collate, accelerator)
+        return Materials(tokenizer, examples, chosen, collate, collate_train)
 
     def model(self, options: ClassifyOptions, dtype: torch.dtype) -> nn.Module:
         """Load the encoder, with a new head."""
@@ -182,11 +185,15 @@ class Classification(Recipe):
         return checkpointed(with_lora(model, options, "SEQ_CLS"), options)
 
     def losses(self, model: Callable[..., Any], batch: dict[str, Tensor]) -> Tensor:
-        """The weighted cross-entropy of each example, ``[B]``; not divided by the weights of the others."""
+        """The weighted cross-entropy of each example, ``[B]``; not divided by the weights of the others.
+
+        Of a user it is the mean over the user's records.
+        """
         logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         weight = None if self.weights is None else logits.new_tensor(self.weights)
-        return nn.functional.cross_entropy(logits, batch["labels"], weight=weight, reduction="none")
+        losses = nn.functional.cross_entropy(logits, batch["labels"], weight=weight, reduction="none")
+        return mean_of_users(losses, batch["example_ids"]) if "example_ids" in batch else losses
 
     def measure(
         self, model: nn.Module, materials: Materials, accelerator: Accelerator | None = None

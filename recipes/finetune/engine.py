@@ -114,6 +114,23 @@ def compute_dtype(options: Options, accelerator: Accelerator) -> torch.dtype:
     return torch.bfloat16 if options.bf16 or accelerator.mixed_precision == "bf16" else torch.float32
 
 
+def shard_blocks(accelerator: Accelerator, model: Any) -> None:
+    """Have Accelerate shard the model's blocks under FSDP2, except one that holds the input embeddings (BERT's).
+
+    Accelerate 1.15 shards the embeddings by themselves, and fails where they are sharded with their block already.
+    """
+    if engine_name(accelerator) != "fsdp2":
+        return
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.transformer_cls_names_to_wrap:
+        return
+    embeddings = model.get_input_embeddings()
+    around = {type(m).__name__ for m in model.modules() if m is not embeddings and embeddings in set(m.modules())}
+    blocks = set(getattr(model, "_no_split_modules", None) or ())
+    if blocks & around:
+        plugin.transformer_cls_names_to_wrap = sorted(blocks - around)
+
+
 @contextmanager
 def unsharded(accelerator: Accelerator) -> Iterator[None]:
     """Within it ``from_pretrained`` loads a whole model on the calling rank, which under ZeRO-3 would be sharded.

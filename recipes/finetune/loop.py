@@ -193,6 +193,7 @@ def train(
         unit="step",
         disable=not accelerator.is_main_process,
         dynamic_ncols=True,
+        delay=0,  # whatever TQDM_DELAY is
     )
     # loss, tokens, clipped examples, examples; of one logical batch, on this rank
     sums, began = torch.zeros(4, dtype=torch.float64), time.perf_counter()

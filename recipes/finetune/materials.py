@@ -16,7 +16,7 @@ from finetune.data.documents import longest, rows_of, tokens_in_memory
 from finetune.data.examples import make_collate, named_text_column, text_column, tokenise
 from finetune.data.loading import load_texts
 from finetune.data.progress import loading_bars
-from finetune.data.users import Users, group_users
+from finetune.data.users import Collate, Users, group_users, of_users
 from finetune.engine import sequence_size
 from finetune.evaluation import choose_examples
 from finetune.model import load_tokenizer
@@ -64,6 +64,31 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
+def by_user(
+    options: Options, examples: Dataset, records: Dataset, collate: Collate, accelerator: Accelerator
+) -> tuple[Any, Collate]:
+    """``--user-column``: what is trained on and how it is collated, with users as examples; without it as given.
+
+    Args:
+        options: of the run.
+        examples: tokenised, one of each record.
+        records: with the column, in the same order.
+        collate: of examples.
+        accelerator: of the run.
+
+    Raises:
+        ValueError: there is no such column.
+    """
+    if options.user_column is None:
+        return examples, collate
+    if options.user_column not in records.column_names:
+        there = ", ".join(records.column_names)
+        raise ValueError(f"--user-column {options.user_column!r}: the data has the columns {there}. Name one of them.")
+    users = group_users(examples, values_of(records, options.user_column), options.records_per_user, options.seed)
+    accelerator.print(users.summary(options.user_column, options.records_per_user))
+    return users, of_users(collate)
+
+
 def text_materials(options: Options, accelerator: Accelerator) -> Materials:
     """Load tokenizer and texts, and tokenise them; one rank first, so that the others find the cache."""
     tokenizer = load_tokenizer(options.model)
@@ -75,10 +100,6 @@ def text_materials(options: Options, accelerator: Accelerator) -> Materials:
         validation = tokenise(held_out, tokenizer, options.example_tokens, column)
     if accelerator.is_main_process:
         print(*summary(texts, column, train, options.example_tokens, tokenizer.eos_token_id), sep="\n")
-    if options.user_column is not None:
-        who = values_of(texts, options.user_column)
-        train = group_users(train, who, options.records_per_user, options.seed)
-        accelerator.print(train.summary(options.user_column, options.records_per_user))
     chosen = choose_examples(validation, options.max_eval_examples, options.seed)
     if not chosen:
         raise ValueError(f"no validation record of {options.dataset!r} has two tokens; choose another --text-column.")
@@ -86,8 +107,10 @@ def text_materials(options: Options, accelerator: Accelerator) -> Materials:
     rows = [{"input_ids": row} for example in chosen for row in rows_of(example["input_ids"], options.row_tokens)]
     pad = pad_token(tokenizer)
     collate = make_collate(pad)
-    in_rows = make_collate(pad, row_tokens=options.row_tokens)
-    return Materials(tokenizer, train, rows, collate, in_rows if options.in_rows else collate)
+    documents = options.in_rows and options.user_column is None
+    of_examples = make_collate(pad, row_tokens=options.row_tokens) if documents else collate
+    examples, collate_train = by_user(options, train, texts, of_examples, accelerator)
+    return Materials(tokenizer, examples, rows, collate, collate_train)
 
 
 def choose_physical(options: Options, materials: Materials, accelerator: Accelerator) -> Options:

@@ -113,8 +113,8 @@ class Recipe:
         """What the privacy statement must say of the examples; first of all, what one example is."""
         if options.user_column is not None:
             return (
-                f"of each record the first {options.example_tokens} tokens are used; which records of a user are used "
-                "follows from the seed and from that user's own records. A person whose records have several values "
+                f"each {self.unit} is cut to {options.example_tokens} tokens; which of a user are used "
+                "follows from the seed and from that user's own ones. A person whose records have several values "
                 "of the column is protected for each value, not for all together",
             )
         unit = (

@@ -25,7 +25,7 @@ from finetune.advice import give_advice
 from finetune.best import Best
 from finetune.data.progress import timed
 from finetune.dry_run import dry_run
-from finetune.engine import ending_all, engine_name, from_first, make_accelerator, weight_dtype
+from finetune.engine import ending_all, engine_name, from_first, make_accelerator, shard_blocks, weight_dtype
 from finetune.export import export, reload_and_check
 from finetune.loop import History, check_optimizer, make_optimizer, make_scheduler, train, validation_row
 from finetune.materials import choose_physical
@@ -91,6 +91,7 @@ def run(recipe: Recipe, options: Any) -> int:
             audit = auditing.begin(accelerator, options, materials, output) if options.audit else None
             best = Best(accelerator, output, strict=not options.load_in_4bit) if options.save_best else None
     with one_line(recipe.name), no_trace(accelerator, output):
+        shard_blocks(accelerator, model)
         optimizer = make_optimizer(options, model)
         prepared = prepare(
             accelerator,

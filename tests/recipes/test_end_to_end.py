@@ -107,7 +107,7 @@ def test_a_killed_run_is_resumed_and_counts_what_it_spent(tmp_path: Path, record
     assert resumed["step"] == spent and resumed["resumed_from_step"] <= spent
     after = metrics(output)[metrics(output).index(resumed) + 1 :]
     assert [row["step"] for row in after if "loss" in row] == list(range(spent + 1, planned + 1))
-    assert max(row["epsilon"] for row in after) <= 8
+    assert max(row["epsilon"] for row in after if "epsilon" in row) <= 8
     assert f"| Steps released / planned | {planned} / {planned} |" in (output / "README.md").read_text()
     assert len(list((output / "checkpoints").iterdir())) <= 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 from collections.abc import Sequence
@@ -17,8 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import dpft
 import llama_dp
 from finetune.data.examples import make_collate
+from finetune.data.labelled import make_label_collate
 from finetune.data.loading import load_texts
-from finetune.data.users import Users, group_users, user_words
+from finetune.data.users import Users, group_users, mean_of_users, of_users, user_words
 from finetune.private import Prepared
 from finetune.recipe import Recipe
 from tests.engines.launching import ROOT, launch, succeed
@@ -53,7 +55,11 @@ def grouped(records: Sequence[Record], at_most: int = 3, seed: int = 0) -> Users
 
 def rows_by_user(records: Sequence[Record], **how: int) -> dict[str, list[list[int]]]:
     users = grouped(records, **how)
-    return {user: users[i]["rows"] for i, user in enumerate(sorted({user for user, _ in records}))}
+    return {user: rows_of_user(users[i]) for i, user in enumerate(sorted({user for user, _ in records}))}
+
+
+def rows_of_user(user: dict[str, Any]) -> list[list[int]]:
+    return [record["input_ids"] for record in user["records"]]
 
 
 def oracle_gradient(rows: list[list[int]]) -> list[Tensor]:
@@ -74,7 +80,7 @@ def norm(gradient: Sequence[Tensor]) -> float:
 def clipped_sum(users: Users, clip: float) -> tuple[list[Tensor], Tensor]:
     """What dpft makes of a logical batch of all the users: clipped sum and norms."""
     model = dpft.wrap(tiny(), max_grad_norm=clip)
-    batch = make_collate(0)([users[i] for i in range(len(users))])
+    batch = of_users(make_collate(0))([users[i] for i in range(len(users))])
     prepared = Prepared(model, torch.optim.SGD(model.parameters()), None, Recipe().losses)
     prepared.loss({**batch, "example_weight": torch.ones(len(users))}).backward()
     return [p.grad.double() for p in model.parameters()], dpft.stats(model).norms.double()
@@ -82,7 +88,7 @@ def clipped_sum(users: Users, clip: float) -> tuple[list[Tensor], Tensor]:
 
 def test_the_clipped_sum_is_that_of_the_users_gradients() -> None:
     users = grouped(some_records())
-    gradients = [oracle_gradient(users[i]["rows"]) for i in range(len(users))]
+    gradients = [oracle_gradient(rows_of_user(users[i])) for i in range(len(users))]
     norms = [norm(gradient) for gradient in gradients]
     clip = sorted(norms)[2]  # some are clipped, some are not
     found, their_norms = clipped_sum(users, clip)
@@ -126,13 +132,38 @@ def test_users_are_counted_and_canaries_are_users() -> None:
     assert users.owned.tolist() == [1, 7, 2, 4, 3] and users.most_tokens == 3 * 9
     assert "the one with most has 7 (41.2 %)" in users.summary("id", 3)
     assert "5 (29.4 %) beyond --records-per-user 3" in users.summary("id", 3)
-    more = users.with_users([[[1, 2, 3]]])
+    more = users.with_users([[{"input_ids": [1, 2, 3]}]])
     assert more.lengths[5] == 3 and more.lengths[:5] == [
-        len(users[i]["rows"]) * max(len(row) for row in users[i]["rows"]) for i in range(5)
+        len(rows_of_user(users[i])) * max(map(len, rows_of_user(users[i]))) for i in range(5)
     ]
-    assert len(more) == 6 and more[5] == {"rows": [[1, 2, 3]]} and more[0] == users[0]
+    assert len(more) == 6 and rows_of_user(more[5]) == [[1, 2, 3]] and more[0] == users[0]
     with pytest.raises(IndexError):
         more[6]
+
+
+def test_the_users_of_each_record_must_be_as_many_as_the_records() -> None:
+    data = Dataset.from_dict({"input_ids": [[1, 2], [3]]})
+    for users in (["a"], ["a", "b", "c"]):
+        with pytest.raises(ValueError, match="zip"):
+            group_users(data, users, 2, 0)
+
+
+def test_labels_of_tokens_and_of_records_go_with_them() -> None:
+    data = Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5], [6, 7]], "labels": [[-100, 2, 3], [-100, 5], [6, 7]]})
+    users = group_users(data, ["b", "a", "b"], 2, 0)
+    batch = of_users(make_collate(0))([users[i] for i in range(2)])
+    assert batch["example_ids"].tolist() == [0, 1, 1]
+    for row, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+        number = data["input_ids"][:].index([token for token in row if token])
+        assert labels == [*data["labels"][number], *[-100] * (len(row) - len(data["labels"][number]))]
+    kinds = Dataset.from_dict({"input_ids": [[1, 2, 3], [4, 5], [6, 7]], "labels": [2, 1, 0]})
+    users = group_users(kinds, ["b", "a", "b"], 2, 0)
+    batch = of_users(make_label_collate(0))([users[i] for i in range(2)])
+    expected = {(1, 2, 3): 2, (4, 5): 1, (6, 7): 0}
+    rows = [tuple(token for token in row if token) for row in batch["input_ids"].tolist()]
+    assert batch["labels"].tolist() == [expected[row] for row in rows] and rows[0] == (4, 5)
+    means = mean_of_users(torch.tensor([1.0, 2.0, 6.0]), torch.tensor([0, 1, 1]))
+    assert means.tolist() == [1.0, 4.0]
 
 
 def test_nobody_is_in_training_and_validation(tmp_path: Any) -> None:
@@ -183,6 +214,30 @@ def test_a_run_on_users(words: list[str], tmp_path: Path, capsys: pytest.Capture
     with pytest.raises(SystemExit):
         llama_dp.main([*words, *others])
     assert "no statement covers both" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["sft_dp", "classify_dp", "synthesize_dp"])
+def test_users_in_the_other_recipes(recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Conversations, texts with labels and texts after headers, of 30 users with one to four each."""
+    rows: list[dict[str, Any]] = [{"who": n % 30} for n in range(90) if n % 30 % 4 <= n // 30 + 1]
+    for n, row in enumerate(rows):
+        if recipe == "sft_dp":
+            row |= {"prompt": f"Name a number after {n}.", "completion": f"It is {n + 1}."}
+        else:
+            row |= {"text": f"Return record {n} of them", "label": ("one", "two")[n % 2]}
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--dataset", str(tmp_path / "data.jsonl"), "--user-column", "who", "--records-per-user", "3"]
+    words += ["--num-steps", "2", "--expected-batch-size", "8", "--noise-multiplier", "1", "--target-delta", "1e-3"]
+    words += ["--cpu-threads", "1", "--output-dir", str(tmp_path / "run"), "--checkpoint-every", "0"]
+    words += ["--no-measures", "--generate", "4", "--condition-on", "label"] if recipe == "synthesize_dp" else []
+    assert importlib.import_module(recipe).main(words) == 0
+    assert "users by 'who'" in capsys.readouterr().out
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert f"| Privacy unit | {user_words('who', 3)} |" in card and "each is protected, not all together" not in card
+    with pytest.raises(SystemExit):
+        importlib.import_module(recipe).main([*words, "--user-column", "nobody", "--output-dir", str(tmp_path / "no")])
+    assert "--user-column 'nobody'" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -85,16 +85,13 @@ def make_collate(
 
     Returns:
         A function from a list of examples to int64 tensors [B, T]: ``input_ids``, ``attention_mask`` (1 where there
-        is a token), ``labels`` (the tokens, or the example's own ``labels``; -100 on padding); with ``row_tokens``,
-        or examples that have ``rows`` instead of ``input_ids`` (:class:`finetune.data.users.Users`), also
-        ``example_ids`` [B], and B counts rows. It must be given at least one example; the loader of dpft adds its
-        examples of weight zero before. It raises ValueError for an example with more tokens than ``pad_to``, or
+        is a token), ``labels`` (the tokens, or the example's own ``labels``; -100 on padding); with ``row_tokens``
+        also ``example_ids`` [B], and B counts rows. It must be given at least one example; the loader of dpft adds
+        its examples of weight zero before. It raises ValueError for an example with more tokens than ``pad_to``, or
         another number of labels than of tokens.
     """
 
     def in_rows(example: dict[str, Any], column: str) -> list[list[int]]:
-        if "rows" in example:
-            return [list(row) for row in example["rows"]]
         tokens = list(example.get(column, example["input_ids"]))
         return [tokens] if row_tokens is None else rows_of(tokens, row_tokens)
 
@@ -122,7 +119,7 @@ def make_collate(
         # A row without a single token attends to nothing, which some attention kernels answer with NaN.
         mask[:, 0] = 1
         batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
-        if row_tokens is not None or any("rows" in example for example in examples):
+        if row_tokens is not None:
             batch["example_ids"] = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p) for p in parts]))
         return batch
 

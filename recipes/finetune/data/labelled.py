@@ -32,7 +32,13 @@ def check_labelled(records: Dataset, text_column: str, label_column: str) -> Non
 
 
 def labelled(
-    train: Dataset, test: Dataset, dataset: str, text_column: str, label_column: str, labels: str | None = None
+    train: Dataset,
+    test: Dataset,
+    dataset: str,
+    text_column: str,
+    label_column: str,
+    labels: str | None = None,
+    user_column: str | None = None,
 ) -> tuple[Dataset, Dataset, list[str]]:
     """Records with ``text`` and ``label``, a number, to train on and to test with, and the labels' names.
 
@@ -43,6 +49,7 @@ def labelled(
         text_column: of the texts.
         label_column: of the labels.
         labels: all that there can be, separated by commas; if None, those that there are.
+        user_column: another column that is kept.
 
     Raises:
         ValueError: a column is missing; a record has another label; or there are fewer than two labels.
@@ -73,7 +80,7 @@ def labelled(
     def row(record: dict[str, Any]) -> dict[str, Any]:
         return {"text": record[text_column], "label": number[str(record[label_column])]}
 
-    made = [part.map(row, remove_columns=part.column_names) for part in parts]
+    made = [part.map(row, remove_columns=[c for c in part.column_names if c != user_column]) for part in parts]
     return made[0], made[1], names
 
 

@@ -1,26 +1,30 @@
 """--user-column: all records of a user are one example, so that dpft samples, clips and accounts users.
 
-A user's example is at most K of their records, each of them one row; its loss is the mean over the tokens of all its
-rows (``document_losses``), whose gradient is clipped once. Which records are used follows from the seed and from that
-user's own records, whatever their order: who else is in the data, or leaves it, changes nothing about it.
+A user's example is at most K of their records, each of them one row. Its loss is one number of all these rows: the
+mean over their tokens (``document_losses``) or over the records (:func:`mean_of_users`); its gradient is clipped once.
+Which records are used follows from the seed and from that user's own records, whatever their order: who else is in the
+data, or leaves it, changes nothing about it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
 
 from finetune.data.checks import BATCH, share
 from finetune.data.documents import longest, token_counts
 
+Collate = Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]
+
 
 class Users:
-    """Users as examples, map-style: ``users[i]`` is ``{"rows": [...]}``, the tokens of their records.
+    """Users as examples, map-style: ``users[i]`` is ``{"records": [...]}``, their tokenised records.
 
     Only the numbers of the records are in memory.
 
@@ -28,7 +32,7 @@ class Users:
         records: the tokenised records of all users.
         numbers: for each user the numbers of the records that are used.
         owned: for each user how many records there are; not for publication.
-        added: rows of further users, such as canaries.
+        added: records of further users, such as canaries.
     """
 
     def __init__(
@@ -36,7 +40,7 @@ class Users:
         records: Dataset,
         numbers: Sequence[np.ndarray],
         owned: np.ndarray,
-        added: Sequence[list[list[int]]] = (),
+        added: Sequence[list[dict[str, Any]]] = (),
     ) -> None:
         self.records, self.numbers, self.owned, self.added = records, numbers, owned, added
 
@@ -47,14 +51,14 @@ class Users:
         if not 0 <= user < len(self):  # an IndexError is what ends an iteration
             raise IndexError(f"user {user} of {len(self)}")
         if user >= len(self.numbers):
-            return {"rows": self.added[user - len(self.numbers)]}
-        return {"rows": self.records[self.numbers[user].tolist()]["input_ids"]}
+            return {"records": self.added[user - len(self.numbers)]}
+        return {"records": [self.records[number] for number in self.numbers[user].tolist()]}
 
     @property
     def lengths(self) -> list[int]:
         """For each user the tokens in memory of a batch of that user alone: rows, times the longest one."""
         counts = np.array(token_counts(self.records) or [0])
-        added = [len(rows) * max(map(len, rows)) for rows in self.added]
+        added = [len(some) * max(len(record["input_ids"]) for record in some) for some in self.added]
         return [len(numbers) * int(counts[numbers].max()) for numbers in self.numbers] + added
 
     @property
@@ -62,8 +66,8 @@ class Users:
         """Tokens of a user in memory, at most, padding included: most records of a user, times the longest one."""
         return max(len(numbers) for numbers in self.numbers) * longest(self.records)
 
-    def with_users(self, added: Sequence[list[list[int]]]) -> Users:
-        """These users and others, given by their rows."""
+    def with_users(self, added: Sequence[list[dict[str, Any]]]) -> Users:
+        """These users and others, given by their records."""
         return Users(self.records, self.numbers, self.owned, [*self.added, *added])
 
     def summary(self, column: str, at_most: int) -> str:
@@ -88,7 +92,7 @@ def group_users(records: Dataset, users: Iterable[str], at_most: int, seed: int)
 
     Args:
         records: tokenised; ``input_ids`` of each record.
-        users: the user of each record, in the same order.
+        users: the user of each record, in the same order, and no more.
         at_most: records K of a user that are used: those with the smallest hashes of seed, user and tokens.
         seed: public.
 
@@ -98,15 +102,12 @@ def group_users(records: Dataset, users: Iterable[str], at_most: int, seed: int)
     names: dict[str, int] = {}
     codes = np.empty(len(records), dtype=np.int64)
     hashes = np.empty(len(records), dtype=np.uint64)
-    who = iter(users)
-    done = 0
-    for batch in records.with_format("numpy", dtype=np.int64).iter(BATCH):
-        for ids in batch["input_ids"]:
-            user = next(who)
-            codes[done] = names.setdefault(user, len(names))
-            found = hashlib.blake2b(f"{seed}\0{user}\0".encode() + np.asarray(ids, dtype=np.int64).tobytes())
-            hashes[done] = np.frombuffer(found.digest()[:8], dtype=np.uint64)[0]
-            done += 1
+    batches = records.select_columns("input_ids").with_format("numpy", dtype=np.int64).iter(BATCH)
+    tokens = (ids for batch in batches for ids in batch["input_ids"])
+    for done, (user, ids) in enumerate(zip(users, tokens, strict=True)):
+        codes[done] = names.setdefault(user, len(names))
+        found = hashlib.blake2b(f"{seed}\0{user}\0".encode() + np.asarray(ids, dtype=np.int64).tobytes())
+        hashes[done] = np.frombuffer(found.digest()[:8], dtype=np.uint64)[0]
     rank = np.empty(len(names), dtype=np.int64)
     rank[[names[name] for name in sorted(names)]] = np.arange(len(names))
     codes = rank[codes]
@@ -114,6 +115,25 @@ def group_users(records: Dataset, users: Iterable[str], at_most: int, seed: int)
     starts = np.searchsorted(codes[order], np.arange(len(names) + 1))
     chosen = [order[a : min(b, a + at_most)] for a, b in itertools.pairwise(starts)]
     return Users(records, chosen, np.diff(starts))
+
+
+def of_users(collate: Collate) -> Collate:
+    """From a recipe's collate function of records, one row each, to that of users: with ``example_ids`` ``[R]``."""
+
+    def collate_users(users: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = collate([record for user in users for record in user["records"]])
+        counts = torch.tensor([len(user["records"]) for user in users])
+        return batch | {"example_ids": torch.arange(len(users)).repeat_interleave(counts)}
+
+    return collate_users
+
+
+def mean_of_users(losses: torch.Tensor, example_ids: torch.Tensor) -> torch.Tensor:
+    """The mean loss of each user's records, ``[U]``, of the losses and the users of the records, ``[R]``."""
+    ids = example_ids.to(losses.device)
+    users = int(ids.max()) + 1
+    sums = losses.new_zeros(users).index_add(0, ids, losses)
+    return sums / losses.new_zeros(users).index_add(0, ids, torch.ones_like(losses))
 
 
 def user_words(column: str, at_most: int) -> str:

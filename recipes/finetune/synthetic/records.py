@@ -11,7 +11,7 @@ from finetune.data.corpora import TROUBLES, in_validation, synthetic_tickets
 from finetune.data.examples import make_collate, text_column
 from finetune.data.labelled import PACKAGES
 from finetune.evaluation import choose_examples
-from finetune.materials import Materials, pad_token, records_of
+from finetune.materials import Materials, by_user, pad_token, records_of
 from finetune.model import load_tokenizer
 from finetune.synthetic.conditions import (
     Conditions,
@@ -117,6 +117,7 @@ def conditioned_materials(options: SynthesisOptions, accelerator: Accelerator) -
         as_trained_on(examples, part) if accelerator.is_main_process and options.measures else Labelled([], [])
         for examples, part in zip((train, held_out), records, strict=True)
     )
+    examples, collate_train = by_user(options, train, records[0], collate, accelerator)
     return ConditionedMaterials(
-        tokenizer, train, chosen, collate, collate, conditions, bool(warning), column, room, real, out
+        tokenizer, examples, chosen, collate, collate_train, conditions, bool(warning), column, room, real, out
     )
