@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 import warnings
 from pathlib import Path
 
@@ -89,10 +88,11 @@ def tables() -> dict[str, str]:
 def with_tables(page: str) -> str:
     """The page with the tables between its marks ``<!-- table: NAME -->`` and ``<!-- end -->``."""
     for name, table in tables().items():
-        pattern = rf"(<!-- table: {name} -->).*?(<!-- end -->)"
-        page, count = re.subn(pattern, lambda m, table=table: f"{m[1]}\n\n{table}\n\n{m[2]}", page, flags=re.DOTALL)
-        if count != 1:
-            raise ValueError(f"the page has {count} places for the table {name!r}; expected one")
+        before, mark, rest = page.partition(f"<!-- table: {name} -->")
+        _, end, after = rest.partition("<!-- end -->")
+        if not end:
+            raise ValueError(f"the page has no place for the table {name!r}: {mark or 'its mark'} and <!-- end -->")
+        page = f"{before}{mark}\n\n{table}\n\n{end}{after}"
     return page
 
 
