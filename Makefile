@@ -3,6 +3,7 @@
 #     make demo      environment in .venv, install, and a Llama fine-tuned privately (outputs/demo)
 #     make test      the same environment with what the tests need; ruff, mypy, and the tests that every change must pass
 #     make test-slow the other tests: launches of every engine, kills, resumes, the recipes and tools from end to end
+#     make docs      the site in site/, from docs/; a warning, such as a link to nothing, is an error
 #     make gpu       everything that is to be measured on a GPU, within 500 s (GPU_ARGS="--list", "--rehearse" ...)
 #     make mutate    break dpft in one place at a time: is each mistake caught by a test? (some twenty minutes)
 #     make lint      ruff and mypy alone
@@ -29,7 +30,7 @@ PARALLEL := --numprocesses=2 --dist=worksteal
 # triton that it was built with. Before 3.7 the interpreter cannot run a loop under numpy 2.4.
 TRITON := triton==3.7.1; sys_platform == "linux"
 
-.PHONY: help demo test test-slow gpu mutate lint format clean
+.PHONY: help demo test test-slow docs gpu mutate lint format clean
 .DEFAULT_GOAL := help
 
 help:
@@ -45,7 +46,7 @@ $(VENV)/.stamp-demo: $(INPUTS) | $(BIN)/python
 	@touch $@
 
 $(VENV)/.stamp-test: $(INPUTS) | $(BIN)/python
-	$(PIP_INSTALL) --editable '.[deepspeed,peft,trl,dev]'
+	$(PIP_INSTALL) --editable '.[deepspeed,peft,trl,docs,dev]'
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(PIP_INSTALL) --no-deps '$(TRITON)'
 	@touch $@ $(VENV)/.stamp-demo
 
@@ -68,6 +69,10 @@ test: lint
 test-slow: $(VENV)/.stamp-test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PARALLEL) -m slow $(PYTEST_ARGS)
 
+docs: $(VENV)/.stamp-test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo 'The site is in site/: $(BIN)/python -m http.server --directory site'
+
 gpu: $(VENV)/.stamp-test
 	$(BIN)/python tools/gpu.py $(GPU_ARGS)
 
@@ -79,5 +84,5 @@ format: $(VENV)/.stamp-test
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist outputs *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist outputs site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""What the documents say can be found and run: paths, links, names, and the snippets of README and choosing.md."""
+"""What the documents say can be found and run: paths, links, names, and the snippets of the README."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ DOCUMENTS = (
     ROOT / "CONTRIBUTING.md",
     ROOT / "SECURITY.md",
     ROOT / "recipes" / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 )
 _PATH = re.compile(r"(?<![\w/.:-])((?:\.\./)*(?:[\w.-]+/)*[\w-]+\.(?:py|ya?ml|md|json|png|cfg|toml|txt))(?![\w/*-])")
 # A folder at the top of the project, as in `tests/clipping` or `recipes/accelerate/`.
 _FOLDER = re.compile(r"(?<![\w/.:-])((?:tests|docs|tools|recipes|dpft)(?:/[\w-]+)+)(?![\w*-]|\.\w)")
 _LINK = re.compile(r"\[[^]]*\]\(([^)\s#]+)[^)]*\)")
 # A path that is written by a run, or that stands for the reader's own file, is none of the project's.
-_OUTPUTS = ("outputs/", "runs/", "example_run/", "memory_profiling_results/", "my_records")
+_OUTPUTS = ("outputs/", "runs/", "example_run/", "memory_profiling_results/", "my_records", "docs/benchmarks/gpu/CARD")
 
 
 @cache
@@ -102,17 +102,8 @@ def test_architecture_names_what_there_is() -> None:
 README_SNIPPETS = snippets((ROOT / "README.md").read_text(encoding="utf-8"))
 
 
-CHOOSING_SNIPPETS = snippets((ROOT / "docs" / "choosing.md").read_text(encoding="utf-8"))
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "snippet",
-    [
-        *(pytest.param(text, id=f"README-{n}") for n, text in enumerate(README_SNIPPETS)),
-        *(pytest.param(text, id=f"choosing-{n}") for n, text in enumerate(CHOOSING_SNIPPETS)),
-    ],
-)
+@pytest.mark.parametrize("snippet", README_SNIPPETS, ids=[f"README-{n}" for n in range(len(README_SNIPPETS))])
 def test_snippet_runs_as_it_stands(snippet: str, tmp_path: Path) -> None:
     """Each in an interpreter of its own and an empty folder."""
     (tmp_path / "snippet.py").write_text(snippet, encoding="utf-8")
@@ -161,4 +152,3 @@ def test_name_checker() -> None:
 def test_snippets_are_found() -> None:
     assert snippets("a\n```python\nx = 1\n```\n```\ny\n```\n```python\nz\n```\n") == ["x = 1\n", "z\n"]
     assert len(README_SNIPPETS) == 3
-    assert len(CHOOSING_SNIPPETS) == 1

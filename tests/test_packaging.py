@@ -99,7 +99,7 @@ def test_constraints_pin_each_requirement_within_its_bounds(python: str) -> None
     pins = constraints(python)
     extras = setup_cfg()["options.extras_require"]
     wanted = list(required().values())
-    for extra in ("deepspeed", "peft", "dev"):
+    for extra in ("deepspeed", "peft", "docs", "dev"):
         wanted += requirements(extras[extra])
     for requirement in wanted:
         pin = pins.get(canonicalize_name(requirement.name))
