@@ -43,6 +43,7 @@ LAYERS: dict[str, set[str]] = {
     "trainer": _LOW | {"privacy", "loader", "wrap", "prepare"},
     "audit": _LOW | {"privacy", "prepare"},  # it shares no code with the gradients and the mechanism that it judges
 }
+LAYERS["command_line"] = _LOW | {"privacy", "planning"}
 LAYERS["__init__"] = set(LAYERS)
 
 # What stands behind the public names, for benchmarks, measurements and planted defects.

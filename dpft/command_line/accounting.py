@@ -1,0 +1,103 @@
+"""``dpft epsilon``, ``dpft ledger`` and ``dpft card``: what was spent, or would be."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from dpft.errors import LedgerError
+from dpft.privacy.accountant import compose_epsilon, epsilon, rounded_up
+from dpft.privacy.ledger import Ledger, LedgerContent
+from dpft.privacy.mechanism import Mechanism
+from dpft.privacy.report import privacy_report, privacy_statement_markdown
+from dpft.privacy.schedule import PrivacySchedule
+
+LEDGERS = ("ledger.jsonl", "privacy_ledger.jsonl")  # as the recipes and dpft.prepare name them
+
+
+def add_to(commands: Any) -> None:
+    """Add the commands."""
+    command = commands.add_parser("epsilon", help="epsilon of Poisson-sampled DP-SGD")
+    command.add_argument("--sigma", type=float, required=True, help="noise multiplier, in units of the clip norm")
+    command.add_argument("--rate", type=float, required=True, help="sample rate q: expected logical batch / examples")
+    command.add_argument("--steps", type=int, required=True, help="logical batches")
+    command.add_argument("--delta", type=float, required=True, help="well below 1 / number of examples")
+    command.add_argument("--accountant", choices=("pld", "rdp"), default="pld", help="default pld, the tighter one")
+    command.set_defaults(run=of_dp_sgd)
+
+    command = commands.add_parser("ledger", help="what a ledger says, or whether it is whole")
+    command.add_argument("action", choices=("show", "verify"), help="show: releases and epsilon; verify: is it whole?")
+    command.add_argument("path", help="a ledger, or the folder of a run")
+    command.add_argument("--json", action="store_true", help="show: as JSON")
+    command.set_defaults(run=of_ledger)
+
+    command = commands.add_parser("card", help="the privacy statement of a run, from its ledger")
+    command.add_argument("path", help="a ledger, or the folder of a run")
+    command.add_argument("--clipping", help="the mode of the run, which the ledger does not hold", metavar="MODE")
+    command.add_argument("--tuning", help="how the hyperparameters were chosen", metavar="TEXT")
+    command.add_argument("--json", action="store_true", help="as JSON")
+    command.set_defaults(run=of_run)
+
+
+def of_dp_sgd(args: argparse.Namespace) -> str:
+    """Epsilon, rounded up, of Poisson-sampled Gaussian releases."""
+    if args.steps < 1:
+        raise ValueError(f"--steps is {args.steps}; expected at least 1")
+    if not 0 < args.delta < 1:
+        raise ValueError(f"--delta is {args.delta:g}; expected a number between 0 and 1")
+    mechanism = Mechanism(sampler="poisson", noise_multiplier=args.sigma, sample_rate=args.rate)
+    return rounded_up(epsilon(mechanism, args.steps, args.delta, accountant=args.accountant))
+
+
+def find_ledger(path: str) -> Path:
+    """The file, or the ledger in a folder.
+
+    Raises:
+        LedgerError: there is none.
+    """
+    given = Path(path).expanduser()
+    if not given.is_dir():
+        return given
+    for name in LEDGERS:
+        if (given / name).is_file():
+            return given / name
+    raise LedgerError(f"no ledger in the folder {path}; expected {' or '.join(LEDGERS)}. Give the file.")
+
+
+def _read(path: str) -> tuple[LedgerContent, PrivacySchedule]:
+    content = Ledger.read(find_ledger(path))
+    if content.header.get("schedule") is None:
+        raise LedgerError(f"the ledger {path} holds no schedule; expected one that dpft.prepare began")
+    return content, PrivacySchedule.from_dict(content.header["schedule"])
+
+
+def of_ledger(args: argparse.Namespace) -> str:
+    """What is in a ledger."""
+    if args.action == "verify":
+        content = Ledger.read(find_ledger(args.path))
+        torn = f", {content.torn} of them torn by a crash and counted" if content.torn else ""
+        return f"whole: {content.count} releases{torn}, run {content.run_id}"
+    content, schedule = _read(args.path)
+    spent = compose_epsilon(list(content.events), schedule.target_delta, accountant=schedule.accountant)
+    if args.json:
+        segments = [{"mechanism": m.to_dict(), "releases": count} for m, count in content.events]
+        found = {"run_id": content.run_id, "releases": content.count, "torn": content.torn, "epsilon": str(spent)}
+        return json.dumps(found | {"delta": schedule.target_delta, "segments": segments}, indent=1)
+    lines = [
+        f"run                {content.run_id}",
+        f"releases           {content.count} of {schedule.num_steps} planned",
+        f"epsilon spent      {rounded_up(spent)} at delta {schedule.target_delta:g}",
+    ]
+    for number, (mechanism, count) in enumerate(content.events):
+        constants = ", ".join(f"{name} {value}" for name, value in mechanism.to_dict().items() if value is not None)
+        lines.append(f"start {number + 1:<13}{count} releases: {constants}")
+    return "\n".join(lines)
+
+
+def of_run(args: argparse.Namespace) -> str:
+    """The statement. Noise and sampling are stated as they are without a test seed, which a ledger does not show."""
+    content, schedule = _read(args.path)
+    report = privacy_report(schedule, content, clipping=args.clipping, tuning=args.tuning)
+    return json.dumps(report, indent=1) if args.json else privacy_statement_markdown(report).rstrip()

@@ -1,0 +1,117 @@
+"""``dpft`` on the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import dpft
+import dpft.command_line.environment
+from dpft.command_line import main
+from dpft.privacy import Ledger, privacy_report
+
+CONFIG = dpft.PrivacyConfig(noise_multiplier=1.0, target_delta=1e-5, expected_batch_size=10, num_steps=20)
+
+
+def ledger(folder: Path, releases: int = 5) -> Path:
+    """A ledger as ``dpft.prepare`` begins one, with some releases."""
+    schedule, path = CONFIG.resolve(1000), folder / "ledger.jsonl"
+    with Ledger.open(
+        path,
+        "new",
+        mechanism=schedule.mechanism,
+        config=CONFIG.to_dict(),
+        fingerprint=CONFIG.fingerprint(),
+        schedule=schedule.to_dict(),
+    ) as open_ledger:
+        for _ in range(releases):
+            open_ledger.record()
+    return path
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main(words) == 0
+    return capsys.readouterr().out.strip()
+
+
+def test_epsilon_is_the_published_value(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["epsilon", "--sigma", "1.0", "--rate", "0.01", "--steps", "10000", "--delta", "1e-5"]
+    assert float(said(capsys, *words)) == pytest.approx(6.19, abs=0.01)
+    assert float(said(capsys, *words, "--accountant", "rdp")) > 6.19
+
+
+def test_a_ledger_is_shown_verified_and_stated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = ledger(tmp_path)
+    report = privacy_report(CONFIG.resolve(1000), Ledger.read(path))
+    found = json.loads(said(capsys, "ledger", "show", str(path), "--json"))
+    assert found["releases"] == 5 and float(found["epsilon"]) == report["epsilon_spent"]
+    assert "5 of 20 planned" in said(capsys, "ledger", "show", str(tmp_path))  # the folder of the run
+    assert said(capsys, "ledger", "verify", str(path)).startswith("whole: 5 releases")
+    card = said(capsys, "card", str(tmp_path), "--tuning", "chosen beforehand")
+    assert card == dpft.privacy_statement_markdown(report | {"tuning": "chosen beforehand"}).strip()
+
+
+def test_a_torn_release_counts_and_a_damaged_ledger_is_not_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = ledger(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-7])
+    assert "whole: 5 releases, 1 of them torn" in said(capsys, "ledger", "verify", str(path))
+    path.write_bytes(whole.replace(b'"release":3', b'"release":4'))
+    assert main(["ledger", "verify", str(path)]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_a_plan_reads_the_configuration_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 50, **sizes}))
+    told = said(capsys, "plan", str(tmp_path), "--seq-len", "64", "--batch-size", "2", "--hardware", "a100")
+    assert "2 x 64 tokens" in told and "a100" in told and "one_pass" in told
+
+
+def test_the_environment_names_what_is_there_and_what_an_extra_brings(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = dpft.command_line.environment.version
+    monkeypatch.setattr("dpft.command_line.environment.version", lambda name: None if name == "peft" else real(name))
+    lines = dict(line.split(None, 1) for line in said(capsys, "env").splitlines())
+    assert lines["torch"] == real("torch") and lines["peft"].startswith("not installed; pip install 'dpft[peft]'")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["epsilon", "--sigma", "1"], "required: --rate, --steps, --delta"),
+        (["epsilon", "--sigma", "x", "--rate", "1", "--steps", "1", "--delta", "1"], "invalid float value: 'x'"),
+        (["epsilon", "--sigma", "-1", "--rate", "0.1", "--steps", "1", "--delta", "1e-5"], "noise_multiplier=-1.0"),
+        (["epsilon", "--sigma", "1", "--rate", "2", "--steps", "1", "--delta", "1e-5"], "sample_rate"),
+        (["epsilon", "--sigma", "1", "--rate", "0.1", "--steps", "0", "--delta", "1e-5"], "--steps is 0"),
+        (["epsilon", "--sigma", "1", "--rate", "0.1", "--steps", "1", "--delta", "1"], "--delta is 1"),
+        (["ledger", "show", "absent.jsonl"], "absent.jsonl"),
+        (["ledger", "keep", "absent.jsonl"], "invalid choice: 'keep'"),
+        (["card", "."], "no ledger in the folder"),
+        (["plan", "absent_model"], "absent_model"),
+        (["plan", "absent_model", "--batch-size", "many"], "--batch-size is 'many'"),
+        (["plan", "absent_model", "--hardware", "abacus"], "invalid choice: 'abacus'"),
+        (["nosuch"], "invalid choice: 'nosuch'"),
+        ([], "COMMAND"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_input_is_one_line(
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(words)
+    except SystemExit as stop:  # of argparse
+        status = int(stop.code or 0)
+    told = capsys.readouterr().err.strip()
+    assert status == 2 and len(told.splitlines()) == 1 and message in told, told
