@@ -23,6 +23,8 @@ from dpft.loader import PrivateDataLoader
 from dpft.long_context.install import long_context
 from dpft.noise import GaussianNoise
 from dpft.optimizer import DPOptimizer
+from dpft.planning.advice import advise
+from dpft.planning.advice_result import Advice
 from dpft.planning.hardware import Hardware
 from dpft.planning.longest import Longest
 from dpft.planning.plan import longest, plan
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AccountingError",
+    "Advice",
     "BookKeeping",
     "BudgetExceededError",
     "ClipStats",
@@ -60,6 +63,7 @@ __all__ = [
     "PrivateDataLoader",
     "UnsupportedModuleError",
     "WrapError",
+    "advise",
     "audit",
     "book_keeping",
     "check_rule",

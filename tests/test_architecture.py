@@ -32,7 +32,7 @@ LAYERS: dict[str, set[str]] = {
     "models": _ARITHMETIC | {"clipping"},
     "wrap": _ARITHMETIC | {"clipping", "models"},
     **dict.fromkeys(("custom", "long_context"), _GRADIENT),
-    "planning": _GRADIENT | {"long_context"},
+    "planning": _GRADIENT | {"long_context", "privacy"},
     "noise": _LOW,
     "optimizer": _LOW | {"noise", "privacy", "clipping"},
     "workers": _LOW,

@@ -1,4 +1,4 @@
-"""What the documents say can be found and run: paths, links, names, and the snippets of the README."""
+"""What the documents say can be found and run: paths, links, names, and the snippets of README and choosing.md."""
 
 from __future__ import annotations
 
@@ -101,11 +101,20 @@ def test_architecture_names_what_there_is() -> None:
 README_SNIPPETS = snippets((ROOT / "README.md").read_text(encoding="utf-8"))
 
 
+CHOOSING_SNIPPETS = snippets((ROOT / "docs" / "choosing.md").read_text(encoding="utf-8"))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(len(README_SNIPPETS)))
-def test_readme_snippet_runs_as_it_stands(number: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "snippet",
+    [
+        *(pytest.param(text, id=f"README-{n}") for n, text in enumerate(README_SNIPPETS)),
+        *(pytest.param(text, id=f"choosing-{n}") for n, text in enumerate(CHOOSING_SNIPPETS)),
+    ],
+)
+def test_snippet_runs_as_it_stands(snippet: str, tmp_path: Path) -> None:
     """Each in an interpreter of its own and an empty folder."""
-    (tmp_path / "snippet.py").write_text(README_SNIPPETS[number], encoding="utf-8")
+    (tmp_path / "snippet.py").write_text(snippet, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(
         [sys.executable, "snippet.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
@@ -151,3 +160,4 @@ def test_name_checker() -> None:
 def test_snippets_are_found() -> None:
     assert snippets("a\n```python\nx = 1\n```\n```\ny\n```\n```python\nz\n```\n") == ["x = 1\n", "z\n"]
     assert len(README_SNIPPETS) == 3
+    assert len(CHOOSING_SNIPPETS) == 1

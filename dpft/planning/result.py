@@ -11,7 +11,7 @@ from dpft.clipping.strategy_choice import Strategy
 from dpft.planning.hardware import Hardware
 from dpft.planning.simulate import EngineName
 
-__all__ = ["LayerPlan", "LongText", "Plan", "Prediction", "Transfer", "named"]
+__all__ = ["LayerPlan", "LongText", "Plan", "Prediction", "Transfer", "aligned", "named"]
 
 _GIB = 2**30
 
@@ -194,13 +194,13 @@ def _table(plan: Plan) -> str:
     head = ["", "TFLOP", "seconds", "x plain", "peak GiB", "x plain", "again GiB", "all GiB", "fits"]
     rows = [_row("plain", plan.plain)]
     rows += [_row(name + (" *" if name == plan.choice else ""), found) for name, found in plan.predictions.items()]
-    lines += _aligned([head, *rows])
+    lines += aligned([head, *rows])
     lines += [
         "peak: above parameters and batch; again: onto a gradient that is there; all: the larger and what is at rest",
         "",
     ]
     head = [f"layers under {plan.choice}", "count", "what", "norm by", "GFLOP", "keeps MiB"]
-    lines += _aligned(
+    lines += aligned(
         [
             head,
             *(
@@ -266,7 +266,7 @@ def _row(name: str, found: Prediction) -> list[str]:
     ]
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
+def aligned(rows: list[list[str]]) -> list[str]:
     """Columns as wide as their widest cell; the first left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [

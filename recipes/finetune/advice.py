@@ -1,0 +1,80 @@
+"""The advice of ``dpft.advise`` for a terminal, and as a picture."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import dpft
+
+COLUMN = 19
+
+
+def lines(advice: dpft.Advice) -> list[str]:
+    """What is advised, why, and what other settings would cost, in lines of at most 119 characters.
+
+    Nothing in it depends on the private records but their number.
+    """
+    trained = "" if advice.trainable is None else f", {advice.trainable:,} of {advice.parameters:,} parameters train"
+    values = {
+        "batch": f"--expected-batch-size {advice.batch}",
+        "steps": f"--num-steps {advice.steps}",
+        "clip_norm": f"--max-grad-norm {advice.clip_norm:g}",
+        "learning_rate": f"--learning-rate {advice.learning_rate:g}",
+        "method": f"{advice.method}{trained}",
+    }
+    found = []
+    for name, value in values.items():
+        found.append(f"{name.replace('_', ' '):{COLUMN}}{value}")
+        indent = " " * COLUMN
+        found += textwrap.wrap(advice.reasons[name], 119, initial_indent=indent, subsequent_indent=indent)
+    return [*found, *advice.table().splitlines(), *(f"note: {note}" for note in advice.notes)]
+
+
+def picture(advice: dpft.Advice, path: str | Path) -> None:
+    """Draw the grid: the share of the greatest signal-to-noise ratio, by batch and steps, and the noise per update.
+
+    Args:
+        advice: with a grid.
+        path: PNG to write.
+
+    Raises:
+        ValueError: an advice without a grid.
+    """
+    # The Agg canvas needs no display, and a figure made without pyplot leaves nothing open.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if not advice.grid:
+        raise ValueError("the advice has no grid to draw; ask for it with dpft.advise(..., grid=True)")
+    batches, steps = sorted({s.batch for s in advice.grid}), sorted({s.steps for s in advice.grid})
+    shares = [[float("nan")] * len(steps) for _ in batches]
+    figure = Figure(figsize=(1.6 + 1.25 * len(steps), 1.6 + 0.75 * len(batches)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for setting in advice.grid:
+        row, column = batches.index(setting.batch), steps.index(setting.steps)
+        shares[row][column] = setting.share
+        chosen = setting == advice.setting
+        axis.text(
+            column,
+            row,
+            f"{setting.share:.0%}\n{setting.noise:.1e}\n{setting.epochs:.3g} ep",
+            ha="center",
+            va="center",
+            fontsize=8,
+            fontweight="bold" if chosen else "normal",
+            color="black" if setting.share > 0.5 else "white",
+        )
+        if chosen:
+            axis.plot(column, row, "s", markersize=46, markerfacecolor="none", markeredgecolor="tab:red", linewidth=2)
+    image = axis.imshow(shares, origin="lower", aspect="auto", cmap="viridis", vmin=0, vmax=1)
+    axis.set_xticks(range(len(steps)), [f"{n:,}" for n in steps])
+    axis.set_yticks(range(len(batches)), [f"{n:,}\nq {n / advice.examples:.3g}" for n in batches])
+    axis.set(xlabel="steps T", ylabel="expected logical batch b")
+    axis.set_title(
+        f"N = {advice.examples:,}, epsilon {advice.target_epsilon:g}, delta {advice.target_delta:g}", fontsize=10
+    )
+    figure.colorbar(image, label="share of the greatest total signal-to-noise ratio")
+    figure.supxlabel("in each cell: the share, noise sigma C / b on a coordinate, epochs", fontsize=7, color="0.3")
+    figure.savefig(path, dpi=150)
