@@ -246,7 +246,8 @@ _STEPS = (
     "Forward and backward of one physical batch to the clipped sum, beside plain training; noise and optimiser are "
     "left out. Time: median of interleaved rounds with its range. Memory: bytes of live tensors above parameters and "
     "batch. Error: relative, of the whole clipped sum; the larger of that against float64 at a small size and that "
-    "against one example at a time at this size. A method whose sum is wrong gets no time. `python tools/benchmark_steps.py`"
+    "against one example at a time at this size. A method whose sum is wrong gets no time. "
+    "`python tools/benchmark_steps.py`"
 )
 _ENGINES = (
     "One step beside plain training under the same engine, counted and not timed. *Sent* and *peak* are of one rank, "
@@ -282,7 +283,14 @@ SECTIONS = (
     Section(
         "advice_*.json",
         "Choosing batch, steps, learning rate and clip norm",
-        "Private trainings on a grid of settings. `python tools/measure_advice.py`",
+        "Private trainings on a grid of settings. `python tools/measure_advice.py`, discussed in "
+        "[choosing.md](choosing.md).",
+        flat,
+    ),
+    Section(
+        "loss_over_epsilon_*.json",
+        "Loss over epsilon",
+        "Private trainings of one setting. `python tools/measure_advice.py --curve`",
         flat,
     ),
     Section(

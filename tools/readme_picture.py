@@ -4,9 +4,9 @@
     python tools/readme_picture.py --check    # status 1 if the picture was drawn from other results
 
 Time and memory of a step beside plain training: steps_short_cpu.json and steps_2048_cpu.json, the first shape of each.
-Loss over epsilon: loss_over_epsilon_cpu.json, a file as tools/measure_advice.py writes it, whose rows of noise
-multiplier 0 are trainings without privacy; or else advice_cpu.json. Of several settings it shows the one that was
-trained at most values of epsilon. Without either file this panel is left out, and a line says so.
+Loss over epsilon: loss_over_epsilon_cpu.json (python tools/measure_advice.py --curve), or else advice_cpu.json. Of
+several settings it shows the one that was trained at most values of epsilon, and of these the one with the lowest loss.
+Without either file this panel is left out, and a line says so.
 """
 
 from __future__ import annotations
@@ -53,7 +53,6 @@ class Losses(NamedTuple):
     setting: dict[str, float]
     before: float
     by_epsilon: dict[float, float]
-    without_privacy: float | None
 
 
 def bars(docs: Path = DOCS) -> list[Bar]:
@@ -89,18 +88,16 @@ def losses(docs: Path = DOCS) -> Losses | None:
         return None
     settings: dict[tuple[float, ...], dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for row in _read(docs, name)["results"]:
-        epsilon = float("inf") if row["noise_multiplier"] == 0 else float(row["epsilon"])
-        settings[tuple(row[field] for field in SETTING)][epsilon].append(row)
+        settings[tuple(row[field] for field in SETTING)][float(row["epsilon"])].append(row)
     means = {
         setting: {epsilon: mean(row["loss_after"] for row in rows) for epsilon, rows in sorted(found.items())}
         for setting, found in settings.items()
     }
     best = max(means, key=lambda setting: (len(means[setting]), -min(means[setting].values())))
-    plain = means[best].pop(float("inf"), None)
     if len(means[best]) < 2:
         return None
     before = mean(row["loss_before"] for rows in settings[best].values() for row in rows)
-    return Losses(dict(zip(SETTING, best, strict=True)), before, means[best], plain)
+    return Losses(dict(zip(SETTING, best, strict=True)), before, means[best])
 
 
 def mark(docs: Path = DOCS) -> str:
@@ -165,8 +162,6 @@ def _curve(axis: Any, curve: Losses) -> None:
     epsilons = list(curve.by_epsilon)
     axis.plot(epsilons, list(curve.by_epsilon.values()), "o-", color=METHODS["one_pass"][1], label="private (dpft)")
     axis.axhline(curve.before, color=FAINT, linestyle=":", label="before training")
-    if curve.without_privacy is not None:
-        axis.axhline(curve.without_privacy, color=INK, linestyle="--", label="without privacy")
     axis.set(xscale="log", xlabel="epsilon (less is more private)", ylabel="validation loss")
     axis.set_xticks(epsilons, [f"{epsilon:g}" for epsilon in epsilons])
     axis.minorticks_off()
