@@ -5,7 +5,7 @@
 
 Time and memory of a step beside plain training: steps_short_cpu.json and steps_2048_cpu.json, the first shape of each.
 Loss over epsilon: loss_over_epsilon_cpu.json (python tools/measure_advice.py --curve), or else advice_cpu.json. Of
-several settings it shows the one that was trained at most values of epsilon, and of these the one with the lowest loss.
+several settings it shows the one that was trained at most values of epsilon, of these the one with the lowest loss.
 Without either file this panel is left out, and a line says so.
 """
 
@@ -162,7 +162,8 @@ def _curve(axis: Any, curve: Losses) -> None:
     epsilons = list(curve.by_epsilon)
     axis.plot(epsilons, list(curve.by_epsilon.values()), "o-", color=METHODS["one_pass"][1], label="private (dpft)")
     axis.axhline(curve.before, color=FAINT, linestyle=":", label="before training")
-    axis.set(xscale="log", xlabel="epsilon (less is more private)", ylabel="validation loss")
+    setting = f"batch {curve.setting['batch']:g}, {curve.setting['steps']:g} steps"
+    axis.set(xscale="log", xlabel=f"epsilon (less is more private); {setting}", ylabel="validation loss")
     axis.set_xticks(epsilons, [f"{epsilon:g}" for epsilon in epsilons])
     axis.minorticks_off()
     axis.set_title("Loss over epsilon (less is better)", fontsize=12)
