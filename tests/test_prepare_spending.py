@@ -190,6 +190,21 @@ def test_a_ledger_of_another_mechanism_is_refused(path: Path) -> None:
     assert Ledger.read(path).count == 1
 
 
+def test_a_ledger_of_other_examples_is_refused(path: Path) -> None:
+    """Steps on records and steps on users under one ledger: a statement about either would be false of the others."""
+    users, fewer = "user (at most 8 records)", "user (at most 4 records)"
+    first = Training(path, changes={"item": users})
+    first.train(1)
+    first.close()
+    for item in (None, fewer):
+        with pytest.raises(LedgerError, match="no statement covers both"):
+            Training(path, changes={"item": item}, continue_ledger=True)
+    assert Ledger.read(path).count == 1
+    again = Training(path, changes={"item": users}, continue_ledger=True)
+    again.train()
+    assert again.run.report()["neighbours"] == f"one {users} is added or removed"
+
+
 def test_a_resumed_shuffle_counts_its_epochs_and_stays_in_its_budget(tmp_path: Path, path: Path) -> None:
     """Every start begins an epoch, so an example may be in more batches than were planned."""
     changes = {"sampler": "shuffle", "num_steps": 4}

@@ -90,7 +90,7 @@ def open_ledger(path: Path, privacy: PrivacyConfig, schedule: PrivacySchedule, c
     """Open a run's ledger: a new one, or to resume one of the same mechanism.
 
     Raises:
-        LedgerError: it has releases of another mechanism, or made under other conditions.
+        LedgerError: it has releases of another mechanism, of other examples, or made under other conditions.
     """
     # They also decide whether the releases are private; one ledger must not mix private and other releases.
     conditions = {"clipped": clipping != "none", "seeded": seeded}
@@ -109,6 +109,13 @@ def open_ledger(path: Path, privacy: PrivacyConfig, schedule: PrivacySchedule, c
             raise LedgerError(
                 f"the ledger {path} was written under {before} and this run is {conditions}: clipped or not, "
                 "with a known test seed or not, cannot be mixed. Choose another ledger_path."
+            )
+        item = (content.header.get("config") or {}).get("item")
+        if item != privacy.item:
+            raise LedgerError(
+                f"the ledger {path} counts releases of examples that are each one {item or 'example'}, and now one is "
+                f"a {privacy.item or 'example'}: no statement covers both. Resume with the configuration of the run "
+                "that wrote it, or choose another ledger_path."
             )
     return Ledger.open(
         path,

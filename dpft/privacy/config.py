@@ -59,6 +59,9 @@ class PrivacyConfig:
         secure_rng: noise from a cryptographic generator, safe against floating-point attacks.
         unit: ``example``, or ``user`` with ``examples_per_user``, an upper bound that the data must satisfy.
         examples_per_user: see ``unit``.
+        item: what an example of the dataset is, in words, where it is not one record: the statement then names that
+            as its unit, such as ``user (all records with one value of 'id')``. The guarantee is that of one example
+            in any case; this says what one is.
 
     Raises:
         PrivacyConfigError: a value is missing, contradictory, of the wrong type or out of range.
@@ -80,6 +83,7 @@ class PrivacyConfig:
     secure_rng: bool = False
     unit: UnitName = "example"
     examples_per_user: int | None = None
+    item: str | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -130,11 +134,21 @@ class PrivacyConfig:
                 f"unit={self.unit!r} with examples_per_user={self.examples_per_user!r}; give examples_per_user (an "
                 "upper bound that the data really keeps) exactly when unit='user'."
             )
+        if self.item is not None and (type(self.item) is not str or not self.item.strip() or "\n" in self.item):
+            raise PrivacyConfigError(f"item={self.item!r}; expected a few words on one line: what an example is.")
+        if self.item is not None and self.unit != "example":
+            raise PrivacyConfigError(
+                f"item={self.item!r} with unit={self.unit!r}; item says what an example is, and the unit is another. "
+                "Leave one of them out."
+            )
 
     # ------------------------------------------------------------------------------------------ as data
     def to_dict(self) -> dict[str, Any]:
-        """Every field, JSON-serialisable."""
-        return dataclasses.asdict(self)
+        """Every field, JSON-serialisable; ``item`` only where it is given."""
+        values = dataclasses.asdict(self)
+        if self.item is None:  # without it the fingerprint is that of the versions before it
+            del values["item"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PrivacyConfig:
@@ -244,6 +258,7 @@ class PrivacyConfig:
             secure_rng=self.secure_rng,
             unit=self.unit,
             examples_per_user=self.examples_per_user,
+            item=self.item,
             dataset_size=n if public_n else None,
             assumptions=tuple(self._assumptions()),
             config_fingerprint=self.fingerprint(),
@@ -254,6 +269,8 @@ class PrivacyConfig:
 
     def _assumptions(self) -> list[str]:
         lines = []
+        if self.item is not None:
+            lines.append(f"an example is one {self.item}")
         if self.sampler == "fixed_size":
             lines.append("the number of examples is public (neighbouring datasets have the same size)")
         elif self.sampler == "shuffle":

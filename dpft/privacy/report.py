@@ -77,8 +77,9 @@ def privacy_report(
         "delta": schedule.target_delta,
         "unit": schedule.unit,
         "examples_per_user": schedule.examples_per_user,
+        "item": schedule.item,
         "adjacency": mechanism.adjacency,
-        "neighbours": _ADJACENCY[mechanism.adjacency].format(unit=schedule.unit),
+        "neighbours": _ADJACENCY[mechanism.adjacency].format(unit=schedule.item or schedule.unit),
         "mechanism": "subsampled Gaussian" if mechanism.sampler != "shuffle" else "Gaussian, no amplification claimed",
         "sampler": schedule.sampler,
         "sample_rate": schedule.sample_rate if mechanism.sample_rate is not None else None,
@@ -115,8 +116,8 @@ def privacy_statement_markdown(report: dict[str, Any]) -> str:
     Returns:
         Markdown, beginning with a heading of level two, ending with a newline.
     """
-    unit = report["unit"]
-    if unit == "user":
+    unit = report.get("item") or report["unit"]
+    if report["unit"] == "user":
         unit = f"user (at most {report['examples_per_user']} examples each)"
     lines = ["## Privacy statement", ""]
     if not report["private"]:

@@ -34,6 +34,7 @@ class PrivacySchedule:
         dataset_size: N where the configuration treats it as public; else None, and N is stored nowhere.
         assumptions: of the epsilon, in words.
         config_fingerprint: of the configuration that this schedule came from.
+        item: what an example is, in words, where it is not one record.
     """
 
     noise_multiplier: float
@@ -55,6 +56,7 @@ class PrivacySchedule:
     dataset_size: int | None
     assumptions: tuple[str, ...]
     config_fingerprint: str
+    item: str | None = None
 
     @property
     def epsilon(self) -> float:
@@ -118,7 +120,9 @@ class PrivacySchedule:
         target = "none given" if self.target_epsilon is None else f"{self.target_epsilon:g}"
         noise = self.noise_multiplier * self.max_grad_norm
         cap = "" if self.max_batch_size is None else f", at most {self.max_batch_size}"
-        unit = self.unit if self.unit == "example" else f"user, at most {self.examples_per_user} examples each"
+        unit = (
+            f"user, at most {self.examples_per_user} examples each" if self.unit == "user" else self.item or "example"
+        )
         lines = [
             f"epsilon            {shown} after {self.num_steps} steps (target: {target})",
             f"delta              {self.target_delta:g}",

@@ -12,6 +12,7 @@ from torch import nn
 
 from accelerate import Accelerator
 from dpft.audit import BlackBoxAudit, Canaries, black_box, draw_canaries, plot
+from finetune.data.users import Users
 from finetune.engine import from_first
 from finetune.evaluation import record_losses
 from finetune.materials import Materials
@@ -52,7 +53,8 @@ def begin(accelerator: Accelerator, options: Options, materials: Materials, outp
     Raises:
         ValueError: the run to resume was not audited, or not with as many canaries; or examples are not texts alone.
     """
-    if materials.train.column_names != ["input_ids"]:
+    users = isinstance(materials.train, Users)
+    if not users and materials.train.column_names != ["input_ids"]:
         raise ValueError(
             "--audit puts in texts of random tokens, and here an example has more than its text. Leave it out; "
             "dpft.audit audits any training."
@@ -73,7 +75,11 @@ def begin(accelerator: Accelerator, options: Options, materials: Materials, outp
         raise ValueError(
             f"--audit {options.audit}: the run to resume has {len(audit.canaries.records)} canaries. Give that number."
         )
-    added = Dataset.from_dict({"input_ids": [list(record) for record in audit.canaries.included]})
+    included = [list(record) for record in audit.canaries.included]
+    if users:  # each is a user of its own, as the claim is about users
+        materials.train = materials.train.with_users([[record] for record in included])
+        return audit
+    added = Dataset.from_dict({"input_ids": included})
     materials.train = concatenate_datasets([materials.train, added.cast(materials.train.features)])
     return audit
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from transformers import AutoTokenizer
-
 from accelerate import Accelerator
 from finetune.data.chat import TRAIN_ON, Chat, show, tokenise_chats
 from finetune.data.chat_template import render, set_template
@@ -16,6 +14,7 @@ from finetune.data.documents import IGNORED_LABEL
 from finetune.data.examples import make_collate
 from finetune.evaluation import choose_examples, sample_text
 from finetune.materials import Materials, pad_token, records_of
+from finetune.model import load_tokenizer
 from finetune.options import BASE_MODEL, Options, again, option
 
 CHATS = "chats"
@@ -26,7 +25,7 @@ class ChatOptions(Options):
     """The options of a recipe on conversations."""
 
     steps: ClassVar[int] = 16
-    unused: ClassVar[tuple[str, ...]] = ("text_column", "pack", "audit")
+    unused: ClassVar[tuple[str, ...]] = ("text_column", "pack", "audit", "user_column", "records_per_user")
 
     dataset: str = option(
         CHATS,
@@ -65,7 +64,7 @@ def chat_materials(options: ChatOptions, accelerator: Accelerator) -> Materials:
 
     Validation examples have their loss on the assistant's tokens, also where ``--train-on`` is ``all``.
     """
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = load_tokenizer(options.model)
     plain = options.chat_template is None and options.model == str(BASE_MODEL)
     set_template(tokenizer, "plain" if plain else options.chat_template, options.model)
     chat = Chat(tokenizer, options.seq_len, options.train_on)

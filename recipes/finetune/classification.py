@@ -7,14 +7,24 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 from accelerate import Accelerator
-from finetune.data.labelled import ENCODER, labelled, load_classifier, make_label_collate, tokenised
+from finetune.data.checks import summary
+from finetune.data.labelled import (
+    ENCODER,
+    check_labelled,
+    labelled,
+    load_classifier,
+    make_label_collate,
+    tokenised,
+)
+from finetune.data.progress import loading_bars
 from finetune.evaluation import choose_examples, over_batches
 from finetune.materials import Materials, pad_token, records_of
-from finetune.model import checkpointed, with_lora
+from finetune.model import checkpointed, load_tokenizer, reading, with_lora
 from finetune.options import Options, again, option
 from finetune.recipe import Recipe
 
@@ -29,6 +39,7 @@ class ClassifyOptions(Options):
     unused: ClassVar[tuple[str, ...]] = (
         *("pack", "max_tokens_in_memory", "long_context", "rope_theta", "load_in_4bit"),
         *("prompt", "sample_tokens", "audit"),
+        *("user_column", "records_per_user"),
     )
 
     model: str = again(Options, "model", str(ENCODER))
@@ -143,12 +154,19 @@ class Classification(Recipe):
 
     def materials(self, options: ClassifyOptions, accelerator: Accelerator) -> Materials:
         """Load tokenizer, texts and labels."""
-        tokenizer = AutoTokenizer.from_pretrained(options.model)
-        with accelerator.main_process_first():
-            parts = records_of(options)
+        tokenizer = load_tokenizer(options.model)
+        with accelerator.main_process_first(), loading_bars(accelerator):
             text, label = options.text_column or "text", options.label_column
-            train, test, self.names = labelled(*parts, options.dataset, text, label, options.labels)
-            train, test = (tokenised(part, tokenizer, options.seq_len) for part in (train, test))
+
+            def check(records: Dataset) -> None:
+                if options.dataset != "docstrings":  # whose labels are made of the names
+                    check_labelled(records, text, label)
+
+            parts = records_of(options, check)
+            texts, test, self.names = labelled(*parts, options.dataset, text, label, options.labels)
+            train, test = (tokenised(part, tokenizer, options.seq_len) for part in (texts, test))
+        if accelerator.is_main_process:
+            print(*summary(texts, "text", train, options.seq_len, None), sep="\n")
         self.weights = weights_of(options.class_weights, self.names)
         chosen = choose_examples(test, options.max_eval_examples, options.seed, least=0)
         collate = make_label_collate(pad_token(tokenizer))
@@ -158,7 +176,8 @@ class Classification(Recipe):
         """Load the encoder, with a new head."""
         torch.manual_seed(options.seed)  # the head is initialised at random, and alike on every rank
         settings = {"dtype": dtype, "attn_implementation": options.attn_implementation}
-        model = load_classifier(options.model, self.names, options.train, **settings)
+        with reading(options.model):
+            model = load_classifier(options.model, self.names, options.train, **settings)
         return checkpointed(with_lora(model, options, "SEQ_CLS"), options)
 
     def losses(self, model: Callable[..., Any], batch: dict[str, Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -19,8 +20,6 @@ def dry_run(options: Options, materials: Materials, model: nn.Module, accelerato
     schedule = privacy_config(options).resolve(len(materials.train))
     size, ranks = options.max_physical_batch_size or 1, accelerator.num_processes // sequence_size(accelerator)
     physical = schedule.expected_batch_size / ranks / size
-    if options.clipping == "none" and schedule.noise_multiplier:
-        raise ValueError("--clipping none bounds nothing, so that no noise makes it private; --noise-multiplier 0")
     if options.clipping == "none":
         accelerator.print("NOT PRIVATE: --clipping none")
     accelerator.print(schedule.describe())
@@ -28,6 +27,7 @@ def dry_run(options: Options, materials: Materials, model: nn.Module, accelerato
         f"physical batches   about {physical:.1f} of at most {size} examples "
         f"for a logical batch, on each of {accelerator.num_processes} process(es) ({accelerator.device})"
     )
+    options = replace(options, max_physical_batch_size=size * options.rows_of_user)
     first, *others = explain(model.to(accelerator.device).train(), options)
     accelerator.print(f"execution          {first}")
     for line in others:

@@ -1,4 +1,4 @@
-"""Environment variables that torch reads on import (so import this module first), and torch's threads on a CPU.
+"""Environment variables that torch and tqdm read on import (so import this first), and torch's threads on a CPU.
 
 OpenMP's threads wait for each other by spinning, unless told otherwise. On a machine where another process wants a
 core too, a thread that spins keeps the one that it waits for from running. *Measured*, a physical batch of 32 x 128
@@ -12,6 +12,7 @@ import os
 
 # Never overrides what the user set.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TQDM_DELAY", "2")  # seconds before a progress bar is shown; tqdm reads it when imported
 
 
 def set_threads(wanted: int | None, processes: int) -> None:

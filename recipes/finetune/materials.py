@@ -8,14 +8,18 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from accelerate import Accelerator
+from finetune.data.checks import check_column, summary, values_of
 from finetune.data.documents import longest, rows_of, tokens_in_memory
-from finetune.data.examples import make_collate, text_column, tokenise
+from finetune.data.examples import make_collate, named_text_column, text_column, tokenise
 from finetune.data.loading import load_texts
+from finetune.data.progress import loading_bars
+from finetune.data.users import Users, group_users
 from finetune.engine import sequence_size
 from finetune.evaluation import choose_examples
+from finetune.model import load_tokenizer
 from finetune.options import DEFAULT_PHYSICAL, Options
 
 
@@ -38,8 +42,8 @@ class Materials:
     collate_train: Callable[..., dict[str, torch.Tensor]]
 
 
-def records_of(options: Options) -> tuple[Dataset, Dataset]:
-    """The records to train on and to evaluate with."""
+def records_of(options: Options, check: Callable[[Dataset], object] | None = None) -> tuple[Dataset, Dataset]:
+    """The records to train on and to evaluate with, each split of which ``check`` has passed as it was loaded."""
     return load_texts(
         options.dataset,
         options.dataset_config,
@@ -47,6 +51,8 @@ def records_of(options: Options) -> tuple[Dataset, Dataset]:
         options.validation_split,
         options.validation_share,
         options.seed,
+        options.user_column,
+        check,
     )
 
 
@@ -60,12 +66,19 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def text_materials(options: Options, accelerator: Accelerator) -> Materials:
     """Load tokenizer and texts, and tokenise them; one rank first, so that the others find the cache."""
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    with accelerator.main_process_first():
-        train, validation = records_of(options)
-        column = text_column(train, options.text_column)
-        train = tokenise(train, tokenizer, options.example_tokens, column)
-        validation = tokenise(validation, tokenizer, options.example_tokens, column)
+    tokenizer = load_tokenizer(options.model)
+    with accelerator.main_process_first(), loading_bars(accelerator):
+        texts, held_out = records_of(options, lambda records: text_column(records, options.text_column))
+        column = named_text_column(texts, options.text_column)
+        check_column(held_out, column, "--text-column")
+        train: Any = tokenise(texts, tokenizer, options.example_tokens, column)
+        validation = tokenise(held_out, tokenizer, options.example_tokens, column)
+    if accelerator.is_main_process:
+        print(*summary(texts, column, train, options.example_tokens, tokenizer.eos_token_id), sep="\n")
+    if options.user_column is not None:
+        who = values_of(texts, options.user_column)
+        train = group_users(train, who, options.records_per_user, options.seed)
+        accelerator.print(train.summary(options.user_column, options.records_per_user))
     chosen = choose_examples(validation, options.max_eval_examples, options.seed)
     if not chosen:
         raise ValueError(f"no validation record of {options.dataset!r} has two tokens; choose another --text-column.")
@@ -83,11 +96,18 @@ def choose_physical(options: Options, materials: Materials, accelerator: Acceler
     It may follow from the longest private record, so that it must not be published: the card has the options as given.
 
     Raises:
-        ValueError: documents in several rows, whose tokens are to be spread over ranks.
+        ValueError: examples in several rows, whose tokens are to be spread over ranks; or ``--user-column``, and the
+            recipe has not made users of the records.
     """
+    if options.user_column is not None and not isinstance(materials.train, Users):
+        raise ValueError("--user-column: the examples of this recipe are no users. Leave it out.")
     given = options.max_physical_batch_size
     if (spread := sequence_size(accelerator)) > 1:
         if options.in_rows:
+            if options.user_column:
+                raise ValueError(
+                    f"sp_size is {spread}, and with --user-column an example has several rows. Use sp_size 1."
+                )
             raise ValueError(
                 f"sp_size is {spread}, which spreads the tokens of one row, and with --pack documents a document has "
                 f"rows of {options.seq_len}. Give a --seq-len of at least --max-tokens-in-memory: one long row."
@@ -98,6 +118,9 @@ def choose_physical(options: Options, materials: Materials, accelerator: Acceler
     if given is not None:
         return options
     if options.max_tokens_in_memory is None:
-        return replace(options, max_physical_batch_size=DEFAULT_PHYSICAL)
-    tokens = max(1, tokens_in_memory(longest(materials.train), options.row_tokens))
+        return replace(options, max_physical_batch_size=max(1, DEFAULT_PHYSICAL // options.rows_of_user))
+    if isinstance(materials.train, Users):
+        tokens = max(1, materials.train.most_tokens)
+    else:
+        tokens = max(1, tokens_in_memory(longest(materials.train), options.row_tokens))
     return replace(options, max_physical_batch_size=max(1, options.max_tokens_in_memory // tokens))

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+)
 
 import dpft
 from accelerate import Accelerator, PartialState
 from finetune.engine import engine_name, launched_sharded
 from finetune.options import Options
+
+# architectures whose weights an AutoModelForCausalLM may load, and whose tokens see those after them
+NOT_CAUSAL = ("ForMaskedLM", "ForPreTraining", "Classification", "ForQuestionAnswering", "ForMultipleChoice")
 
 
 def load_model(options: Options, dtype: torch.dtype) -> nn.Module:
@@ -24,7 +35,8 @@ def load_model(options: Options, dtype: torch.dtype) -> nn.Module:
         dtype: of all parameters, frozen ones too.
 
     Raises:
-        ValueError: the examples are longer than the model's positions; 4 bits under an engine that shards.
+        ValueError: there is no such model, it is damaged or no causal language model, or the examples are longer than
+            its positions; 4 bits under an engine that shards.
         ImportError: peft, bitsandbytes, or the kernels of ``--attn-implementation`` are asked for and missing.
     """
     config = _configuration(options)
@@ -46,6 +58,43 @@ def checkpointed(model: Any, options: Options) -> nn.Module:
     return model
 
 
+@contextmanager
+def reading(name: str) -> Iterator[None]:
+    """Within it a model, its configuration or tokenizer is read: whatever is raised is said in one ValueError.
+
+    transformers, tokenizers, safetensors and torch have no common class for what is wrong with a file.
+    """
+    try:
+        yield
+    except Exception as error:
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"--model {name!r}: {kind}{' '.join(str(error).split())[:400]}") from error
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; a ValueError if there is none that can be read."""
+    with reading(name):
+        return AutoTokenizer.from_pretrained(name)
+
+
+def check_vocabulary(model: nn.Module, tokenizer: Any) -> None:
+    """Refuse a tokenizer with larger ids than the model has embeddings.
+
+    Raises:
+        ValueError: says both numbers.
+    """
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    rows = getattr(embeddings, "num_embeddings", None)
+    if rows is None or not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= rows:
+        raise ValueError(
+            f"the tokenizer of --model has ids up to {largest}, and the model {rows} embeddings. Take a tokenizer and "
+            "a model that belong together."
+        )
+
+
 def _bare(options: Options, config: Any, dtype: torch.dtype) -> nn.Module:
     """The bare model; with ``--load-in-4bit`` its linear layers in nf4, which compute in ``dtype``."""
     quantised: dict[str, Any] = {}
@@ -58,9 +107,20 @@ def _bare(options: Options, config: Any, dtype: torch.dtype) -> nn.Module:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
         quantised = {"quantization_config": bits, "device_map": {"": PartialState().device}}
-    model = AutoModelForCausalLM.from_pretrained(
-        options.model, config=config, dtype=dtype, attn_implementation=options.attn_implementation, **quantised
-    )
+    with reading(options.model):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            options.model,
+            config=config,
+            dtype=dtype,
+            attn_implementation=options.attn_implementation,
+            output_loading_info=True,
+            **quantised,
+        )
+    if found["missing_keys"]:
+        raise ValueError(
+            f"--model {options.model!r} lacks {len(found['missing_keys'])} tensors of a {type(model).__name__}, such "
+            f"as {min(found['missing_keys'])}: they would be random. Take a model with all its weights."
+        )
     for module in model.modules():
         # on some CPUs an evaluation packs 4-bit weights, and packed ones let no gradient through
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -80,7 +140,14 @@ def merged(options: Options, adapter: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def _configuration(options: Options) -> Any:
-    config = AutoConfig.from_pretrained(options.model)
+    with reading(options.model):
+        config = AutoConfig.from_pretrained(options.model)
+    others = [name for name in config.architectures or [] if name.endswith(NOT_CAUSAL)]
+    if others:
+        raise ValueError(
+            f"--model {options.model!r} is a {others[0]}, expected a causal language model, whose tokens see those "
+            "before them only."
+        )
     if options.rope_theta is not None:
         _extend_positions(config, options)
     return config

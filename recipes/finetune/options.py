@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 BASE_MODEL = Path(__file__).resolve().parent.parent / "assets" / "base_model"
 
 DEFAULT_PHYSICAL = 32
+SCHEDULES: tuple[str, ...] = ("cosine", "linear", "constant", "constant_with_warmup")
+SCHEDULES += ("cosine_with_restarts", "polynomial", "inverse_sqrt")
 OPTIMISERS: tuple[str, ...] = ("adamw", "adamw_torch", "adamw_torch_fused", "sgd", "adafactor")
 OPTIMISERS += ("adamw_8bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_8bit")
 
@@ -97,7 +99,7 @@ class Options:
         "docstrings (of Python's standard library: real text), tickets (synthetic, from templates), the name of a "
         "dataset on the hub, a folder written by save_to_disk, any other folder (each document or source file is a "
         "record), or a .txt, .json, .jsonl, .csv or .parquet file. One record is one example and the unit that is "
-        "protected",
+        "protected (see --user-column)",
         also=("dataset_name",),
         metavar="NAME",
     )
@@ -117,6 +119,16 @@ class Options:
         "column of the text; detected where it is unambiguous",
         also=("dataset_text_field",),
         metavar="NAME",
+    )
+    user_column: str | None = option(
+        None,
+        "data",
+        "column that names the user of each record: all records of a user are one example, which is drawn, clipped "
+        "and protected as a whole, and validation is split by user",
+        metavar="NAME",
+    )
+    records_per_user: int = option(
+        8, "data", "with --user-column: records of a user that are used, chosen by a hash", metavar="K"
     )
     seq_len: int = option(
         128,
@@ -232,8 +244,8 @@ class Options:
     lr_scheduler_type: str = option(
         "cosine",
         "optimisation",
-        "schedule of transformers.get_scheduler: cosine, linear, constant ...",
-        metavar="NAME",
+        "schedule of transformers.get_scheduler",
+        choices=SCHEDULES,
     )
     seed: int = option(
         0,
@@ -320,7 +332,7 @@ class Options:
         if self.num_steps is None and self.num_epochs is None:
             self.num_steps = self.steps
         least = dict.fromkeys(("seq_len", "max_physical_batch_size", "max_eval_examples", "cpu_threads"), 1)
-        least |= {"rank_timeout": 1, "max_tokens_in_memory": 2}
+        least |= {"rank_timeout": 1, "max_tokens_in_memory": 2, "records_per_user": 1}
         least |= dict.fromkeys(("lora_r", "warmup_steps", "checkpoint_every", "eval_every"), 0)
         least |= dict.fromkeys(("sample_tokens", "audit"), 0)
         for name, bound in least.items():
@@ -353,10 +365,16 @@ class Options:
             raise ValueError("--load-in-4bit freezes the weights; give --lora-r, the rank of the adapters to train.")
         if self.pack == "documents" and self.max_tokens_in_memory is None:
             raise ValueError("--pack documents needs --max-tokens-in-memory: where a document is cut that is longer.")
+        if self.user_column is not None and not self.user_column.strip():
+            raise ValueError("--user-column is empty; expected the name of a column.")
+        if self.user_column is not None and self.pack == "documents":
+            raise ValueError("--user-column has a row for each record, and --pack documents several. Leave one out.")
         if self.in_rows and self.strategy == "per_example":
+            given = "--user-column" if self.user_column else "--pack documents"
+            instead = "" if self.user_column else ", or give a --seq-len of at least --max-tokens-in-memory"
             raise ValueError(
-                "--strategy per_example runs the rows of a document apart, and --pack documents has one loss for all "
-                "of them. Leave one out, or give a --seq-len of at least --max-tokens-in-memory."
+                f"--strategy per_example runs the rows of an example apart, and with {given} they have one loss. "
+                f"Leave one out{instead}."
             )
 
     @property
@@ -372,4 +390,9 @@ class Options:
     @property
     def in_rows(self) -> bool:
         """Whether an example may have several rows."""
-        return self.example_tokens > self.seq_len
+        return self.user_column is not None or self.example_tokens > self.seq_len
+
+    @property
+    def rows_of_user(self) -> int:
+        """Rows of a user at most; 1 where examples are records."""
+        return 1 if self.user_column is None else self.records_per_user

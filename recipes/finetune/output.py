@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -13,6 +15,19 @@ OUTPUTS = Path("outputs")
 LEDGER = "ledger.jsonl"
 METRICS, CARD, PICTURE, CHECKPOINTS = "metrics.jsonl", "README.md", "training.png", "checkpoints"
 SYNTHETIC, MEASURES = "synthetic", "measures_private.json"  # of synthesize_dp.py
+
+
+@contextmanager
+def no_trace(accelerator: Accelerator, output: Path) -> Iterator[None]:
+    """If what is within it fails, leave no empty folder of a run that has not begun."""
+    try:
+        yield
+    except BaseException:
+        if accelerator.is_main_process:
+            with suppress(OSError):  # it is not empty: an earlier run's
+                output.rmdir()
+                OUTPUTS.rmdir()
+        raise
 
 
 def choose_output(options: Options, name: str, accelerator: Accelerator) -> Path:
@@ -43,7 +58,8 @@ def _choose_output(options: Options, name: str) -> Path:
             )
         if ledger.exists():
             _clear(chosen, ledger, options.overwrite_output_dir)
-    chosen.mkdir(parents=True, exist_ok=True)
+    if not options.resume_from_checkpoint:  # what is resumed is there
+        chosen.mkdir(parents=True, exist_ok=True)
     return chosen
 
 

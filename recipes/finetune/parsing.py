@@ -14,7 +14,7 @@ import typing
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -53,9 +53,19 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return ", ".join(words)
 
 
-def build_parser(description: str, options: type[Options] = Options) -> argparse.ArgumentParser:
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage, which for these options says nothing."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def build_parser(
+    description: str, options: type[Options] = Options, program: str | None = None
+) -> argparse.ArgumentParser:
     """The command line of a recipe's options, in groups; an option that was not given is absent from the result."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
+        prog=program,
         usage="%(prog)s [options]",
         description=description,
         formatter_class=_Help,
@@ -144,13 +154,19 @@ def _checked(path: str, key: str, value: Any, kind: type, optional: bool, choice
     return value
 
 
-def parse(argv: Sequence[str] | None = None, description: str = "", options: type[Options] = Options) -> Options:
+def parse(
+    argv: Sequence[str] | None = None,
+    description: str = "",
+    options: type[Options] = Options,
+    program: str | None = None,
+) -> Options:
     """Read the command line, and the YAML file that it may name.
 
     Args:
         argv: words of the command line; those of the process if None.
         description: text at the top of ``--help``.
         options: of the recipe.
+        program: its name in messages; the file that was started if None.
 
     Returns:
         The options. A ``noise_multiplier`` given without a ``target_epsilon`` takes the default target's place.
@@ -158,7 +174,7 @@ def parse(argv: Sequence[str] | None = None, description: str = "", options: typ
     Raises:
         SystemExit: with a message on standard error, for an option that is unknown or has no sense.
     """
-    parser = build_parser(description, options)
+    parser = build_parser(description, options, program)
     given = vars(parser.parse_args(argv))
     try:
         config = given.pop("config", None)

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from transformers import AutoTokenizer
-
 from accelerate import Accelerator
 from finetune.data.chat_template import set_template
 from finetune.data.examples import make_collate
@@ -18,6 +16,7 @@ from finetune.dpo import LOSSES, PreferenceLoss
 from finetune.engine import sequence_size
 from finetune.evaluation import choose_examples
 from finetune.materials import Materials, pad_token, records_of
+from finetune.model import load_tokenizer
 from finetune.options import Options, again, option
 
 PAIRS = "pairs"
@@ -28,7 +27,7 @@ class PreferenceOptions(Options):
     """Options of training on preferences."""
 
     steps: ClassVar[int] = 12
-    unused: ClassVar[tuple[str, ...]] = ("pack", "text_column", "audit")
+    unused: ClassVar[tuple[str, ...]] = ("pack", "text_column", "audit", "user_column", "records_per_user")
     rows: ClassVar[int] = 2
 
     dataset: str = option(
@@ -111,7 +110,7 @@ def pair_materials(options: PreferenceOptions, accelerator: Accelerator) -> Mate
         raise ValueError(
             f"sp_size is {spread}, which spreads the tokens of one row, and a pair has two. Leave it out."
         )
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = load_tokenizer(options.model)
     with accelerator.main_process_first():
         if options.dataset == PAIRS:
             docstrings = records_of(replace(options, dataset="docstrings"))

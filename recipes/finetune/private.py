@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import nn
 
 import dpft
 from accelerate import Accelerator
+from finetune.data.users import user_words
 from finetune.options import Options
 
 
@@ -26,7 +28,24 @@ def privacy_config(options: Options) -> dpft.PrivacyConfig:
         num_steps=options.num_steps,
         num_epochs=options.num_epochs,
         secure_rng=options.secure_rng,
+        item=user_words(options.user_column, options.records_per_user) if options.user_column else None,
     )
+
+
+def check_privacy(options: Options, examples: int) -> None:
+    """Refuse what the options about privacy cannot mean with so many examples, before anything is written.
+
+    The noise is calibrated for it, which :func:`prepare` need not do again.
+
+    Raises:
+        ValueError: a logical batch is larger than the data; no noise meets the target; there is noise and no clipping.
+    """
+    privacy = privacy_config(options)
+    if options.clipping == "none" and privacy.noise_multiplier != 0:
+        raise ValueError("--clipping none bounds nothing, so that no noise makes it private; --noise-multiplier 0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # prepare gives them
+        privacy.resolve(examples)
 
 
 @dataclass

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from accelerate import Accelerator
 from finetune.data.documents import document_losses, token_counts
+from finetune.data.users import Users
 from finetune.evaluation import sample_text, validation_loss
 from finetune.materials import Materials, text_materials
 from finetune.model import load_model
@@ -75,7 +76,7 @@ class Recipe:
 
         None: it is not sorted. Private, as the examples are.
         """
-        return token_counts(train)
+        return train.lengths if isinstance(train, Users) else token_counts(train)
 
     def model(self, options: Any, dtype: torch.dtype) -> nn.Module:
         """Load the model, with the adapters and checkpointing that the options ask for."""
@@ -110,6 +111,12 @@ class Recipe:
 
     def notes(self, options: Any) -> tuple[str, ...]:
         """What the privacy statement must say of the examples; first of all, what one example is."""
+        if options.user_column is not None:
+            return (
+                f"of each record the first {options.example_tokens} tokens are used; which records of a user are used "
+                "follows from the seed and from that user's own records. A person whose records have several values "
+                "of the column is protected for each value, not for all together",
+            )
         unit = (
             f"one {self.unit} is one example, cut to {options.example_tokens} tokens: if a person has several "
             f"{self.unit}s, each is protected, not all together"

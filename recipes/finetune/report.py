@@ -107,6 +107,7 @@ def model_card(report: Report, published: bool = False) -> str:
     texts = "\n\n".join(f"{when.capitalize()} training:\n\n{_quoted(text)}" for when, text in report.samples.items())
     samples = f"## Samples\n\nPrompt: `{options.prompt}`.\n\n{texts}\n" if texts else ""
     rows_words = f", in rows of at most {options.seq_len} tokens" if options.in_rows else ""
+    unit = "one record is one example" if options.user_column is None else "one user is one example, each record a row"
     uncovered = f"### What the epsilon does not cover\n\n{NOT_COVERED if private else NOTHING_COVERED}\n\n"
     measured = f"## Measured\n\n| | |\n|---|---|\n{rows}\n\n![Loss and epsilon over the steps]({PICTURE})\n\n"
     ledger = f"Every release is in the ledger, `{LEDGER}`, which was written ahead of it.\n\n"
@@ -119,8 +120,8 @@ tags: [{"differential-privacy, dp-sgd, dpft" if private else "not-private, dpft"
 ---
 # {title[:1].upper() + title[1:]}, fine-tuned {"with differential privacy" if private else "WITHOUT PRIVACY"}
 
-Data: {described(options.dataset)}. At most {options.example_tokens} tokens of each record; one record is one \
-example, never packed with others{rows_words}.
+Data: {described(options.dataset)}. At most {options.example_tokens} tokens of each record; {unit}, never packed with \
+others{rows_words}.
 
 {report.statement.strip()}
 

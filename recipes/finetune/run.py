@@ -22,16 +22,17 @@ from transformers.utils import logging as transformers_logging
 from dpft import DPFTError
 from finetune import auditing, checkpoints
 from finetune.best import Best
+from finetune.data.progress import timed
 from finetune.dry_run import dry_run
 from finetune.engine import ending_all, engine_name, from_first, make_accelerator, weight_dtype
 from finetune.export import export, reload_and_check
 from finetune.loop import History, check_optimizer, make_optimizer, make_scheduler, train, validation_row
 from finetune.materials import choose_physical
-from finetune.model import lengthen
-from finetune.output import LEDGER, METRICS, choose_output
+from finetune.model import check_vocabulary, lengthen
+from finetune.output import LEDGER, METRICS, choose_output, no_trace
 from finetune.parsing import parse
 from finetune.plain import train_without_privacy
-from finetune.private import Prepared, prepare, privacy_config, statement
+from finetune.private import Prepared, check_privacy, prepare, privacy_config, statement
 from finetune.publish import check_login, publish
 from finetune.recipe import Finished, Recipe
 from finetune.report import Report, model_card, write_report
@@ -41,7 +42,8 @@ from finetune.report import Report, model_card, write_report
 def one_line(name: str) -> Iterator[None]:
     """End the program with one line and status 2 if the options cannot be carried out.
 
-    For use before training: a later failure is not due to a wrong option, and needs its traceback.
+    For use before training: a later failure is not due to a wrong option, and needs its traceback. What the libraries
+    raise of a bad file or model has been made a ValueError where they were called; other errors are bugs.
     """
     try:
         yield
@@ -73,19 +75,18 @@ def run(recipe: Recipe, options: Any) -> int:
         materials, asked = recipe.materials(options, accelerator), options
         options = choose_physical(options, materials, accelerator)
         model = lengthen(recipe.model(options, weight_dtype(options, accelerator)), options, accelerator)
+        check_vocabulary(model, materials.tokenizer)
+        with timed(accelerator, "calibrating the noise"):
+            check_privacy(options, len(materials.train))
         if options.dry_run:
             dry_run(options, materials, model, accelerator)
             return 0
         output = choose_output(options, recipe.name, accelerator)
-        checkpoint = checkpoints.find(accelerator, output) if options.resume_from_checkpoint else None
-        audit = auditing.begin(accelerator, options, materials, output) if options.audit else None
-        best = Best(accelerator, output, strict=not options.load_in_4bit) if options.save_best else None
-    accelerator.project_configuration.set_directories(str(output))
-    accelerator.init_trackers(recipe.name)
-    history = History(output / METRICS if accelerator.is_main_process else None)
-    samples: dict[str, str] = {}
-    accelerator.print("calibrating the noise ...")
-    with one_line(recipe.name):
+        with no_trace(accelerator, output):
+            checkpoint = checkpoints.find(accelerator, output) if options.resume_from_checkpoint else None
+            audit = auditing.begin(accelerator, options, materials, output) if options.audit else None
+            best = Best(accelerator, output, strict=not options.load_in_4bit) if options.save_best else None
+    with one_line(recipe.name), no_trace(accelerator, output):
         optimizer = make_optimizer(options, model)
         prepared = prepare(
             accelerator,
@@ -102,6 +103,10 @@ def run(recipe: Recipe, options: Any) -> int:
         schedule = prepared.schedule
         scheduler = make_scheduler(options, prepared.optimizer, schedule.num_steps)
         accelerator.register_for_checkpointing(scheduler)
+    accelerator.project_configuration.set_directories(str(output))
+    accelerator.init_trackers(recipe.name)
+    history = History(output / METRICS if accelerator.is_main_process else None)
+    samples: dict[str, str] = {}
     with ending_all(accelerator, recipe.name, output):
         recipe.begin(prepared.model, materials, accelerator)
         if options.sample_tokens:
@@ -248,7 +253,7 @@ def spent_words(prepared: Prepared) -> str:
 
 def main(recipe: Recipe, description: str, argv: Sequence[str] | None = None) -> int:
     """Read the options of a recipe and run it; ``description`` is the top of ``--help``."""
-    options = parse(argv, description, recipe.options)
+    options = parse(argv, description, recipe.options, f"{recipe.name}.py")
     try:
         return run(recipe, options)
     except KeyboardInterrupt:

@@ -76,6 +76,9 @@ def make(**changes: Any) -> PrivacyConfig:
         ({"clip_gamma": 0}, "clip_gamma"),
         ({"accountant": "prv"}, "accountant"),
         ({"secure_rng": 1}, "secure_rng"),
+        ({"item": " "}, "item"),
+        ({"item": "a\nb"}, "one line"),
+        ({"item": "user", "unit": "user", "examples_per_user": 2}, "Leave one of them out"),
         ({"unit": "person"}, "unit"),
         ({"unit": "user"}, "examples_per_user"),
         ({"examples_per_user": 4}, "examples_per_user"),
@@ -122,12 +125,14 @@ def test_fingerprint_is_stable_and_sees_every_field() -> None:
         make(accountant="rdp"),
         make(secure_rng=True),
         make(unit="user", examples_per_user=2),
+        make(item="user"),
         make(),
     ]
     assert len({config.fingerprint() for config in others}) == len(others)
 
 
 def test_resolve_gives_the_constants() -> None:
+    assert "privacy unit       user\n" in make(item="user").resolve(10_000).describe()
     schedule = make().resolve(10_000)
     assert (schedule.sample_rate, schedule.num_steps, schedule.noise_multiplier) == (0.0064, 100, 1.0)
     assert schedule.private and schedule.dataset_size == 10_000

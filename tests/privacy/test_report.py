@@ -114,10 +114,20 @@ def test_the_number_of_examples_is_said_only_where_it_is_public() -> None:
         ({"clip_function": "automatic"}, "automatic, gamma 0.01"),
         ({"sampler": "truncated_poisson", "max_batch_size": 128}, "capped at 128"),
         ({"secure_rng": True}, "cryptographic"),
+        ({"item": "user (by 'id')"}, "| Privacy unit | user (by 'id') |"),
+        ({"item": "user (by 'id')"}, "in which one user (by 'id') is added or removed"),
+        ({"item": "user (by 'id')"}, "- an example is one user (by 'id')"),
     ],
 )
 def test_what_is_particular_is_said(changes: Any, words: str) -> None:
     assert words in privacy_statement_markdown(privacy_report(schedule_of(**changes), 10))
+
+
+def test_naming_the_item_changes_no_number() -> None:
+    plain, named = (privacy_report(schedule_of(**more), 10) for more in ({}, {"item": "user (by 'id')"}))
+    words = {"item", "neighbours", "assumptions", "config_fingerprint"}
+    assert {key for key in plain if plain[key] != named[key]} == words
+    assert "one example is added" in plain["neighbours"] and plain["item"] is None
 
 
 def test_notes_are_assumptions_and_mixed_units_are_refused(tmp_path: Path) -> None:

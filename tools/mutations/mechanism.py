@@ -255,6 +255,22 @@ MECHANISM_MUTATIONS = (
         "pass",
         LEDGER,
     ),
+    Mutation(
+        "units_mixed",
+        "steps on records and steps on users are stated as one of them",
+        "dpft/engines/shared_ledger.py",
+        "if item != privacy.item:",
+        "if False:",
+        ("tests/test_prepare_spending.py",),
+    ),
+    Mutation(
+        "rows_for_users",
+        "each record of a user is clipped apart, and a user protected by the epsilon of one record",
+        "recipes/finetune/data/examples.py",
+        "torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p) for p in parts]))",
+        "torch.arange(len(rows))",
+        ("tests/recipes/test_users.py",),
+    ),
     # the loop
     Mutation(
         "budget_ignored",

@@ -70,11 +70,10 @@ def load_folder(folder: Path) -> Dataset:
             "programming language's suffix (listed in recipes/finetune/data/documents.py), or what save_to_disk "
             "writes."
         )
-    # a tuple: datasets takes a list for the shards of several processes
-    records = Dataset.from_generator(_read, gen_kwargs={"folder": str(folder.resolve()), "files": tuple(files)})
-    if not len(records):
+    if next(_read(str(folder), files), None) is None:
         raise ValueError(f"--dataset {str(folder)!r}: none of {len(files)} files is text in UTF-8.")
-    return records
+    # a tuple: datasets takes a list for the shards of several processes
+    return Dataset.from_generator(_read, gen_kwargs={"folder": str(folder.resolve()), "files": tuple(files)})
 
 
 def rows_of(ids: Sequence[int], row_tokens: int) -> list[list[int]]:

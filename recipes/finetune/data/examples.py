@@ -12,26 +12,36 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from finetune.data.checks import check_texts
 from finetune.data.documents import IGNORED_LABEL, rows_of
+from finetune.data.files import shown
 
 TEXT_COLUMNS = ("text", "content", "document", "sentence")
 
 
 def text_column(records: Dataset, wanted: str | None = None) -> str:
+    """The name of :func:`named_text_column`, whose content is checked in one pass.
+
+    Raises:
+        ValueError: there is no such column, or a record has no text in it.
+    """
+    column = named_text_column(records, wanted)
+    check_texts(records, column)
+    return column
+
+
+def named_text_column(records: Dataset, wanted: str | None = None) -> str:
     """The column that holds the text: the one asked for, else the first of the usual names, else the only column.
 
     Raises:
-        ValueError: there is no such column, or it does not hold text.
+        ValueError: there is no such column.
     """
     columns = records.column_names
     usual = [column for column in TEXT_COLUMNS if column in columns]
     column = wanted or (usual[0] if usual else columns[0] if len(columns) == 1 else None)
     if column is None or column not in columns:
-        raise ValueError(f"--text-column {wanted!r}: the data has the columns {', '.join(columns)}. Name one of them.")
-    if not isinstance(records[0][column], str):
-        raise ValueError(
-            f"--text-column {column!r} holds {type(records[0][column]).__name__}, expected text. Name another."
-        )
+        given = "is not given" if wanted is None else repr(wanted)
+        raise ValueError(f"--text-column {given}: the data has the columns {shown(columns)}. Name one of them.")
     return column
 
 
@@ -75,24 +85,26 @@ def make_collate(
 
     Returns:
         A function from a list of examples to int64 tensors [B, T]: ``input_ids``, ``attention_mask`` (1 where there
-        is a token), ``labels`` (the tokens, or the example's own ``labels``; -100 on padding); with ``row_tokens``
-        also ``example_ids`` [B], and B counts rows. It must be given at least one example; the loader of dpft adds
-        its examples of weight zero before. It raises ValueError for an example with more tokens than
-        ``pad_to``, or another number of labels than of tokens.
+        is a token), ``labels`` (the tokens, or the example's own ``labels``; -100 on padding); with ``row_tokens``,
+        or examples that have ``rows`` instead of ``input_ids`` (:class:`finetune.data.users.Users`), also
+        ``example_ids`` [B], and B counts rows. It must be given at least one example; the loader of dpft adds its
+        examples of weight zero before. It raises ValueError for an example with more tokens than ``pad_to``, or
+        another number of labels than of tokens.
     """
 
+    def in_rows(example: dict[str, Any], column: str) -> list[list[int]]:
+        if "rows" in example:
+            return [list(row) for row in example["rows"]]
+        tokens = list(example.get(column, example["input_ids"]))
+        return [tokens] if row_tokens is None else rows_of(tokens, row_tokens)
+
     def collate(examples: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        whole = [list(example["input_ids"]) for example in examples]
-        learnt = [list(example.get("labels", example["input_ids"])) for example in examples]
-        if [len(ids) for ids in whole] != [len(labels) for labels in learnt]:
+        if any("labels" in example and len(example["labels"]) != len(example["input_ids"]) for example in examples):
             raise ValueError("an example has another number of labels than of tokens; expected one for each token.")
-
-        def in_rows(tokens: list[int]) -> list[list[int]]:
-            return [tokens] if row_tokens is None else rows_of(tokens, row_tokens)
-
-        parts = [in_rows(ids) for ids in whole]
+        parts = [in_rows(example, "input_ids") for example in examples]
+        learnt = [in_rows(example, "labels") for example in examples]
         rows = [row for part in parts for row in part]
-        rows_of_labels = [row for labels in learnt for row in in_rows(labels)]
+        rows_of_labels = [row for part in learnt for row in part]
         longest = max(1, *(len(row) for row in rows)) if rows else 1
         length = pad_to or -(-longest // multiple_of) * multiple_of
         if longest > length:
@@ -110,7 +122,7 @@ def make_collate(
         # A row without a single token attends to nothing, which some attention kernels answer with NaN.
         mask[:, 0] = 1
         batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
-        if row_tokens is not None:
+        if row_tokens is not None or any("rows" in example for example in examples):
             batch["example_ids"] = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p) for p in parts]))
         return batch
 

@@ -11,11 +11,24 @@ from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
+from finetune.data.checks import check_column, check_texts, values_of
 from finetune.data.examples import make_collate
 
 ENCODER = Path(__file__).resolve().parents[2] / "assets" / "encoder"
 # Packages whose docstrings are many in every version of Python; chosen by name, not by counting private records.
 PACKAGES = ("asyncio", "email", "importlib", "logging", "tkinter", "turtle", "unittest", "xml")
+
+
+def check_labelled(records: Dataset, text_column: str, label_column: str) -> None:
+    """Refuse records of which one has no text or no label.
+
+    Raises:
+        ValueError: a column is missing, or holds something else; says the number of the first such record.
+    """
+    check_column(records, text_column, "--text-column")
+    check_texts(records, text_column)
+    for _ in values_of(records, label_column, "--label-column"):
+        pass
 
 
 def labelled(

@@ -17,7 +17,10 @@ class SynthesisOptions(Options):
     """The defaults are the demonstration."""
 
     # --audit's canaries have no header; texts are the sample
-    unused: ClassVar[tuple[str, ...]] = ("pack", "audit", "prompt", "sample_tokens")
+    unused: ClassVar[tuple[str, ...]] = (
+        *("pack", "audit", "prompt", "sample_tokens"),
+        *("user_column", "records_per_user"),
+    )
 
     steps: ClassVar[int] = 30
 

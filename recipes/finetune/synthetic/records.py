@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from datasets import Dataset
-from transformers import AutoTokenizer
 
 from accelerate import Accelerator
 from finetune.data.corpora import TROUBLES, in_validation, synthetic_tickets
@@ -13,6 +12,7 @@ from finetune.data.examples import make_collate, text_column
 from finetune.data.labelled import PACKAGES
 from finetune.evaluation import choose_examples
 from finetune.materials import Materials, pad_token, records_of
+from finetune.model import load_tokenizer
 from finetune.synthetic.conditions import (
     Conditions,
     conditions_of,
@@ -80,7 +80,7 @@ def conditioned_materials(options: SynthesisOptions, accelerator: Accelerator) -
     Raises:
         ValueError: a column is missing, a value is not public, or a header or ``--max-new-tokens`` leaves no room.
     """
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = load_tokenizer(options.model)
     columns = parse_columns(options.condition_on)
     with accelerator.main_process_first():
         records = load_records(options)
