@@ -4,10 +4,41 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 import dpft
+from accelerate import Accelerator
+from finetune.data.progress import timed
+from finetune.output import OUTPUTS
 
 COLUMN = 19
+
+
+def give_advice(name: str, options: Any, model: nn.Module, examples: int, accelerator: Accelerator) -> None:
+    """--advise: print the advice, and draw it in the folder of outputs. Nothing is read but the number of examples.
+
+    Raises:
+        ValueError: there is no target epsilon, or none can be advised for.
+    """
+    if options.target_epsilon is None:
+        raise ValueError("--advise is for a --target-epsilon; leave --noise-multiplier out.")
+    tokens = options.example_tokens * options.rows_of_user
+    with timed(accelerator, "calibrating the noise of some fifty settings"):
+        advice = dpft.advise(
+            model,
+            examples,
+            target_epsilon=options.target_epsilon,
+            target_delta=options.target_delta,
+            tokens=tokens,
+            token_budget=None if options.num_epochs is None else options.num_epochs * examples * tokens,
+        )
+    accelerator.print("\n".join(lines(advice)))
+    if accelerator.is_main_process:
+        OUTPUTS.mkdir(exist_ok=True)
+        picture(advice, OUTPUTS / f"{name}_advice.png")
+    accelerator.print(f"epsilon and noise by batch and steps: {OUTPUTS / f'{name}_advice.png'}; nothing was trained")
 
 
 def lines(advice: dpft.Advice) -> list[str]:

@@ -314,6 +314,12 @@ class Options:
         "Return the", "output", "start of the text that is generated before and after", metavar="TEXT"
     )
     sample_tokens: int = option(48, "output", "tokens to generate; 0 generates nothing", metavar="N")
+    advise: bool = option(
+        False,
+        "output",
+        "say which batch, steps, clip norm, learning rate, LoRA or full training to take for these data, this model "
+        "and --target-epsilon (within --num-epochs, if given), why, and what others would cost; draw it, and stop",
+    )
     dry_run: bool = option(
         False, "output", "say what would be done (noise, steps, batches, epsilon, plan, memory) and stop"
     )

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from dpft import DPFTError
 from finetune import auditing, checkpoints
+from finetune.advice import give_advice
 from finetune.best import Best
 from finetune.data.progress import timed
 from finetune.dry_run import dry_run
@@ -76,6 +77,9 @@ def run(recipe: Recipe, options: Any) -> int:
         options = choose_physical(options, materials, accelerator)
         model = lengthen(recipe.model(options, weight_dtype(options, accelerator)), options, accelerator)
         check_vocabulary(model, materials.tokenizer)
+        if options.advise:
+            give_advice(recipe.name, options, model, len(materials.train), accelerator)
+            return 0
         with timed(accelerator, "calibrating the noise"):
             check_privacy(options, len(materials.train))
         if options.dry_run:
