@@ -77,7 +77,7 @@ def conditions(found: dict[str, Any]) -> str:
     """Machine, versions and commit in one paragraph."""
     place = found.get("gpu") or found.get("cpu") or found.get("machine", "unknown machine")
     parts = [place, f"{found['cores']} cores", f"{found['memory_gib']:g} GiB"]
-    parts += [f"{found['threads']} threads"] if "threads" in found else []
+    parts += [f"{found['threads']} thread" + "s" * (found["threads"] > 1)] if "threads" in found else []
     parts += [found["backend"]] if "backend" in found else []
     versions = [f"{name} {version}" for name, version in found["versions"].items() if version]
     commit = f"commit {(found['commit'] or 'unknown')[:8]}" + " with uncommitted changes" * found.get("dirty", False)
