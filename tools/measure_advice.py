@@ -2,6 +2,7 @@
 
     python tools/measure_advice.py --json docs/benchmarks/advice_cpu.json
     python tools/measure_advice.py --first 4
+    python tools/measure_advice.py --curve --json docs/benchmarks/loss_over_epsilon_cpu.json
 
 The recipe's small Llama is trained on the docstrings, cut at 64 tokens, at epsilon 8 and 3: 27 trainings of 30 to 60
 seconds of one core each, two at a time. A file that has results is continued. The docstrings are public: to choose a

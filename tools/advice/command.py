@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from tools.advice.grids import settings
+from tools.advice.grids import curve, settings
 from tools.advice.training import DELTA, TOKENS, Setting, train
 from tools.common.command_line import Parser, say
 from tools.common.conditions import conditions
@@ -62,11 +62,13 @@ def main(description: str | None, argv: list[str] | None = None) -> None:
     """Read the command line, train, and print a line for each setting."""
     parser = Parser("measure_advice", description)
     parser.add_argument("--first", type=int, metavar="K", help="the first K settings alone")
+    parser.add_argument("--curve", action="store_true", help="one setting at several values of epsilon, not the grid")
     parser.add_argument("--eval-examples", type=int, default=128, help="validation examples (default %(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="trainings at once (default %(default)s)")
     parser.add_argument("--json", type=json_path)
     args = parser.parse_args(argv)
-    results = measure(settings()[: args.first], args.eval_examples, args.processes, args.json)
+    tried = curve() if args.curve else settings()
+    results = measure(tried[: args.first], args.eval_examples, args.processes, args.json)
     for row in sorted(results, key=lambda row: (row["epsilon"], row["loss_after"])):
         names = ("epsilon", "batch", "steps", "learning_rate", "clip_norm", "lora_r", "noise_multiplier")
         print("  ".join(f"{row[name]:g}" for name in names), f"{row['loss_before']:.3f} -> {row['loss_after']:.3f}")

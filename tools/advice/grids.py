@@ -22,3 +22,8 @@ def settings() -> list[Setting]:
     lora += [Setting(8, 256, 12, rate, lora_r=8) for rate in (5e-3, 1e-2)]
     many = [Setting(8, 128, 48, rate) for rate in (5e-3, 2.5e-3)]
     return [*twice, *rates, *clip_norms, *tight, *ways, *lora, *again, *high, *tight_ways, *tight_clip, *low, *many]
+
+
+def curve() -> list[Setting]:
+    """The best full training of the grid, at several values of epsilon: loss over epsilon."""
+    return [Setting(epsilon, 512, 12, 5e-3) for epsilon in (1, 2, 4, 8)]

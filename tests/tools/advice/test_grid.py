@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 
 from tools.advice.command import left
-from tools.advice.grids import settings
+from tools.advice.grids import curve, settings
 from tools.advice.training import Setting, train
 
 
@@ -21,6 +21,12 @@ def test_what_is_left_counts_repetitions() -> None:
     assert Counter(left(tried, [])) == Counter(tried)
     twice = next(setting for setting, times in Counter(tried).items() if times == 2)
     assert left(tried, [asdict(twice)]).count(twice) == 1
+
+
+def test_the_curve_varies_epsilon_alone() -> None:
+    points = curve()
+    assert len({point.epsilon for point in points}) == len(points) >= 3
+    assert len({replace(point, epsilon=1.0) for point in points}) == 1
 
 
 @pytest.mark.slow
