@@ -10,12 +10,13 @@ import nbformat
 from jinja2 import DictLoader
 from mkdocs.structure.files import File, Files
 from nbconvert import MarkdownExporter
+from traitlets.config import Config
 
 # Fences of four: what a cell prints may have one of three. `ipython3` is a lexer that knows `!command`.
 TEMPLATE = """
 {%- extends "markdown/index.md.j2" -%}
 {% block input %}
-````{.{{ cell.metadata.get("language", "ipython3") }}{% if cell.metadata.file %} title="{{ cell.metadata.file }}"{% endif %}}
+````{.{{ cell.metadata.get("language", "ipython3") }}{{ cell.metadata.title }}}
 {{ cell.source }}
 ````
 {% endblock input %}
@@ -53,11 +54,14 @@ def page(notebook: Any, name: str) -> tuple[str, dict[str, bytes]]:
         if cell.cell_type == "code" and (file := _FILE.match(cell.source)):
             cell.source = cell.source[file.end() :]
             cell.outputs = []  # "Writing train.py"
-            cell.metadata |= {"file": file[1], "language": "python" if file[1].endswith(".py") else "text"}
+            cell.metadata |= {
+                "title": f' title="{file[1]}"',
+                "language": "python" if file[1].endswith(".py") else "text",
+            }
     exporter = MarkdownExporter(
         extra_loaders=[DictLoader({"page.md.j2": TEMPLATE})],
         template_file="page.md.j2",
-        display_data_priority=["text/markdown", "image/png", "text/plain"],
+        config=Config(NbConvertBase={"display_data_priority": ["text/markdown", "image/png", "text/plain"]}),
     )
     text, resources = exporter.from_notebook_node(
         shown, {"unique_key": name, "output_files_dir": f"{name}_files", "metadata": {"name": name}}
