@@ -9,6 +9,7 @@ from torch import nn
 
 from dpft.clipping.state import ClipState
 from dpft.engines.ranks import Ranks
+from dpft.engines.shared_account import SharedAccount
 from dpft.engines.shared_ledger import SharedLedger
 from dpft.errors import BudgetExceededError, ClippingError, LedgerError, WrapError
 from dpft.optimizer import DPOptimizer
@@ -42,8 +43,10 @@ class PrivacyRun:
         seeded: bool,
         continued: bool,
         isolated: bool = True,
+        account: SharedAccount | None = None,
     ) -> None:
         self._isolated = isolated
+        self._account = account
         self.schedule, self.ledger, self.clipping, self.seeded = schedule, ledger, clipping, seeded
         self._meter: EpsilonMeter | None = None
         self._loaded = False
@@ -51,6 +54,9 @@ class PrivacyRun:
         self._history, self._first = ledger.events(), ledger.count
         self.on_load: Callable[[], None] = lambda: None
         self.last_step = self._last_step()
+        if account is not None:
+            planned = (schedule.mechanism, self.last_step - self._first)
+            account.reserve(ledger.run_id, self._history, planned, ledger.path)
 
     def _last_step(self) -> int:
         """The schedule's number of steps, or fewer where a restart spends more (``shuffle`` starts a new epoch)."""
@@ -149,8 +155,17 @@ class PrivacyRun:
         )
 
     def close(self) -> None:
-        """Close the ledger and release its lock, so that another run in this process can open it."""
-        self.ledger.close()
+        """End the run: free what it did not use of its account; close the ledger, so that another run can open it.
+
+        Raises:
+            LedgerError: the account could not be written: what the run did not use stays reserved.
+        """
+        account, self._account = self._account, None
+        try:
+            if account is not None:
+                account.finish(self.ledger.run_id, self.ledger.path)
+        finally:
+            self.ledger.close()
 
     def state_dict(self) -> dict[str, Any]:
         """The run id of the ledger that this checkpoint belongs to, and its count. Contains no secret."""
