@@ -2,8 +2,8 @@
 
 Choosing the best of several private trainings by their results reveals more than one training does. If the number of
 trials is random, and nothing but the best is released, it reveals two or three times as much, not as many times as
-there were trials: Papernot and Steinke 2022 (arXiv 2110.03620), Theorem 2 (truncated negative binomial), Theorem 6 (Poisson).
-What the theorems assume, :func:`tune` does: candidates are drawn uniformly and with replacement, every
+there were trials: Papernot and Steinke 2022 (arXiv 2110.03620), Theorem 2 (truncated negative binomial) and Theorem 6
+(Poisson). What the theorems assume, :func:`tune` does: candidates are drawn uniformly and with replacement, every
 trial runs to its end, and the number of trials, and all trials but the best, are forgotten.
 """
 

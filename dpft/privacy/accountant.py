@@ -254,6 +254,8 @@ def _base_pld(mechanism: Mechanism, h: float, extra: int) -> Any:
         )
     if mechanism.unit == "user":
         sensitivities, probabilities = _mixture(mechanism)
+        if len(sensitivities) == 1:  # at rate 1 all of a user's examples are there: a Gaussian, which is quicker
+            return module.from_gaussian_mechanism(sigma / sensitivities[0], value_discretization_interval=h)
         return module.from_mixture_gaussian_mechanism(
             sigma, sensitivities, probabilities, value_discretization_interval=h
         )
