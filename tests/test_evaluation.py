@@ -189,7 +189,7 @@ def test_its_answers_cost_epsilon_at_most(
     moves = means[1] - means[0]
     assert not stop([*kept, 0.0])
     threshold, question = scales
-    t = np.linspace(-60 * threshold, 60 * threshold, 200_001)
+    t = np.linspace(-60 * threshold, 60 * threshold, 40_001)
     weight = stats.laplace.pdf(t, scale=threshold)
 
     def probability(first: float, last: float, questions: int = 60) -> float:

@@ -65,7 +65,7 @@ def test_it_pays_before_the_first_trial_and_keeps_only_the_best(
 
 
 def test_candidates_are_drawn_uniformly_with_replacement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "number_of_trials", lambda *_: 600)
+    monkeypatch.setattr(module, "number_of_trials", lambda *_: 300)
     drawn: Counter[str] = Counter()
 
     def noted(candidate: str, trial: dpft.Trial) -> tuple[float, None]:

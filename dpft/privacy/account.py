@@ -244,12 +244,12 @@ class Account:
             check_use(use, self.protects, self.composition)
         if self._fits([*others, *uses]):
             return
-        before, after = (rounded_up(self._epsilon(some)) for some in (others, [*others, *uses]))
+        before, after = (self._shown(some) for some in (others, [*others, *uses]))
         pending = sum(entry.open for entry in content.entries)
         hint = f" {pending} reservations are open: account.settle() frees those of runs that died." if pending else ""
         raise BudgetExceededError(
-            f"{what} does not fit into the account {self.path} of epsilon {self.epsilon:g} at delta {self.delta:g} "
-            f"({self.composition}): {before} is spent or reserved, and it would be {after}. Nothing was released. "
+            f"{what} does not fit into the account {self.path} of epsilon {self.epsilon:g} at delta {self.delta:g}: "
+            f"{before} is spent or reserved, and it would be {after}. Nothing was released. "
             f"account.max_steps and account.noise_multiplier say what fits.{hint}"
         )
 
@@ -257,7 +257,17 @@ class Account:
     def _fits(self, uses: Sequence[Use]) -> bool:
         if self.composition == "pld":
             return self._epsilon(uses) <= self.epsilon
-        return PrivacyFilter(self.epsilon, self.delta, order=self.order, protects=self.protects).admits(uses)
+        return self._filter().admits(uses)
+
+    def _shown(self, uses: Sequence[Use]) -> str:
+        """What uses take of the budget, as :meth:`_fits` compares it."""
+        if self.composition == "pld":
+            return f"epsilon {rounded_up(self._epsilon(uses))}"
+        guard = self._filter()
+        return f"{guard.rdp(uses):.4g} of {guard.budget:.4g} (Renyi, order {guard.order:g})"
+
+    def _filter(self) -> PrivacyFilter:
+        return PrivacyFilter(self.epsilon, self.delta, order=self.order, protects=self.protects)
 
     def _epsilon(self, uses: Sequence[Use]) -> float:
         return uses_epsilon(uses, self.delta, self.protects, self.composition)

@@ -23,7 +23,7 @@ class PrivacyFilter:
     Args:
         epsilon: of the budget, > 0.
         delta: of the budget, in (0, 1).
-        order: the Renyi order alpha, fixed here; None: the one at which most Gaussian noise-to-signal fits.
+        order: the Renyi order alpha, fixed here; None: the one at which most Gaussian releases fit.
         protects: adjacency and unit of all releases.
 
     Attributes:
@@ -50,7 +50,8 @@ class PrivacyFilter:
         self.epsilon, self.delta, self.protects = float(epsilon), float(delta), protects
         grid = [alpha for alpha in orders() if alpha > 1.01]
         if order is None:
-            order = max(grid, key=lambda alpha: self._allowed(alpha) / alpha)
+            # Below 2, the series of dp_accounting do not converge for every sampled Gaussian.
+            order = max([a for a in grid if a >= 2], key=lambda alpha: self._allowed(alpha) / alpha)
         if order not in grid:
             raise PrivacyConfigError(
                 f"order={order!r}; expected one of dp_accounting's default orders above 1, such as 4.5, 8.0 or 32."

@@ -22,7 +22,7 @@ SHUFFLE = Mechanism(sampler="shuffle", noise_multiplier=4.0, batch_size=10, data
 CUT = Mechanism(
     sampler="truncated_poisson", noise_multiplier=2.0, sample_rate=0.01, max_batch_size=20, dataset_size=1000
 )
-USER = Mechanism(sampler="poisson", noise_multiplier=2.0, sample_rate=0.01, unit="user", examples_per_user=3)
+USER = Mechanism(sampler="poisson", noise_multiplier=2.0, sample_rate=1.0, unit="user", examples_per_user=3)
 
 
 @pytest.fixture
