@@ -1,4 +1,4 @@
-"""The code blocks of the site's pages run as they stand, in order, in one interpreter for each page.
+"""The code blocks of the README and the site's pages run as they stand, in order, in one interpreter for each page.
 
 A page says in its source what is not run, and why, or what has to be there before a block:
 
@@ -23,6 +23,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
+README = ROOT / "README.md"
 RUN = ("python", "bash")
 SHOWN = ("text", "diff", "yaml", "json", "jinja")  # not programs
 _PIECE = re.compile(
@@ -76,7 +77,7 @@ def program(page: Path) -> list[tuple[str, str, str]]:
     """What runs of a page."""
     steps = []
     for piece in pieces(page.read_text(encoding="utf-8")):
-        place = f"{page.relative_to(DOCS)}:{piece.line}"
+        place = f"{page.relative_to(ROOT)}:{piece.line}"
         if piece.language == "page":
             first = next(p for p in pieces((DOCS / piece.code).read_text(encoding="utf-8")) if p.language == "python")
             steps.append(("python", first.code, place))
@@ -100,17 +101,35 @@ def faults(text: str) -> list[str]:
     return found
 
 
-PAGES = sorted(DOCS.rglob("*.md"))
-RUNNING = [page for page in PAGES if program(page)]
+PAGES = [README, *sorted(DOCS.rglob("*.md"))]
+RUNNING = [page for page in PAGES[1:] if program(page)]  # the README: test_packaging.py, from the wheel
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def run_page(page: Path, folder: Path, python: str, environment: dict[str, str], timeout: int = 280) -> None:
+    """Run a page's blocks in ``folder``, and compare what they print with what the page says of it."""
+    steps = folder.parent / "program.json"
+    steps.write_text(json.dumps(program(page)), encoding="utf-8")
+    run = subprocess.run(
+        [python, "-c", _DRIVER, str(steps)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    for piece in pieces(page.read_text(encoding="utf-8")):
+        if piece.printed:
+            assert set(piece.code.splitlines()) - {"..."} <= set(run.stdout.splitlines())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_each_block_runs_or_says_why_not(page: Path) -> None:
     assert not faults(page.read_text(encoding="utf-8"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", RUNNING, ids=lambda page: str(page.relative_to(DOCS)))
+@pytest.mark.parametrize("page", RUNNING, ids=lambda page: str(page.relative_to(ROOT)))
 def test_page_runs(page: Path, tmp_path: Path) -> None:
     """In an empty folder, beside the recipes and tools of the repository."""
     commands = tmp_path / "commands"
@@ -123,26 +142,13 @@ def test_page_runs(page: Path, tmp_path: Path) -> None:
     folder.mkdir()
     for name in ("recipes", "tools", "accelerate_config.yaml"):
         (folder / name).symlink_to(ROOT / name)
-    (tmp_path / "driver.py").write_text(_DRIVER, encoding="utf-8")
-    (tmp_path / "program.json").write_text(json.dumps(program(page)), encoding="utf-8")
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "PATH": os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ["PATH"]]),
         "HF_HUB_OFFLINE": "1",
     }
-    run = subprocess.run(
-        [sys.executable, str(tmp_path / "driver.py"), str(tmp_path / "program.json")],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    for piece in pieces(page.read_text(encoding="utf-8")):
-        if piece.printed:
-            assert set(piece.code.splitlines()) - {"..."} <= set(run.stdout.splitlines())
+    run_page(page, folder, sys.executable, environment)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
