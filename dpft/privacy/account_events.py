@@ -119,7 +119,7 @@ def use_from_json(values: Any) -> Use:
     """Inverse of :func:`use_to_json`; for anything else PrivacyConfigError, KeyError, TypeError or ValueError."""
     kind, constants, count = values
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-        raise ValueError(f"{count!r} releases")
+        raise ValueError(f"not a use of an account: {values!r}")
     if kind == "mechanism":
         return Mechanism.from_dict(constants), count
     if kind == "pure":
@@ -127,7 +127,7 @@ def use_from_json(values: Any) -> Use:
     if kind == "selection":
         rest = {name: value for name, value in constants.items() if name != "trial"}
         return Selection(tuple(use_from_json(inner) for inner in constants["trial"]), **rest), count  # type: ignore[misc]  # it refuses selections
-    raise ValueError(f"a release of kind {kind!r}")
+    raise ValueError(f"not a use of an account: {values!r}")
 
 
 def described(release: Release) -> str:
