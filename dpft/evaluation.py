@@ -84,6 +84,8 @@ def private_mean(
     One record changes the sum of ``value - (low + high) / 2`` by at most half the range, and by the whole range where
     it is replaced by another; NaN counts as the middle of the range, and so contributes nothing.
 
+    Call it in one process, with the values of all records: each call is a release of its own.
+
     Args:
         values: one for each record, in any order.
         low: values below are raised to it. Choose both bounds without looking at the values.

@@ -22,6 +22,10 @@ NOT_ISOLATED = (
     "no example's gradient depends on the examples beside it: the check that runs a row alone was switched off "
     "(isolation='off')"
 )
+PAID_FROM = (
+    "other uses of these records are not counted here; this training is one of those that were paid from the account "
+    "{account}, whose statement counts them all"
+)
 
 
 class PrivacyRun:
@@ -47,6 +51,7 @@ class PrivacyRun:
     ) -> None:
         self._isolated = isolated
         self._account = account
+        self._account_id = None if account is None else account.account_id
         self.schedule, self.ledger, self.clipping, self.seeded = schedule, ledger, clipping, seeded
         self._meter: EpsilonMeter | None = None
         self._loaded = False
@@ -144,6 +149,8 @@ class PrivacyRun:
         """The privacy report, for a model card; ``tuning`` and ``notes`` as :func:`dpft.privacy_report`."""
         if not self._isolated:
             notes = (*notes, NOT_ISOLATED)
+        if self._account_id is not None:
+            notes = (*notes, PAID_FROM.format(account=self._account_id))
         return privacy_report(
             self.schedule,
             self.ledger.content(),

@@ -41,6 +41,7 @@ def test_the_reservation_is_on_the_disk_before_the_first_release(tmp_path: Path,
     private.run.close()
     assert account.uses() == [(MECHANISM, 2)] and not account.entries()[0].open
     private.run.close()  # again
+    assert account.account_id in private.run.report()["assumptions"][-1]
     assert Ledger.read(tmp_path / "ledger.jsonl").header["config"]["account"] == account.account_id
 
 

@@ -8,13 +8,13 @@ import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol
 
-from dpft.errors import AccountingError, BudgetExceededError, LedgerError, PrivacyConfigError
+from dpft.errors import BudgetExceededError, LedgerError, PrivacyConfigError
 from dpft.privacy import account_file as files
-from dpft.privacy.account_events import Protects, Release, Use, check_use, less, uses_epsilon
+from dpft.privacy.account_events import Protects, Release, Use, check_header, check_use, less, uses_epsilon
 from dpft.privacy.account_file import AccountContent, Entry
-from dpft.privacy.account_filter import PrivacyFilter
+from dpft.privacy.account_filter import PrivacyFilter, check_budget
 from dpft.privacy.account_statement import account_markdown, stated, stated_use
 from dpft.privacy.accountant import rounded_up
 from dpft.privacy.ledger import Ledger
@@ -112,18 +112,20 @@ class Account:
             LedgerError: the file exists or cannot be written.
         """
         protects = Protects(adjacency, unit, examples_per_user)
-        _check_header(composition, protects, records)
-        budget = PrivacyFilter(epsilon, delta, order=order, protects=protects)
-        if composition == "pld" and order is not None:
+        check_header(composition, protects, records)
+        check_budget(epsilon, delta)
+        if composition == "rdp":
+            order = PrivacyFilter(epsilon, delta, order=order, protects=protects).order
+        elif order is not None:
             raise PrivacyConfigError(
                 f"order={order!r} with composition='pld', which has no Renyi order; leave it out."
             )
         fields = {
             "account_id": str(uuid.uuid4()),
-            "epsilon": budget.epsilon,
-            "delta": budget.delta,
+            "epsilon": float(epsilon),
+            "delta": float(delta),
             "composition": composition,
-            "order": budget.order if composition == "rdp" else None,
+            "order": order,
             **protects._asdict(),
             "records": records,
         }
@@ -230,14 +232,16 @@ class Account:
             # Held until the line is written, so that the run cannot be resumed in between.
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             content = Ledger.read(ledger)
+        except (BlockingIOError, LedgerError):
+            os.close(fd)
+            return False
+        try:
             if content.run_id != entry.name:
                 return False
             self.finish(entry.name, [event for event in content.events if event[1] > 0])
-        except (BlockingIOError, LedgerError):
-            return False
+            return True
         finally:
             os.close(fd)
-        return True
 
     def _check_fits(self, others: list[Use], uses: Sequence[Use], what: str, content: AccountContent) -> None:
         for use in uses:
@@ -369,29 +373,3 @@ class Account:
     def markdown(self) -> str:
         """:meth:`statement` as Markdown, beginning with a heading of level two."""
         return account_markdown(self.statement())
-
-
-def _check_header(composition: str, protects: Protects, records: str) -> None:
-    if composition not in get_args(AccountantName):
-        raise PrivacyConfigError(f"composition={composition!r}; expected 'rdp' or 'pld'.")
-    if protects.adjacency not in get_args(AdjacencyName):
-        raise PrivacyConfigError(
-            f"adjacency={protects.adjacency!r}; expected one of {', '.join(get_args(AdjacencyName))}."
-        )
-    if type(records) is not str or "\n" in records or "|" in records:
-        raise PrivacyConfigError(f"records={records!r}; expected a few words on one line: which records these are.")
-    if composition == "pld" and protects.adjacency == "replace_one":
-        raise AccountingError(
-            "an account with composition='pld' under 'replace_one': no dominating pair is known that composes; use "
-            "composition='rdp'."
-        )
-    # Unit and examples per user are checked as a mechanism's are.
-    if protects.unit == "user" or protects.examples_per_user is not None:
-        shape = Mechanism(
-            sampler="poisson",
-            noise_multiplier=1.0,
-            sample_rate=1.0,
-            unit=protects.unit,
-            examples_per_user=protects.examples_per_user,
-        )
-        check_use((shape, 1), protects, composition)  # type: ignore[arg-type]  # checked above

@@ -20,7 +20,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 
@@ -199,6 +199,38 @@ def _check_mechanism(mechanism: Mechanism, protects: Protects, composition: Acco
             "a release without noise (noise_multiplier=0) has no epsilon: no account can pay for it."
         )
     accounting.check_supported(mechanism, composition)
+
+
+def check_header(composition: str, protects: Protects, records: str) -> None:
+    """Refuse an account that no theorem covers, or whose statement could not be read.
+
+    Raises:
+        PrivacyConfigError: a value out of range.
+        AccountingError: no theorem for this unit or adjacency with this composition.
+    """
+    if composition not in get_args(AccountantName):
+        raise PrivacyConfigError(f"composition={composition!r}; expected 'rdp' or 'pld'.")
+    if protects.adjacency not in get_args(AdjacencyName):
+        raise PrivacyConfigError(
+            f"adjacency={protects.adjacency!r}; expected one of {', '.join(get_args(AdjacencyName))}."
+        )
+    if type(records) is not str or "\n" in records or "|" in records:
+        raise PrivacyConfigError(f"records={records!r}; expected a few words on one line: which records these are.")
+    if composition == "pld" and protects.adjacency == "replace_one":
+        raise AccountingError(
+            "an account with composition='pld' under 'replace_one': no dominating pair is known that composes; use "
+            "composition='rdp'."
+        )
+    # Unit and examples per user are checked as a mechanism's are.
+    if protects.unit == "user" or protects.examples_per_user is not None:
+        shape = Mechanism(
+            sampler="poisson",
+            noise_multiplier=1.0,
+            sample_rate=1.0,
+            unit=protects.unit,
+            examples_per_user=protects.examples_per_user,
+        )
+        check_use((shape, 1), protects, composition)  # type: ignore[arg-type]  # checked above
 
 
 def _unit(unit: str, examples: int | None) -> str:

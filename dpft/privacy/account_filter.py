@@ -17,6 +17,18 @@ from dpft.errors import BudgetExceededError, PrivacyConfigError
 from dpft.privacy.account_events import Protects, Use, check_use, epsilon_of_rdp, orders, rdp_curve
 
 
+def check_budget(epsilon: float, delta: float) -> None:
+    """Refuse a budget that is none.
+
+    Raises:
+        PrivacyConfigError: epsilon or delta out of range.
+    """
+    if not (math.isfinite(epsilon) and epsilon > 0):
+        raise PrivacyConfigError(f"the budget's epsilon is {epsilon!r}; expected a finite number > 0.")
+    if not 0 < delta < 1:
+        raise PrivacyConfigError(f"the budget's delta is {delta!r}; expected a number in (0, 1), such as 1e-6.")
+
+
 class PrivacyFilter:
     """Admits releases while an (epsilon, delta) budget lasts, however they are chosen.
 
@@ -43,10 +55,7 @@ class PrivacyFilter:
         order: float | None = None,
         protects: Protects = Protects("add_or_remove_one"),  # noqa: B008  # a constant: a tuple
     ) -> None:
-        if not (math.isfinite(epsilon) and epsilon > 0):
-            raise PrivacyConfigError(f"the budget's epsilon is {epsilon!r}; expected a finite number > 0.")
-        if not 0 < delta < 1:
-            raise PrivacyConfigError(f"the budget's delta is {delta!r}; expected a number in (0, 1), such as 1e-6.")
+        check_budget(epsilon, delta)
         self.epsilon, self.delta, self.protects = float(epsilon), float(delta), protects
         grid = [alpha for alpha in orders() if alpha > 1.01]
         if order is None:

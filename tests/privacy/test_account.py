@@ -159,6 +159,11 @@ def test_headers_that_are_refused(path: Path, changes: dict[str, Any], error: ty
     assert not path.exists()
 
 
+def test_a_tiny_budget_is_one_for_pld(path: Path) -> None:
+    """No Renyi order leaves anything of it."""
+    assert create(path, epsilon=1e-3, composition="pld").max_steps(QUERY) == 0
+
+
 # --------------------------------------------------------------------------------------------------- the file
 def test_another_process_reads_what_this_one_wrote(path: Path) -> None:
     account = create(path, adjacency="zero_out", composition="pld", epsilon=9.0)
