@@ -1,8 +1,8 @@
 """Hyperparameter search under differential privacy: the best of a random number of trials.
 
 Choosing the best of several private trainings by their results reveals more than one training does. If the number of
-trials is random, and nothing but the best is released, it reveals two or three times as much, not as many times as
-there were trials: Papernot and Steinke 2022 (arXiv 2110.03620), Theorem 2 (truncated negative binomial) and Theorem 6
+trials is random, and nothing but the best is released, it reveals a few times as much, not as many times as there were
+trials: Papernot and Steinke 2022 (arXiv 2110.03620), Theorem 2 (truncated negative binomial) and Theorem 6
 (Poisson). What the theorems assume, :func:`tune` does: candidates are drawn uniformly and with replacement, every
 trial runs to its end, and the number of trials, and all trials but the best, are forgotten.
 """
@@ -118,7 +118,7 @@ def tune(
     account: Account,
     trial: Sequence[TrialUse],
     trials: float,
-    distribution: Distribution = "poisson",
+    distribution: Distribution = "negative_binomial",
     shape: float = 1.0,
     scores: Literal["private", "public"] = "private",
     folder: str | Path = "tuning",
@@ -137,8 +137,8 @@ def tune(
         account: of the records, with ``composition="rdp"`` unless ``distribution="fixed"``.
         trial: the releases of one trial, all candidates alike: mechanisms with their numbers.
         trials: the expected number of trials; the number itself for ``fixed``.
-        distribution: of the number of trials. ``poisson``: it may be 0. ``negative_binomial``: at least 1, with
-            ``shape``. ``fixed``: composed, so that it costs as much as all trials.
+        distribution: of the number of trials. ``negative_binomial``: at least 1, with ``shape``; its cost grows least
+            with ``trials``. ``poisson``: less variation, but it may be 0. ``fixed``: composed, all trials are paid.
         shape: of ``negative_binomial``: 1 is geometric; nearer to 0 costs less and varies more.
         scores: ``private``: the score is a :class:`PrivateMean` that the trial paid for. ``public``: a number that is
             computed from public data and the trial's releases; that cannot be checked, and is stated.

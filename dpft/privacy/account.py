@@ -86,6 +86,7 @@ class Account:
         delta: float,
         composition: AccountantName = "rdp",
         order: float | None = None,
+        typical: Release | None = None,
         adjacency: AdjacencyName = "add_or_remove_one",
         unit: UnitName = "example",
         examples_per_user: int | None = None,
@@ -99,7 +100,9 @@ class Account:
             delta: the budget, in (0, 1).
             composition: ``rdp``: the budget holds although uses are chosen by earlier results. ``pld``: it holds if
                 all uses, and when they stop, are fixed before the first result is seen; and more of them fit.
-            order: the Renyi order of the filter; None: the best one for Gaussian noise.
+            order: the Renyi order of the filter; None: that at which most releases of ``typical`` fit.
+            typical: the release that will be made most often, such as ``schedule.mechanism`` of the trainings to come;
+                None: Gaussian noise without sampling. Everything else can be paid, too.
             adjacency: which datasets are neighbours: ``add_or_remove_one`` (``poisson``, ``truncated_poisson``),
                 ``replace_one`` (``fixed_size``) or ``zero_out`` (``shuffle``, ``poisson``).
             unit: ``example``, or ``user`` (needs ``composition="pld"``).
@@ -115,10 +118,10 @@ class Account:
         check_header(composition, protects, records)
         check_budget(epsilon, delta)
         if composition == "rdp":
-            order = PrivacyFilter(epsilon, delta, order=order, protects=protects).order
-        elif order is not None:
+            order = PrivacyFilter(epsilon, delta, order=order, typical=typical, protects=protects).order
+        elif order is not None or typical is not None:
             raise PrivacyConfigError(
-                f"order={order!r} with composition='pld', which has no Renyi order; leave it out."
+                f"order={order!r}, typical={typical!r} with composition='pld', which has no Renyi order; leave it out."
             )
         fields = {
             "account_id": str(uuid.uuid4()),

@@ -13,8 +13,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from dpft.errors import BudgetExceededError, PrivacyConfigError
-from dpft.privacy.account_events import Protects, Use, check_use, epsilon_of_rdp, orders, rdp_curve
+from dpft.privacy.account_events import Protects, Release, Use, check_use, epsilon_of_rdp, orders, rdp_curve
 
 
 def check_budget(epsilon: float, delta: float) -> None:
@@ -35,7 +37,8 @@ class PrivacyFilter:
     Args:
         epsilon: of the budget, > 0.
         delta: of the budget, in (0, 1).
-        order: the Renyi order alpha, fixed here; None: the one at which most Gaussian releases fit.
+        order: the Renyi order alpha, fixed here; None: the one at which most releases of ``typical`` fit.
+        typical: the release that will be made most often; None: Gaussians without sampling.
         protects: adjacency and unit of all releases.
 
     Attributes:
@@ -53,14 +56,18 @@ class PrivacyFilter:
         delta: float,
         *,
         order: float | None = None,
+        typical: Release | None = None,
         protects: Protects = Protects("add_or_remove_one"),  # noqa: B008  # a constant: a tuple
     ) -> None:
         check_budget(epsilon, delta)
         self.epsilon, self.delta, self.protects = float(epsilon), float(delta), protects
         grid = [alpha for alpha in orders() if alpha > 1.01]
         if order is None:
-            # Below 2, the series of dp_accounting do not converge for every sampled Gaussian.
-            order = max([a for a in grid if a >= 2], key=lambda alpha: self._allowed(alpha) / alpha)
+            order = self._best_order(typical)
+        elif typical is not None:
+            raise PrivacyConfigError(
+                f"order={order!r} and a typical release, which chooses the order; give one of them."
+            )
         if order not in grid:
             raise PrivacyConfigError(
                 f"order={order!r}; expected one of dp_accounting's default orders above 1, such as 4.5, 8.0 or 32."
@@ -73,6 +80,19 @@ class PrivacyFilter:
             )
         self._index = orders().index(order)
         self._uses: list[Use] = []
+
+    def _best_order(self, typical: Release | None) -> float:
+        """Where most releases fit; for many of them it is nearly the best order afterwards."""
+        if typical is None:
+            cost = np.asarray(orders())
+        else:
+            check_use((typical, 1), self.protects, "rdp")
+            cost = rdp_curve([(typical, 1)], self.protects)
+        # Below 2, the series of dp_accounting do not converge for every sampled Gaussian.
+        return max(
+            (alpha for alpha in orders() if alpha >= 2),
+            key=lambda alpha: self._allowed(alpha) / float(cost[orders().index(alpha)]),
+        )
 
     def _allowed(self, alpha: float) -> float:
         """The inverse of the conversion: Canonne, Kamath, Steinke 2020 (arXiv 2004.00010), Proposition 12."""

@@ -212,6 +212,18 @@ def test_the_default_order_admits_most_gaussian_releases() -> None:
     assert all(most(None) >= most(order) for order in (20, 30, 40, 63, 128))
 
 
+def test_the_order_for_a_typical_release_admits_most_of_them() -> None:
+    sampled = Mechanism(sampler="poisson", noise_multiplier=1.5, sample_rate=0.01)
+
+    def most(**options: float | Mechanism) -> float:
+        guard = PrivacyFilter(1.0, 1e-5, **options)  # type: ignore[arg-type]  # one of the two
+        return guard.budget / guard.rdp([(sampled, 1)])
+
+    chosen = most(typical=sampled)
+    assert chosen > 50 and all(chosen >= most(order=order) for order in (13, 14, 16, 18, 20, 30, 63))
+    assert chosen > most()
+
+
 def test_the_odometer_holds_at_all_times_at_once() -> None:
     """An analyst who chooses the noise by the loss so far, in two neighbours that differ by 1: the worst for it."""
     delta, rng, exceeded, closest = 0.05, np.random.default_rng(1), 0, 0.0
