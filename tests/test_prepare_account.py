@@ -64,6 +64,21 @@ def test_a_training_that_does_not_fit_does_not_begin(tmp_path: Path, account: dp
     training(tmp_path, account, changes={"num_steps": 2}).run.close()  # the ledger is free, and two steps fit
 
 
+def test_a_preparation_that_fails_gives_everything_back(
+    tmp_path: Path, account: dpft.Account, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        assert account.uses() == [(MECHANISM, 3)]
+        raise RuntimeError("no room on the device")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(dpft.prepare.__globals__, "_assemble", fail)
+        with pytest.raises(RuntimeError, match="no room"):
+            training(tmp_path, account)
+    assert account.uses() == [] and not account.entries()[0].open
+    training(tmp_path, account).run.close()
+
+
 def test_what_no_account_can_pay_for(tmp_path: Path, account: dpft.Account) -> None:
     with pytest.raises(PrivacyConfigError, match="test_seed with an account"):
         Training(tmp_path / "a", account=account, test_seed=1)

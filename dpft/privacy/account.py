@@ -244,6 +244,7 @@ class Account:
             self.finish(entry.name, [event for event in content.events if event[1] > 0])
             return True
         finally:
+            fcntl.flock(fd, fcntl.LOCK_UN)
             os.close(fd)
 
     def _check_fits(self, others: list[Use], uses: Sequence[Use], what: str, content: AccountContent) -> None:

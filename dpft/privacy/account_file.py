@@ -122,6 +122,7 @@ def locked(file: Path) -> Iterator[tuple[int, AccountContent]]:
             ) from error
         yield fd, parse(_read_all(fd), file)
     finally:
+        fcntl.flock(fd, fcntl.LOCK_UN)  # a child that was forked meanwhile has the descriptor, and would keep the lock
         os.close(fd)
 
 

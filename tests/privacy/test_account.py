@@ -116,11 +116,12 @@ def test_what_has_no_common_theorem_is_refused(
     path: Path, header: dict[str, Any], fits: list[Any], refused: list[Any]
 ) -> None:
     account = create(path, epsilon=8.0, **header)
-    for release in fits:
-        account.spend([(release, 1)], "a use")
-    for release in refused:
-        with pytest.raises(AccountingError, match=r"use|give|create"):
+    for before in ([], fits):  # the account's own adjacency and unit count, not only those of earlier uses
+        for release in before:
             account.spend([(release, 1)], "a use")
+        for release in refused:
+            with pytest.raises(AccountingError, match=r"use|give|create"):
+                account.spend([(release, 1)], "a use")
     assert len(account.entries()) == len(fits)
 
 
@@ -284,6 +285,20 @@ def test_threads_at_once_admit_no_more_than_one_alone(path: Path, monkeypatch: p
         thread.join()
     assert len(admitted) == most == len(account.entries())
     assert {entry.name for entry in account.entries()} == set(admitted)
+
+
+def test_a_child_that_was_forked_meanwhile_does_not_keep_the_lock(path: Path) -> None:
+    """It has the file open for as long as it lives: a duplicate descriptor stands for it."""
+    account = create(path)
+    with files.locked(path) as (fd, _):
+        child = os.dup(fd)
+    try:
+        done = threading.Thread(target=lambda: account.spend([(QUERY, 1)], "a query"), daemon=True)
+        done.start()
+        done.join(60)
+        assert not done.is_alive() and len(account.entries()) == 1
+    finally:
+        os.close(child)
 
 
 # --------------------------------------------------------------------------------------------------- runs that died
