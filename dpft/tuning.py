@@ -14,6 +14,7 @@ import secrets
 import shutil
 import tempfile
 import uuid
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch.distributed as dist
 from dpft.errors import AccountingError, BudgetExceededError, EngineError, PrivacyConfigError
 from dpft.evaluation import PrivateMean
 from dpft.privacy.account import Account
-from dpft.privacy.account_events import PureRelease, Selection, Use, counted
+from dpft.privacy.account_events import PureRelease, Release, Selection, Use
 from dpft.privacy.mechanism import Mechanism
 
 C = TypeVar("C")
@@ -50,7 +51,7 @@ class Trial:
         self.folder = folder
         self.account_id, self.delta = account.account_id, account.delta
         self.protects, self.composition = account.protects, account.composition
-        self._declared = counted(trial)
+        self._declared = _counted(trial)
         self._used: dict[str, Sequence[Use]] = {}
         self._over = False
 
@@ -65,7 +66,7 @@ class Trial:
         if self._over:
             raise BudgetExceededError(f"{what} would be paid from a trial that is over; pay from the account.")
         others = [use for other, theirs in self._used.items() if other != name for use in theirs]
-        for release, count in counted([*others, *uses]).items():
+        for release, count in _counted([*others, *uses]).items():
             if count > self._declared[release]:
                 raise BudgetExceededError(
                     f"{what} would make {count} releases of {release} in one trial, and {self._declared[release]} "
@@ -197,6 +198,15 @@ def tune(
         if loser != best.folder:
             shutil.rmtree(loser)
     return best
+
+
+def _counted(uses: Sequence[Use]) -> Counter[Release]:
+    """How often each release is made; of a shuffled training the whole epochs, as each training begins one."""
+    total: Counter[Release] = Counter()
+    for release, count in uses:
+        epoch = release.steps_per_epoch if isinstance(release, Mechanism) else None
+        total[release] += int(count) if epoch is None else math.ceil(count / epoch) * epoch
+    return total
 
 
 def _fixed(trial: tuple[TrialUse, ...], trials: float) -> tuple[list[Use], int]:

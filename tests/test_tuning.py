@@ -168,6 +168,19 @@ def test_a_trial_takes_back_what_a_run_did_not_use_and_ends_with_itself(tmp_path
         trial.spend([(FIGURE, 1)], "a figure")
 
 
+def test_a_trial_of_shuffled_trainings_counts_their_epochs(tmp_path: Path) -> None:
+    """Two trainings of half an epoch can both draw the same example; one of a whole epoch draws it once."""
+    shuffled = Mechanism(sampler="shuffle", noise_multiplier=9.0, batch_size=10, dataset_size=1000)
+    payer = account(tmp_path, adjacency="zero_out")
+    trial = dpft.Trial(payer, [(shuffled, 100)], tmp_path)
+    trial.reserve("run", [(shuffled, 50)], "a training")
+    with pytest.raises(BudgetExceededError):
+        trial.reserve("other", [(shuffled, 50)], "another")
+    with pytest.raises(BudgetExceededError):
+        trial.reserve("run", [(shuffled, 20), (shuffled, 30)], "it goes on", released=[(shuffled, 20)])
+    trial.reserve("run", [(shuffled, 100)], "a whole epoch")
+
+
 def test_scores_are_what_they_are_said_to_be(tmp_path: Path) -> None:
     payer = account(tmp_path)
     elsewhere = dpft.private_mean([0.5], low=0, high=1, account=payer, noise_multiplier=50.0)
