@@ -9,6 +9,7 @@ trial runs to its end, and the number of trials, and all trials but the best, ar
 
 from __future__ import annotations
 
+import functools
 import math
 import secrets
 import shutil
@@ -262,6 +263,7 @@ def number_of_trials(randomness: np.random.Generator, mean: float, distribution:
             return number
 
 
+@functools.lru_cache(maxsize=8)
 def _gamma(mean: float, shape: float) -> float:
     """The parameter gamma in (0, 1) with this mean, by bisection; rounded up, to fewer trials: the bound is safe."""
 

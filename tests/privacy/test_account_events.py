@@ -227,7 +227,7 @@ def test_the_order_for_a_typical_release_admits_most_of_them() -> None:
 def test_the_odometer_holds_at_all_times_at_once() -> None:
     """An analyst who chooses the noise by the loss so far, in two neighbours that differ by 1: the worst for it."""
     delta, rng, exceeded, closest = 0.05, np.random.default_rng(1), 0, 0.0
-    for _ in range(200):
+    for _ in range(120):
         guard, loss = PrivacyFilter(12.0, delta, order=2.0), 0.0
         for _ in range(12):
             sigma = 1.0 if loss > 1 else 4.0
@@ -239,6 +239,6 @@ def test_the_odometer_holds_at_all_times_at_once() -> None:
             if loss > guard.odometer():
                 exceeded += 1
                 break
-    assert exceeded <= stats.binom.ppf(0.999, 200, delta) and closest > 0.8
+    assert exceeded <= stats.binom.ppf(0.999, 120, delta) and closest > 0.8
     assert PrivacyFilter(1.0, 1e-5).odometer() == 0.0
     assert guard.odometer() > guard.spent() * 0.5
