@@ -19,6 +19,7 @@ from dpft.errors import (
     UnsupportedModuleError,
     WrapError,
 )
+from dpft.evaluation import EarlyStop, PrivateMean, private_mean
 from dpft.loader import PrivateDataLoader
 from dpft.long_context.install import long_context
 from dpft.noise import GaussianNoise
@@ -30,8 +31,9 @@ from dpft.planning.longest import Longest
 from dpft.planning.plan import longest, plan
 from dpft.planning.result import Plan
 from dpft.prepare import prepare
-from dpft.privacy import PrivacyConfig, PrivacySchedule, privacy_report, privacy_statement_markdown
+from dpft.privacy import Account, PrivacyConfig, PrivacySchedule, privacy_report, privacy_statement_markdown
 from dpft.run import PrivacyRun
+from dpft.tuning import Trial, Tuned, tune
 from dpft.wrap import book_keeping, clipped_loss, explain, stats, unwrap, wrap
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"  # setup.cfg reads it from here: a string, not a computation
 
 __all__ = [
+    "Account",
     "AccountingError",
     "Advice",
     "BookKeeping",
@@ -50,6 +53,7 @@ __all__ = [
     "DPOptimizer",
     "DPTrainer",
     "DPTrainingArguments",
+    "EarlyStop",
     "EngineError",
     "GaussianNoise",
     "Hardware",
@@ -63,6 +67,9 @@ __all__ = [
     "PrivacyRun",
     "PrivacySchedule",
     "PrivateDataLoader",
+    "PrivateMean",
+    "Trial",
+    "Tuned",
     "UnsupportedModuleError",
     "WrapError",
     "advise",
@@ -77,9 +84,11 @@ __all__ = [
     "prepare",
     "privacy_report",
     "privacy_statement_markdown",
+    "private_mean",
     "private_trainer",
     "register_rule",
     "stats",
+    "tune",
     "unwrap",
     "wrap",
 ]

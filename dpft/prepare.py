@@ -20,6 +20,7 @@ from dpft.engines.host import check_sums_device
 from dpft.engines.ranks import Ranks
 from dpft.engines.requirements import check_accelerator, check_model, check_prepared, watch
 from dpft.engines.sequence import SequenceGroup, check_spread, sequence_size
+from dpft.engines.shared_account import SharedAccount
 from dpft.engines.shared_ledger import SharedLedger, open_ledger
 from dpft.errors import EngineError, PrivacyConfigError
 from dpft.loader import PrivateDataLoader, check_dataset
@@ -28,6 +29,7 @@ from dpft.optimizer import DPOptimizer
 from dpft.planning.hardware import measure
 from dpft.planning.plan import plan as predict
 from dpft.planning.result import Plan
+from dpft.privacy.account import Payer
 from dpft.privacy.config import PrivacyConfig
 from dpft.privacy.sampler import Lengths, PhysicalBatchSampler, checked_lengths, draw_seed, make_sampler
 from dpft.run import LoopGuard, PrivacyRun, check_optimizer
@@ -55,6 +57,7 @@ def prepare(
     static_shapes: bool = False,
     isolation: Isolation = "default",
     sums_device: Literal["cpu"] | None = None,
+    account: Payer | str | os.PathLike[str] | None = None,
     test_seed: int | None = None,
 ) -> tuple[nn.Module, Any, PrivateDataLoader]:
     """Make a training loop private.
@@ -96,6 +99,9 @@ def prepare(
         isolation: as :func:`dpft.wrap`; the report says where it is ``"off"``.
         sums_device: ``"cpu"`` keeps the clipped sums and the optimiser in host memory, with float32 masters of the
             parameters; one process only. None: in ``.grad``, on the model's device.
+        account: the :class:`dpft.Account` (or its file) of the records in ``dataset``: all planned releases are
+            reserved there before the first one, or the run is refused. ``loader.privacy.close()`` frees what was not
+            used.
         test_seed: fixes sampling and noise, for tests only: the run is then not private, and the report says so.
 
     Returns:
@@ -106,7 +112,9 @@ def prepare(
             indexing.
         EngineError: an Accelerate configuration that would void the guarantee.
         UnsupportedModuleError: see :func:`dpft.wrap`.
-        LedgerError: the ledger is locked, damaged, or of another mechanism.
+        LedgerError: the ledger is locked, damaged, or of another mechanism; the account is damaged or an old copy.
+        BudgetExceededError: the planned releases do not fit into the account.
+        AccountingError: no theorem composes them with what the account counts.
         MissingPackageError: see :meth:`PrivacyConfig.resolve`; or a ``shuffle`` is resumed, whose remaining steps
             follow from the budget.
     """
@@ -130,6 +138,11 @@ def prepare(
             )
         if test_seed is not None:
             _check_whole("test_seed", test_seed, 0)
+            if account is not None:
+                raise PrivacyConfigError(
+                    "test_seed with an account: a run whose noise is known is not private, and no account can pay for "
+                    "it; leave one of them out."
+                )
         if clipping == "none" and privacy.noise_multiplier != 0:
             raise PrivacyConfigError(
                 "clipping='none' bounds nothing, so no noise makes it private; pass noise_multiplier=0 to say that "
@@ -164,6 +177,7 @@ def prepare(
             "num_workers": num_workers,
             "continue_ledger": continue_ledger,
             "test_seed": test_seed,
+            "pays from an account": account is not None,
             "number of examples": len(dataset),
             "order of the examples": ranks.together(lambda: dataset_mark(dataset, key)) if ranks.world > 1 else "",
             # the ranks of one sequence must have the same example in each physical batch
@@ -207,11 +221,15 @@ def prepare(
             stacklevel=2,
         )
     ledger: SharedLedger | None = None
+    run: PrivacyRun | None = None
     try:
         ranks.together(lambda: check_optimizer(optimizer.param_groups, get_state(model)))
         path = Path(ledger_path or Path(accelerator.project_dir or ".") / "privacy_ledger.jsonl")
-        ledger = SharedLedger(ranks, lambda: open_ledger(path, privacy, schedule, clipping, test_seed is not None))
-        run = PrivacyRun(schedule, ledger, clipping, test_seed is not None, continue_ledger, isolation != "off")
+        payer = None if account is None else SharedAccount(ranks, account)
+        payer_id = None if payer is None else payer.account_id
+        seeded = test_seed is not None
+        ledger = SharedLedger(ranks, lambda: open_ledger(path, privacy, schedule, clipping, seeded, payer_id))
+        run = PrivacyRun(schedule, ledger, clipping, seeded, continue_ledger, isolation != "off", payer)
         return _assemble(
             accelerator,
             kind,
@@ -253,7 +271,9 @@ def prepare(
         )
     except BaseException:
         # Restore the model, so that the caller can fix the problem and call again.
-        if ledger is not None:
+        if run is not None:
+            run.close()
+        elif ledger is not None:
             ledger.close()
         unwrap(model)
         raise

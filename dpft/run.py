@@ -9,6 +9,7 @@ from torch import nn
 
 from dpft.clipping.state import ClipState
 from dpft.engines.ranks import Ranks
+from dpft.engines.shared_account import SharedAccount
 from dpft.engines.shared_ledger import SharedLedger
 from dpft.errors import BudgetExceededError, ClippingError, LedgerError, WrapError
 from dpft.optimizer import DPOptimizer
@@ -20,6 +21,10 @@ from dpft.privacy.schedule import PrivacySchedule
 NOT_ISOLATED = (
     "no example's gradient depends on the examples beside it: the check that runs a row alone was switched off "
     "(isolation='off')"
+)
+PAID_FROM = (
+    "other uses of these records are not counted here; this training is one of those that were paid from the account "
+    "{account}, whose statement counts them all"
 )
 
 
@@ -42,8 +47,11 @@ class PrivacyRun:
         seeded: bool,
         continued: bool,
         isolated: bool = True,
+        account: SharedAccount | None = None,
     ) -> None:
         self._isolated = isolated
+        self._account = account
+        self._account_id = None if account is None else account.account_id
         self.schedule, self.ledger, self.clipping, self.seeded = schedule, ledger, clipping, seeded
         self._meter: EpsilonMeter | None = None
         self._loaded = False
@@ -51,6 +59,9 @@ class PrivacyRun:
         self._history, self._first = ledger.events(), ledger.count
         self.on_load: Callable[[], None] = lambda: None
         self.last_step = self._last_step()
+        if account is not None:
+            planned = (schedule.mechanism, self.last_step - self._first)
+            account.reserve(ledger.run_id, self._history, planned, ledger.path)
 
     def _last_step(self) -> int:
         """The schedule's number of steps, or fewer where a restart spends more (``shuffle`` starts a new epoch)."""
@@ -138,6 +149,8 @@ class PrivacyRun:
         """The privacy report, for a model card; ``tuning`` and ``notes`` as :func:`dpft.privacy_report`."""
         if not self._isolated:
             notes = (*notes, NOT_ISOLATED)
+        if self._account_id is not None:
+            notes = (*notes, PAID_FROM.format(account=self._account_id))
         return privacy_report(
             self.schedule,
             self.ledger.content(),
@@ -149,8 +162,17 @@ class PrivacyRun:
         )
 
     def close(self) -> None:
-        """Close the ledger and release its lock, so that another run in this process can open it."""
-        self.ledger.close()
+        """End the run: free what it did not use of its account; close the ledger, so that another run can open it.
+
+        Raises:
+            LedgerError: the account could not be written: what the run did not use stays reserved.
+        """
+        account, self._account = self._account, None
+        try:
+            if account is not None:
+                account.finish(self.ledger.run_id, self.ledger.path)
+        finally:
+            self.ledger.close()
 
     def state_dict(self) -> dict[str, Any]:
         """The run id of the ledger that this checkpoint belongs to, and its count. Contains no secret."""

@@ -35,6 +35,8 @@ LAYERS: dict[str, set[str]] = {
     "planning": _GRADIENT | {"long_context", "privacy"},
     "noise": _LOW,
     "optimizer": _LOW | {"noise", "privacy", "clipping"},
+    "evaluation": _LOW | {"privacy", "noise"},
+    "tuning": _LOW | {"privacy", "evaluation"},
     "workers": _LOW,
     "loader": _LOW | {"privacy", "workers"},
     "engines": _GRADIENT | _MECHANISM,

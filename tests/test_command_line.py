@@ -173,3 +173,23 @@ def test_a_wrong_input_is_one_line(
         status = int(stop.code or 0)
     told = capsys.readouterr().err.strip()
     assert status == 2 and len(told.splitlines()) == 1 and message in told, told
+
+
+def test_an_account_is_created_shown_and_settled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(tmp_path / "account.jsonl")
+    words = ["account", "create", path, "--epsilon", "4", "--delta", "1e-5", "--records", "letters"]
+    assert "epsilon 4 at delta 1e-05, rdp" in said(capsys, *words)
+    assert main(words) == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
+    account, schedule = dpft.Account.open(path), CONFIG.resolve(1000)
+    content = Ledger.read(ledger(tmp_path))
+    planned = [(schedule.mechanism, schedule.num_steps)]
+    account.reserve(content.run_id, planned, "a training", ledger=tmp_path / "ledger.jsonl")
+    account.reserve("other", planned, "another training")
+    assert said(capsys, "account", "show", path) == account.markdown().strip()
+    assert said(capsys, "account", "settle", path).splitlines() == [
+        f"settled {content.run_id}",
+        "1 reservations are open",
+    ]
+    found = json.loads(said(capsys, "account", "show", path, "--json"))
+    assert found == account.statement() and found["uses"][0]["releases"][0].startswith("5 x poisson")
+    assert main(["account", "show", str(tmp_path / "ledger.jsonl")]) == 2

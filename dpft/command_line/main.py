@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dpft.command_line import accounting, environment, planning, recipes
+from dpft.command_line import account, accounting, environment, planning, recipes
 from dpft.errors import DPFTError
 
 
@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser; each command has set ``run``, a function from the parsed arguments to what is printed."""
     parser = _OneLine(prog="dpft", description="Differentially private fine-tuning: figures without a training run.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for part in (accounting, planning, environment, recipes):
+    for part in (accounting, account, planning, environment, recipes):
         part.add_to(commands)
     return parser
 

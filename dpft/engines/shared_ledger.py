@@ -86,8 +86,15 @@ class SharedLedger:
             self._file.close()
 
 
-def open_ledger(path: Path, privacy: PrivacyConfig, schedule: PrivacySchedule, clipping: str, seeded: bool) -> Ledger:
-    """Open a run's ledger: a new one, or to resume one of the same mechanism.
+def open_ledger(
+    path: Path,
+    privacy: PrivacyConfig,
+    schedule: PrivacySchedule,
+    clipping: str,
+    seeded: bool,
+    account: str | None = None,
+) -> Ledger:
+    """Open a run's ledger: a new one, or to resume one of the same mechanism, paid from the same account.
 
     Raises:
         LedgerError: it has releases of another mechanism, of other examples, or made under other conditions.
@@ -110,6 +117,12 @@ def open_ledger(path: Path, privacy: PrivacyConfig, schedule: PrivacySchedule, c
                 f"the ledger {path} was written under {before} and this run is {conditions}: clipped or not, "
                 "with a known test seed or not, cannot be mixed. Choose another ledger_path."
             )
+        payer = (content.header.get("config") or {}).get("account")
+        if payer != account:
+            raise LedgerError(
+                f"the releases in the ledger {path} were paid from {payer or 'no account'}, and this run pays from "
+                f"{account or 'none'}. Pass the account=... of the run that wrote it, or choose another ledger_path."
+            )
         item = (content.header.get("config") or {}).get("item")
         if item != privacy.item:
             raise LedgerError(
@@ -121,7 +134,7 @@ def open_ledger(path: Path, privacy: PrivacyConfig, schedule: PrivacySchedule, c
         path,
         "resume" if resume else "new",
         mechanism=schedule.mechanism,
-        config=privacy.to_dict() | conditions,
+        config=privacy.to_dict() | conditions | ({} if account is None else {"account": account}),
         fingerprint=privacy.fingerprint(),
         schedule=schedule.to_dict(),
     )

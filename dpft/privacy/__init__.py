@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dpft.privacy.account import Account
+from dpft.privacy.account_events import Protects, PureRelease, Selection, Use
+from dpft.privacy.account_file import Entry
+from dpft.privacy.account_filter import PrivacyFilter
 from dpft.privacy.accountant import Event, check_supported, compose_epsilon, discretization, epsilon
 from dpft.privacy.calibration import calibrate_noise_multiplier, max_steps_within
 from dpft.privacy.config import PrivacyConfig
@@ -24,6 +28,8 @@ from dpft.privacy.sampler import (
 from dpft.privacy.schedule import PrivacySchedule
 
 __all__ = [
+    "Account",
+    "Entry",
     "EpsilonMeter",
     "Event",
     "FixedSizeSampler",
@@ -35,9 +41,14 @@ __all__ = [
     "PhysicalBatchSampler",
     "PoissonSampler",
     "PrivacyConfig",
+    "PrivacyFilter",
     "PrivacySchedule",
+    "Protects",
+    "PureRelease",
+    "Selection",
     "ShuffleSampler",
     "TruncatedPoissonSampler",
+    "Use",
     "calibrate_noise_multiplier",
     "check_supported",
     "compose_epsilon",

@@ -219,6 +219,11 @@ def _gaussian_releases(mechanism: Mechanism, steps: int) -> int:
 
 
 def _compose_pld(events: tuple[Event, ...], delta: float, h: float, extra: int) -> float:
+    return float(total_pld(events, h, extra).get_epsilon_for_delta(delta))
+
+
+def total_pld(events: tuple[Event, ...], h: float, extra: int) -> Any:
+    """The privacy loss distribution of all releases together; ``extra``: examples beyond ``truncated_poisson``'s N."""
     total: Any = None
     for mechanism, count in events:
         if mechanism.sampler == "shuffle":
@@ -227,7 +232,7 @@ def _compose_pld(events: tuple[Event, ...], delta: float, h: float, extra: int) 
         else:
             part = _base_pld(mechanism, h, extra).self_compose(count)
         total = part if total is None else total.compose(part)
-    return float(total.get_epsilon_for_delta(delta))
+    return total
 
 
 @functools.lru_cache(maxsize=8)
@@ -249,6 +254,8 @@ def _base_pld(mechanism: Mechanism, h: float, extra: int) -> Any:
         )
     if mechanism.unit == "user":
         sensitivities, probabilities = _mixture(mechanism)
+        if len(sensitivities) == 1:  # at rate 1 all of a user's examples are there: a Gaussian, which is quicker
+            return module.from_gaussian_mechanism(sigma / sensitivities[0], value_discretization_interval=h)
         return module.from_mixture_gaussian_mechanism(
             sigma, sensitivities, probabilities, value_discretization_interval=h
         )
@@ -301,30 +308,36 @@ def _chi(sensitivities: Any, probabilities: Any, sigma: float) -> float:
 @functools.lru_cache(maxsize=64)
 def _rdp_of_one(mechanism: Mechanism) -> tuple[float, ...]:
     """RDP of one release at dp_accounting's default orders; RDP adds up over releases."""
+    dp_accounting = _import("dp_accounting")
+    relation = getattr(dp_accounting.NeighboringRelation, _RELATIONS[mechanism.adjacency])
+    accountant = _import("dp_accounting.rdp").RdpAccountant(neighboring_relation=relation)
+    accountant.compose(dp_event(mechanism))
+    return tuple(float(value) for value in accountant._rdp)
+
+
+def rdp_of(mechanism: Mechanism, steps: int) -> np.ndarray:
+    """RDP of ``steps`` releases of a supported mechanism with noise, at dp_accounting's default orders."""
+    times = _gaussian_releases(mechanism, steps) if mechanism.sampler == "shuffle" else steps
+    return times * np.asarray(_rdp_of_one(mechanism))
+
+
+def dp_event(mechanism: Mechanism) -> Any:
+    """dp_accounting's description of one release, for RDP (of one epoch for ``shuffle``)."""
     dp_accounting, sigma = _import("dp_accounting"), mechanism.noise_multiplier
-    event: Any
     if mechanism.sampler == "fixed_size":
         # dp_accounting's GaussianDpEvent says "standard deviation over the bound on one value's norm", but its RDP of
         # sampling without replacement takes it over the sensitivity of the sum (Wang et al. 2019, and its own
         # docstring), which is 2 C where one example replaces another: hence the half.
         gaussian = dp_accounting.GaussianDpEvent(sigma / 2)
-        event = dp_accounting.SampledWithoutReplacementDpEvent(mechanism.dataset_size, mechanism.batch_size, gaussian)
-    elif mechanism.sampler == "shuffle":
-        event = dp_accounting.GaussianDpEvent(sigma)
-    else:
-        _require_poisson(mechanism)
-        event = dp_accounting.PoissonSampledDpEvent(mechanism.sample_rate, dp_accounting.GaussianDpEvent(sigma))
-    relation = getattr(dp_accounting.NeighboringRelation, _RELATIONS[mechanism.adjacency])
-    accountant = _import("dp_accounting.rdp").RdpAccountant(neighboring_relation=relation)
-    accountant.compose(event)
-    return tuple(float(value) for value in accountant._rdp)
+        return dp_accounting.SampledWithoutReplacementDpEvent(mechanism.dataset_size, mechanism.batch_size, gaussian)
+    if mechanism.sampler == "shuffle":
+        return dp_accounting.GaussianDpEvent(sigma)
+    _require_poisson(mechanism)
+    return dp_accounting.PoissonSampledDpEvent(mechanism.sample_rate, dp_accounting.GaussianDpEvent(sigma))
 
 
 def _compose_rdp(events: tuple[Event, ...], delta: float) -> float:
     rdp = _import("dp_accounting.rdp.rdp_privacy_accountant")
     orders = rdp.DEFAULT_RDP_ORDERS
-    total = np.zeros(len(orders))
-    for mechanism, count in events:
-        times = _gaussian_releases(mechanism, count) if mechanism.sampler == "shuffle" else count
-        total += times * np.asarray(_rdp_of_one(mechanism))
+    total = sum((rdp_of(mechanism, count) for mechanism, count in events), np.zeros(len(orders)))
     return float(rdp.compute_epsilon(orders, total, delta)[0])

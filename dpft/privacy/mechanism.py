@@ -23,6 +23,24 @@ shuffle              zero out one        C            parallel composition withi
                                                       adaptive by fixing the permutation), Gaussians over the epochs
                                                       (Dong, Roth, Su 2019, arXiv 1905.02383, Corollary 3.3)
 ===================  ==================  ===========  ================================================================
+
+What is not a training step, and pays from an account (:mod:`dpft.privacy.account`); h: half the range to which the
+value of a record is clipped. The adjacency is the account's. The sensitivities are those of add/remove and zero-out;
+twice these for ``replace_one``, k times these for the unit user.
+
+===================  ===========  ====================================================================================
+release              sensitivity  theorem
+===================  ===========  ====================================================================================
+private mean         h            Gaussian mechanism: ``poisson`` at sample rate 1 (``replace_one``: ``fixed_size`` of
+                                  all records)
+early stopping       h / size     AboveThreshold: Dwork, Roth 2014, Algorithm 1, Theorem 3.23; in PLD and RDP by its
+                                  dominating pair, randomised response (Kairouz, Oh, Viswanath 2015, arXiv 1311.0776)
+best of K trials     a trial's    Papernot, Steinke 2022 (arXiv 2110.03620), Theorem 2 (truncated negative binomial),
+                                  Theorem 6 (Poisson); RDP
+all of an account    -            chosen by results: Renyi filter of a fixed order, Feldman, Zrnic 2021 (arXiv
+                                  2008.11193), Theorem 3.1, interleaved: Haney et al. 2023 (arXiv 2309.05901); fixed
+                                  beforehand: composition of PLDs
+===================  ===========  ====================================================================================
 """
 
 from __future__ import annotations

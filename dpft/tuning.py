@@ -1,0 +1,279 @@
+"""Hyperparameter search under differential privacy: the best of a random number of trials.
+
+Choosing the best of several private trainings by their results reveals more than one training does. If the number of
+trials is random, and nothing but the best is released, it reveals a few times as much, not as many times as there were
+trials: Papernot and Steinke 2022 (arXiv 2110.03620), Theorem 2 (truncated negative binomial) and Theorem 6
+(Poisson). What the theorems assume, :func:`tune` does: candidates are drawn uniformly and with replacement, every
+trial runs to its end, and the number of trials, and all trials but the best, are forgotten.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import secrets
+import shutil
+import tempfile
+import uuid
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+import numpy as np
+import torch.distributed as dist
+
+from dpft.errors import AccountingError, BudgetExceededError, EngineError, PrivacyConfigError
+from dpft.evaluation import PrivateMean
+from dpft.privacy.account import Account
+from dpft.privacy.account_events import PureRelease, Release, Selection, Use
+from dpft.privacy.mechanism import Mechanism
+
+C = TypeVar("C")
+Distribution = Literal["poisson", "negative_binomial", "fixed"]
+TrialUse = tuple[Mechanism | PureRelease, int]
+
+
+class Trial:
+    """The budget of one trial: pass it as ``account=`` to :func:`dpft.prepare` and :func:`dpft.private_mean`.
+
+    It covers what was declared for a trial, release by release, and refuses everything else.
+
+    Attributes:
+        folder: for the trial's ledger and files; deleted unless the trial is the best one.
+        account_id: of the account that pays for the search.
+        delta: the account's.
+        protects: the account's.
+        composition: the account's.
+    """
+
+    def __init__(self, account: Account, trial: Sequence[TrialUse], folder: Path) -> None:
+        self.folder = folder
+        self.account_id, self.delta = account.account_id, account.delta
+        self.protects, self.composition = account.protects, account.composition
+        self._declared = _counted(trial)
+        self._used: dict[str, Sequence[Use]] = {}
+        self._over = False
+
+    def reserve(
+        self, name: str, uses: Sequence[Use], what: str, *, ledger: Path | None = None, released: Sequence[Use] = ()
+    ) -> None:
+        """Take some of the trial's releases.
+
+        Raises:
+            BudgetExceededError: they were not declared, or are used up, or the trial is over.
+        """
+        if self._over:
+            raise BudgetExceededError(f"{what} would be paid from a trial that is over; pay from the account.")
+        others = [use for other, theirs in self._used.items() if other != name for use in theirs]
+        for release, count in _counted([*others, *uses]).items():
+            if count > self._declared[release]:
+                raise BudgetExceededError(
+                    f"{what} would make {count} releases of {release} in one trial, and {self._declared[release]} "
+                    "were declared for it; declare in trial=... all that a trial releases, alike for all candidates."
+                )
+        self._used[name] = tuple(uses)
+
+    def finish(self, name: str, uses: Sequence[Use]) -> None:
+        """Give back what was not used, to this trial alone."""
+        self._used[name] = tuple(uses)
+
+    def spend(self, uses: Sequence[Use], what: str) -> str:
+        """Take releases that are made at once."""
+        name = str(uuid.uuid4())
+        self.reserve(name, uses, what)
+        return name
+
+    def end(self) -> None:
+        """Nothing more can be paid from it."""
+        self._over = True
+
+    def paid_for(self, name: str) -> bool:
+        """Whether a release was paid from this trial."""
+        return name in self._used
+
+
+@dataclass(frozen=True)
+class Tuned(Generic[C]):
+    """What a search releases: the best trial, and nothing of the others.
+
+    Attributes:
+        candidate: the best trial's.
+        score: the best trial's.
+        output: what ``train`` returned beside the score.
+        folder: the best trial's files.
+        tuning: how hyperparameters were chosen, for ``dpft.privacy_report(tuning=...)``.
+    """
+
+    candidate: C
+    score: float | PrivateMean
+    output: Any
+    folder: Path
+    tuning: str
+
+
+def tune(
+    train: Callable[[C, Trial], tuple[float | PrivateMean, Any]],
+    candidates: Sequence[C],
+    *,
+    account: Account,
+    trial: Sequence[TrialUse],
+    trials: float,
+    distribution: Distribution = "negative_binomial",
+    shape: float = 1.0,
+    scores: Literal["private", "public"] = "private",
+    folder: str | Path = "tuning",
+    what: str = "hyperparameter search",
+) -> Tuned[C] | None:
+    """Train candidates, a random number of times, and return the best; the account pays before the first trial.
+
+    Nothing that ``train`` shows or writes about a trial may be published or acted upon, nor how long the search took
+    or how many trials it ran: only the best trial is covered.
+
+    Args:
+        train: candidate and :class:`Trial` -> score (larger is better) and output. Everything that it computes from
+            the account's records it must pay from the trial, and write below ``trial.folder``. An exception ends the
+            search, which stays paid for.
+        candidates: what is searched. One is drawn uniformly for each trial, with replacement.
+        account: of the records, with ``composition="rdp"`` unless ``distribution="fixed"``.
+        trial: the releases of one trial, all candidates alike: mechanisms with their numbers.
+        trials: the expected number of trials; the number itself for ``fixed``.
+        distribution: of the number of trials. ``negative_binomial``: at least 1, with ``shape``; its cost grows least
+            with ``trials``. ``poisson``: less variation, but it may be 0. ``fixed``: composed, all trials are paid.
+        shape: of ``negative_binomial``: 1 is geometric; nearer to 0 costs less and varies more.
+        scores: ``private``: the score is a :class:`PrivateMean` that the trial paid for. ``public``: a number that is
+            computed from public data and the trial's releases; that cannot be checked, and is stated.
+        folder: trials get folders in it.
+        what: the search, in words, for the account.
+
+    Returns:
+        The best trial; None where the random number of trials was 0.
+
+    Raises:
+        PrivacyConfigError: a parameter out of range, no candidates, or a score of another kind.
+        AccountingError: no theorem for a trial's releases in this account.
+        BudgetExceededError: the account does not cover the search, or a trial releases more than was declared.
+        EngineError: several processes.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise EngineError(
+            f"dpft.tune among {dist.get_world_size()} processes, each of which would draw its own trials; call it in "
+            "one process, and start trainings of several processes from there."
+        )
+    if not candidates:
+        raise PrivacyConfigError("candidates is empty; expected at least one.")
+    if scores not in ("private", "public"):
+        raise PrivacyConfigError(f"scores={scores!r}; expected 'private' or 'public'.")
+    declared = tuple((release, int(count)) for release, count in trial)
+    if distribution == "fixed":
+        uses, number = _fixed(declared, trials)
+        law = f"{number} trials, all of them composed"
+    else:
+        selection = Selection(
+            declared, float(trials), distribution, 0.0 if distribution == "poisson" else float(shape)
+        )
+        uses, number = [(selection, 1)], -1
+        law = f"the best of a random number of trials ({distribution}, mean {trials:g}), Papernot and Steinke 2022"
+    account.spend(uses, what)
+    randomness = np.random.default_rng(secrets.randbits(256))
+    if number < 0:
+        number = number_of_trials(randomness, float(trials), distribution, float(shape))
+    tuning = (
+        f"{law}, over {len(candidates)} candidates; paid from account {account.account_id}, whose statement has the "
+        f"epsilon; scores: {'private' if scores == 'private' else 'said to come from public data'}"
+    )
+    root = Path(folder)
+    root.mkdir(parents=True, exist_ok=True)
+    best: Tuned[C] | None = None
+    highest = -math.inf
+    for _ in range(number):
+        candidate = candidates[int(randomness.integers(len(candidates)))]
+        here = Trial(account, declared, Path(tempfile.mkdtemp(prefix="trial-", dir=root)))
+        score, output = train(candidate, here)
+        here.end()
+        rank, loser = _rank(score, scores, here), here.folder
+        if best is None or rank > highest:
+            loser = here.folder if best is None else best.folder
+            best, highest = Tuned(candidate, score, output, here.folder, tuning), rank
+        if loser != best.folder:
+            shutil.rmtree(loser)
+    return best
+
+
+def _counted(uses: Sequence[Use]) -> Counter[Release]:
+    """How often each release is made; of a shuffled training the whole epochs, as each training begins one."""
+    total: Counter[Release] = Counter()
+    for release, count in uses:
+        epoch = release.steps_per_epoch if isinstance(release, Mechanism) else None
+        total[release] += int(count) if epoch is None else math.ceil(count / epoch) * epoch
+    return total
+
+
+def _fixed(trial: tuple[TrialUse, ...], trials: float) -> tuple[list[Use], int]:
+    if trials != int(trials) or trials < 1:
+        raise PrivacyConfigError(f"trials={trials!r} with distribution='fixed'; expected a whole number >= 1.")
+    number = int(trials)
+    uses: list[Use] = []
+    for release, count in trial:
+        # A shuffled training starts an epoch in each trial.
+        one_by_one = isinstance(release, Mechanism) and release.sampler == "shuffle"
+        uses += [(release, count)] * number if one_by_one else [(release, count * number)]
+    return uses, number
+
+
+def _rank(score: float | PrivateMean, scores: str, trial: Trial) -> float:
+    """The number by which trials are compared; NaN is the worst."""
+    if scores == "private":
+        if not isinstance(score, PrivateMean) or not trial.paid_for(score.paid):
+            raise PrivacyConfigError(
+                f"a trial's score is a {type(score).__name__} with scores='private'; expected a PrivateMean that was "
+                "paid from the trial: dpft.private_mean(..., account=trial). With scores='public' it is a number."
+            )
+        return score.value
+    if isinstance(score, PrivateMean):
+        raise PrivacyConfigError("a trial's score is a PrivateMean with scores='public'; say scores='private'.")
+    return -math.inf if math.isnan(score) else float(score)
+
+
+def number_of_trials(randomness: np.random.Generator, mean: float, distribution: str, shape: float) -> int:
+    """Draw the number of trials: Poisson, or the truncated negative binomial of Papernot and Steinke, Definition 1.
+
+    Args:
+        randomness: secret.
+        mean: the expectation, >= 1.
+        distribution: ``poisson`` or ``negative_binomial``.
+        shape: eta >= 0 of the negative binomial.
+
+    Raises:
+        AccountingError: another distribution.
+    """
+    if distribution == "poisson":
+        return int(randomness.poisson(mean))
+    if distribution != "negative_binomial":
+        raise AccountingError(f"distribution={distribution!r} of the number of trials has no theorem.")
+    if mean == 1:
+        return 1
+    gamma = _gamma(mean, shape)
+    if shape == 0:
+        return int(randomness.logseries(1 - gamma))
+    while True:  # truncated: drawn until it is not 0
+        number = int(randomness.negative_binomial(shape, gamma))
+        if number:
+            return number
+
+
+@functools.lru_cache(maxsize=8)
+def _gamma(mean: float, shape: float) -> float:
+    """The parameter gamma in (0, 1) with this mean, by bisection; rounded up, to fewer trials: the bound is safe."""
+
+    def mean_of(log_gamma: float) -> float:
+        gamma = math.exp(log_gamma)
+        odds = math.expm1(-log_gamma)  # 1 / gamma - 1
+        return odds / -log_gamma if shape == 0 else shape * odds / -math.expm1(shape * math.log(gamma))
+
+    low, high = -60.0, -1e-12  # of ln(gamma); the mean falls
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean_of(middle) > mean else (low, middle)
+    return math.exp(high)
