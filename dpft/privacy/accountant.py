@@ -15,15 +15,15 @@ most 1e-3. It depends on the mechanism alone, never on the number of steps, so t
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from dpft.errors import AccountingError, MissingPackageError
+from dpft.errors import AccountingError
 from dpft.privacy.mechanism import AccountantName, Mechanism
+from dpft.privacy.packages import import_package as _import
 
 Event = tuple[Mechanism, int]
 """A mechanism and how many releases it made."""
@@ -41,22 +41,6 @@ _RELATIONS = {
     "replace_one": "REPLACE_ONE",
     "zero_out": "REPLACE_SPECIAL",
 }
-
-
-def _import(name: str) -> Any:
-    """``dp_accounting``, ``scipy`` or a part of them. Imported at first use: dp_accounting takes two seconds.
-
-    Raises:
-        MissingPackageError: not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingPackageError(
-            f"dpft needs the packages dp-accounting and scipy to compute epsilon or to calibrate noise: pip install "
-            f"dp-accounting scipy ({error}). Training with a given noise_multiplier works without them.",
-            name=error.name,
-        ) from error
 
 
 def epsilon(mechanism: Mechanism, steps: int, delta: float, *, accountant: AccountantName = "pld") -> float:
