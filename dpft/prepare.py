@@ -130,6 +130,10 @@ def prepare(
             )
         if test_seed is not None:
             _check_whole("test_seed", test_seed, 0)
+        if privacy.mechanism != "dp_sgd":
+            raise PrivacyConfigError(
+                f"mechanism={privacy.mechanism!r}: the optimiser has no correlated noise yet; use 'dp_sgd'."
+            )
         if clipping == "none" and privacy.noise_multiplier != 0:
             raise PrivacyConfigError(
                 "clipping='none' bounds nothing, so no noise makes it private; pass noise_multiplier=0 to say that "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpft.errors import LedgerError
-from dpft.privacy.accountant import compose_epsilon, epsilon, rounded_up
+from dpft.privacy.accountant import compose_epsilon, epsilon, of_one_run, rounded_up
 from dpft.privacy.ledger import Ledger, LedgerContent
 from dpft.privacy.mechanism import Mechanism
 from dpft.privacy.report import privacy_report, privacy_statement_markdown
@@ -80,7 +80,7 @@ def of_ledger(args: argparse.Namespace) -> str:
         torn = f", {content.torn} of them torn by a crash and counted" if content.torn else ""
         return f"whole: {content.count} releases{torn}, run {content.run_id}"
     content, schedule = _read(args.path)
-    spent = compose_epsilon(list(content.events), schedule.target_delta, accountant=schedule.accountant)
+    spent = compose_epsilon(of_one_run(content.events), schedule.target_delta, accountant=schedule.accountant)
     if args.json:
         segments = [{"mechanism": m.to_dict(), "releases": count} for m, count in content.events]
         found = {"run_id": content.run_id, "releases": content.count, "torn": content.torn, "epsilon": str(spent)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -154,10 +155,10 @@ def test_more_steps_than_planned_are_refused() -> None:
     ],
     ids=str,
 )
-def test_parameters_without_a_known_sensitivity_are_refused(wrong: dict[str, object]) -> None:
-    right = {"kind": "bandmf", "steps": 4, "min_separation": 2, "weights": (1.0, 0.5)}
+def test_parameters_without_a_known_sensitivity_are_refused(wrong: dict[str, Any]) -> None:
+    right: dict[str, Any] = {"kind": "bandmf", "steps": 4, "min_separation": 2, "weights": (1.0, 0.5)}
     with pytest.raises(PrivacyConfigError, match="expected"):
-        Strategy(**{**right, **wrong})  # type: ignore[arg-type]
+        Strategy(**{**right, **wrong})
 
 
 def test_as_data() -> None:
