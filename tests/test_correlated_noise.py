@@ -10,6 +10,7 @@ import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -193,9 +194,9 @@ ENVIRONMENT = {"the device": "cpu", "numpy": "1"}
 BLT = STRATEGIES[1]
 
 
-def start(ledger: Path, count: int, **changes: object) -> tuple[NoiseSecret, ...]:
-    options = {"run_id": "a", "strategy": BLT, "environment": ENVIRONMENT, **changes}
-    return begin(ledger, count=count, secret=f"secret {count}".encode(), **options)  # type: ignore[arg-type]  # options
+def start(ledger: Path, count: int, **changes: Any) -> tuple[NoiseSecret, ...]:
+    options: dict[str, Any] = {"run_id": "a", "strategy": BLT, "environment": ENVIRONMENT, **changes}
+    return begin(ledger, count=count, secret=f"secret {count}".encode(), **options)
 
 
 def test_secrets_are_written_for_the_owner_alone_and_read_again(tmp_path: Path) -> None:
@@ -257,11 +258,11 @@ def test_a_line_that_a_crash_cut_is_dropped_and_any_other_damage_refused(tmp_pat
     ],
     ids=str,
 )
-def test_secrets_of_another_run(changes: dict[str, object], match: str, tmp_path: Path) -> None:
+def test_secrets_of_another_run(changes: dict[str, Any], match: str, tmp_path: Path) -> None:
     start(tmp_path / "ledger", 0)
     start(tmp_path / "ledger", 3)
     with pytest.raises(LedgerError, match=match):
-        start(tmp_path / "ledger", **{"count": 4, **changes})  # type: ignore[arg-type]  # of several types
+        start(tmp_path / "ledger", **{"count": 4, **changes})
 
 
 def test_a_run_without_its_secrets_ends(tmp_path: Path) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dpft.privacy.accountant import Event, check_supported, compose_epsilon, discretization, epsilon
 from dpft.privacy.calibration import calibrate_noise_multiplier, max_steps_within
 from dpft.privacy.config import PrivacyConfig
+from dpft.privacy.correlated import Strategy
+from dpft.privacy.correlated_optimum import rms_error
+from dpft.privacy.cyclic_samplers import CyclicPoissonSampler, FixedOrderSampler
 from dpft.privacy.epsilon_meter import EpsilonMeter
 from dpft.privacy.ledger import Ledger, LedgerContent
 from dpft.privacy.mechanism import Mechanism
@@ -24,8 +27,10 @@ from dpft.privacy.sampler import (
 from dpft.privacy.schedule import PrivacySchedule
 
 __all__ = [
+    "CyclicPoissonSampler",
     "EpsilonMeter",
     "Event",
+    "FixedOrderSampler",
     "FixedSizeSampler",
     "Ledger",
     "LedgerContent",
@@ -37,6 +42,7 @@ __all__ = [
     "PrivacyConfig",
     "PrivacySchedule",
     "ShuffleSampler",
+    "Strategy",
     "TruncatedPoissonSampler",
     "calibrate_noise_multiplier",
     "check_supported",
@@ -49,4 +55,5 @@ __all__ = [
     "physical_batches",
     "privacy_report",
     "privacy_statement_markdown",
+    "rms_error",
 ]

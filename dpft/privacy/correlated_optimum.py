@@ -23,6 +23,7 @@ from dpft.privacy.packages import import_package
 _DECIMALS = 6
 _MOST_WEIGHT = 1 - 10.0**-_DECIMALS
 _MOST_BUFFERS = 10
+_TOO_LARGE = 1e100
 
 
 def noise_coefficients(strategy: Strategy) -> Vector:
@@ -42,7 +43,15 @@ def squared_errors(strategy: Strategy) -> Vector:
 
 
 def rms_error(strategy: Strategy) -> float:
-    """Root of the mean of :func:`squared_errors`: what strategies are optimised for."""
+    """Root mean square, over the steps, of the noise in the sum of the releases so far: what is optimised.
+
+    Args:
+        strategy: of correlated noise.
+
+    Returns:
+        In units of noise multiplier times clip norm. Independent noise has sqrt((steps + 1) / 2) where sampling
+        amplifies (``bandmf``), and sqrt(k) times as much where k participations are one release (``blt``).
+    """
     return float(np.sqrt(squared_errors(strategy).mean()))
 
 
@@ -74,7 +83,10 @@ def best_banded(steps: int, bands: int) -> Strategy:
         """ln(|c|^2 * mean squared error) and its gradient, by the adjoint of the filter."""
         c = np.concatenate([[1.0], free])
         summed = _filter([1.0], c, np.ones(steps))  # C^{-1} 1: the coefficients of the noise of prefix sums
-        error = float(remaining @ summed**2)
+        with np.errstate(over="ignore", invalid="ignore"):
+            error = float(remaining @ summed**2)
+        if not error < _TOO_LARGE:  # a step too far, where the noise grows without end: the search comes back from it
+            return _TOO_LARGE, np.zeros(bands - 1)
         adjoint = _filter([1.0], c, (2 * remaining * summed)[::-1])[::-1]
         slope = np.array([-(adjoint[j:] @ summed[: steps - j]) for j in range(1, bands)])
         return float(np.log(c @ c) + np.log(error)), 2 * free / (c @ c) + slope / error
@@ -109,7 +121,7 @@ def best_blt(steps: int, min_separation: int, buffers: int, error: str = "rms") 
     def parameters(free: Vector) -> tuple[Vector, Vector]:
         """Any numbers to weights >= 0 with a sum below 1, and decays in (0, 1)."""
         shares = np.exp(np.minimum(free[:buffers], 50))
-        return shares / (1 + shares.sum()) * _MOST_WEIGHT, 1 / (1 + np.exp(-free[buffers:]))
+        return shares / (1 + shares.sum()) * _MOST_WEIGHT, 1 / (1 + np.exp(-np.clip(free[buffers:], -50, 50)))
 
     def loss(free: Vector) -> float:
         weights, decays = parameters(free)

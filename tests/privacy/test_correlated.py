@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -188,6 +189,16 @@ def test_banded_optimum_is_one() -> None:
     least = np.linalg.norm(np.tri(50), "nuc") / 50
     assert least < errors[-1] < 1.08 * least  # measured: 1.070
     assert errors[-1] < rms_error(banded(50, tuple(square_root_coefficients(50))))
+
+
+def test_many_bands_are_optimised_without_a_warning() -> None:
+    """The line search tries coefficients with which the noise overflows; warnings are errors here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        errors = [rms_error(best_banded(1000, bands)) for bands in (50, 100, 200, 1000)]
+    assert errors == sorted(errors, reverse=True)
+    # With all bands, a BLT is a special case, and comes near: two optimisations that share nothing.
+    assert errors[-1] < rms_error(best_blt(1000, 1000, 4)) < 1.001 * errors[-1]
 
 
 def test_banded_gradient_is_followed_to_the_optimum_that_a_search_without_it_finds() -> None:
