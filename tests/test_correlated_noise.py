@@ -268,6 +268,6 @@ def test_secrets_of_another_run(changes: dict[str, Any], match: str, tmp_path: P
 def test_a_run_without_its_secrets_ends(tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match="the ledger counts 3 releases, and later steps take back a part"):
         start(tmp_path / "ledger", 3)
-    (tmp_path / "ledger.noise").mkdir()
+    (tmp_path / "_ledger.noise").mkdir()
     with pytest.raises(LedgerError, match="cannot open"):
         start(tmp_path / "ledger", 3)

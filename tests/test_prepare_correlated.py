@@ -5,6 +5,7 @@ All labels are -100, so every example's gradient is zero and what is released *i
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import random
@@ -100,7 +101,7 @@ def test_noise_and_draws_of_a_training_that_is_resumed_twice(changes: dict[str, 
         if number == 2:
             path = tmp_path / "state"
             training.accelerator.save_state(str(path))
-            check_no_secret(path, tmp_path / "ledger.noise")
+            check_no_secret(path, tmp_path / "_ledger.noise")
         training.close()
     released = np.concatenate(rows)
     assert released.shape == (STEPS, len(values(training.model)))
@@ -153,8 +154,9 @@ def adamless(parameters: Any) -> torch.optim.Optimizer:
 def test_a_resume_without_the_secrets_ends(changes: dict[str, Any], tmp_path: Path) -> None:
     training, _, _ = train(tmp_path / "ledger", changes, 2)
     training.close()
-    secrets = tmp_path / "ledger.noise"
+    secrets = tmp_path / "_ledger.noise"
     assert secrets.stat().st_mode & 0o777 == 0o600
+    assert fnmatch.fnmatch(secrets.name, "_*")  # which transformers' Trainer does not upload
     secrets.rename(tmp_path / "elsewhere")
     with pytest.raises(LedgerError, match="without it, begin a new run"):
         train(tmp_path / "ledger", changes, continue_ledger=True)

@@ -40,8 +40,11 @@ class NoiseSecret:
 
 
 def secrets_path(ledger: Path) -> Path:
-    """The file that belongs to a ledger."""
-    return ledger.with_name(f"{ledger.name}.noise")
+    """The file that belongs to a ledger: ``_NAME.noise``.
+
+    Hugging Face's Trainer, and its uploads of a folder, leave out what begins with an underscore.
+    """
+    return ledger.with_name(f"_{ledger.name}.noise")
 
 
 def begin(
