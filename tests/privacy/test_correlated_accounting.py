@@ -66,15 +66,16 @@ def test_bandmf_with_one_band_costs_what_poisson_does() -> None:
         assert epsilon(one, steps, DELTA, accountant="rdp") == pytest.approx(renyi)
 
 
-@pytest.mark.parametrize("steps", [1, 3, 4, 5, 39, 40])
+@pytest.mark.parametrize("steps", [1, 5, 40])
 def test_bandmf_is_the_composition_of_one_release_for_each_participation(steps: int) -> None:
     """What jax_privacy's ``amplified_bandmf_event`` hands to dp_accounting: ceil(steps / bands) sampled Gaussians."""
     import dp_accounting
 
     one = dp_accounting.PoissonSampledDpEvent(0.05, dp_accounting.GaussianDpEvent(1.0))
     event = dp_accounting.SelfComposedDpEvent(one, math.ceil(steps / 4))
-    exact = dp_accounting.pld.PLDAccountant(value_discretization_interval=1e-4).compose(event).get_epsilon(DELTA)
+    exact = dp_accounting.pld.PLDAccountant(value_discretization_interval=2e-4).compose(event).get_epsilon(DELTA)
     assert exact * 0.999 <= epsilon(cyclic(), steps, DELTA) <= exact * 1.02
+    assert epsilon(cyclic(), steps, DELTA) == epsilon(cyclic(), 4 * math.ceil(steps / 4), DELTA)
     renyi = dp_accounting.rdp.RdpAccountant().compose(event).get_epsilon(DELTA)
     assert epsilon(cyclic(), steps, DELTA, accountant="rdp") == pytest.approx(renyi)
 
@@ -114,12 +115,12 @@ def test_simulated_releases_of_bandmf_lie_below_the_epsilon_and_near_it() -> Non
     assert mechanism.strategy is not None
     matrix, std = dense(mechanism.strategy), 0.8 * mechanism.strategy.scale
     bound = epsilon(mechanism, 12, delta)
-    terms = simulated_delta(matrix, [0, 4, 8], 0.3, std, bound, 400_000)
+    terms = simulated_delta(matrix, [0, 4, 8], 0.3, std, bound, 200_000)
     error = 4 * terms.std() / math.sqrt(len(terms))
     assert terms.mean() - error < delta
-    assert simulated_delta(matrix, [0, 4, 8], 0.3, std, 0.97 * bound, 400_000).mean() - error > delta  # it is tight
+    assert simulated_delta(matrix, [0, 4, 8], 0.3, std, 0.97 * bound, 200_000).mean() - error > delta  # it is tight
     # An example that is drawn at steps 3 apart breaks what the theorem assumes, and the bound with it.
-    wrong = simulated_delta(matrix, [0, 3, 6, 9], 0.3, std, bound, 400_000)
+    wrong = simulated_delta(matrix, [0, 3, 6, 9], 0.3, std, bound, 200_000)
     assert wrong.mean() - error > delta
 
 

@@ -55,7 +55,7 @@ def test_cyclic_poisson_draws_an_example_at_every_cycle_th_step_only(examples: i
 
 def test_cyclic_poisson_includes_each_example_independently_with_the_rate() -> None:
     sampler = CyclicPoissonSampler(40, 0.3, 4, test_seed=1)
-    rounds = 4000
+    rounds = 2000
     inside = np.zeros((rounds, 40))
     for number in range(rounds):
         for step in range(4):
