@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -83,6 +84,10 @@ class GaussianNoise:
             else:
                 part.add_(draw(part.numel(), tensor.dtype), alpha=std)
         return tensor
+
+    def release(self) -> AbstractContextManager[None]:
+        """What a release's noise is added within; only correlated noise must tell the steps apart."""
+        return nullcontext()
 
     def __reduce__(self) -> str:
         # A copy, or a pickle in a checkpoint, would draw the same noise a second time.

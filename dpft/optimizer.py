@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -15,12 +16,24 @@ from dpft.noise import GaussianNoise
 _GUARD = "_dpft_guard"
 
 
+class Noise(Protocol):
+    """A source of noise: :class:`dpft.GaussianNoise`, or one that is correlated over the releases."""
+
+    def release(self) -> AbstractContextManager[None]:
+        """What the noise of one release is added within."""
+        ...
+
+    def add_(self, tensor: Tensor, std: float) -> Tensor:
+        """Add noise of standard deviation ``std`` (of z, where it is correlated) in place."""
+        ...
+
+
 class Sums(Protocol):
     """Holds the clipped sums instead of ``.grad``: of several processes, or in host memory."""
 
     parameters: dict[str, nn.Parameter]
 
-    def release(self, noise: GaussianNoise, std: float, divisor: float) -> None:
+    def release(self, noise: Noise, std: float, divisor: float) -> None:
         """``(sum + N(0, std^2)) / divisor`` on all ranks, each element noised once. A collective."""
         ...
 
@@ -46,7 +59,8 @@ class DPOptimizer(torch.optim.Optimizer):
         noise_multiplier: sigma >= 0; 0 is NOT private.
         max_grad_norm: C > 0, the clip norm that the model was wrapped with.
         expected_batch_size: b > 0, a constant that the user declares; never the size of the drawn batch.
-        noise: source of the noise; None creates one seeded by the operating system.
+        noise: source of the noise; None creates one seeded by the operating system. One that is correlated over the
+            releases keeps its law only if no release is left out.
         secure_rng: see :class:`dpft.noise.GaussianNoise`; only where ``noise`` is None.
         is_last: returns whether the current physical batch ends its logical batch. None: every ``step`` ends one.
         on_release: called before each release, before a parameter changes; an exception prevents the release. The
@@ -71,7 +85,7 @@ class DPOptimizer(torch.optim.Optimizer):
         max_grad_norm: float,
         expected_batch_size: float,
         *,
-        noise: GaussianNoise | None = None,
+        noise: Noise | None = None,
         secure_rng: bool = False,
         is_last: Callable[[], bool] | None = None,
         on_release: Callable[[], None] | None = None,
@@ -98,7 +112,7 @@ class DPOptimizer(torch.optim.Optimizer):
         self.max_grad_norm = float(max_grad_norm)
         self.expected_batch_size = float(expected_batch_size)
         self.sum_scale = float(sum_scale)
-        self.noise = GaussianNoise(secure=secure_rng) if noise is None else noise
+        self.noise: Noise = GaussianNoise(secure=secure_rng) if noise is None else noise
         self.releases = 0
         self._is_last = is_last
         self._on_release = on_release
@@ -155,7 +169,8 @@ class DPOptimizer(torch.optim.Optimizer):
                 "plus new gradients. Call optimizer.zero_grad() after every optimizer.step()."
             )
         self._before_release()
-        self._fill_gradients()
+        with self.noise.release():
+            self._fill_gradients()
         self._step_inner()
         self.releases += 1
         self._spent = True

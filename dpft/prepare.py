@@ -15,6 +15,7 @@ from torch import nn
 from dpft.clipping.state import Clipping, ClipState, Isolation
 from dpft.clipping.strategy_choice import Choice, Strategy, allowance, choose_for_all, free_memory
 from dpft.engines.agreement import dataset_mark, described, mark, versions, weights
+from dpft.engines.correlated import check_correlated, correlated_noise
 from dpft.engines.engine import SENDS_AT_ONCE, Kind, launch
 from dpft.engines.host import check_sums_device
 from dpft.engines.ranks import Ranks
@@ -25,7 +26,7 @@ from dpft.engines.shared_ledger import SharedLedger, open_ledger
 from dpft.errors import EngineError, PrivacyConfigError
 from dpft.loader import PrivateDataLoader, check_dataset
 from dpft.noise import GaussianNoise
-from dpft.optimizer import DPOptimizer
+from dpft.optimizer import DPOptimizer, Noise
 from dpft.planning.hardware import measure
 from dpft.planning.plan import plan as predict
 from dpft.planning.result import Plan
@@ -143,6 +144,7 @@ def prepare(
                     "test_seed with an account: a run whose noise is known is not private, and no account can pay for "
                     "it; leave one of them out."
                 )
+        check_correlated(privacy, kind)
         if clipping == "none" and privacy.noise_multiplier != 0:
             raise PrivacyConfigError(
                 "clipping='none' bounds nothing, so no noise makes it private; pass noise_multiplier=0 to say that "
@@ -239,11 +241,7 @@ def prepare(
             run,
             sequence=sequence,
             on_host=sums_device == "cpu",
-            noise=GaussianNoise(
-                secret=None if test_seed is None else _test_secret(test_seed, run),
-                stream=ranks.rank,
-                secure=schedule.secure_rng,
-            ),
+            noise=_noise(run, ranks, model, optimizer, f"{kind} {sums_device or ''}".strip(), test_seed),
             batches=PhysicalBatchSampler(
                 make_sampler(
                     schedule,
@@ -289,7 +287,7 @@ def _assemble(
     *,
     sequence: SequenceGroup | None,
     on_host: bool,
-    noise: GaussianNoise,
+    noise: Noise,
     batches: PhysicalBatchSampler,
     loader: dict[str, Any],
 ) -> tuple[nn.Module, Any, PrivateDataLoader]:
@@ -388,6 +386,15 @@ def _agreed_strategy(state: ClipState, kind: Kind, ranks: Ranks, max_batch_size:
         shards_gradients=kind in ("fsdp2", "zero2", "zero3"),
         gathers=kind in ("fsdp2", "zero3"),
     )
+
+
+def _noise(
+    run: PrivacyRun, ranks: Ranks, model: nn.Module, optimizer: torch.optim.Optimizer, where: str, seed: int | None
+) -> Noise:
+    secret = None if seed is None else _test_secret(seed, run)
+    if run.schedule.strategy is not None:
+        return correlated_noise(run.schedule.strategy, ranks, run.ledger, model, optimizer, where, secret)
+    return GaussianNoise(secret=secret, stream=ranks.rank, secure=run.schedule.secure_rng)
 
 
 def _test_secret(seed: int, run: PrivacyRun) -> bytes:

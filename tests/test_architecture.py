@@ -22,7 +22,7 @@ MAX_LINES = 400
 _LOW = {"errors"}
 _ARITHMETIC = _LOW | {"kernels", "rules"}
 _GRADIENT = _ARITHMETIC | {"clipping", "models", "wrap"}
-_MECHANISM = _LOW | {"privacy", "noise", "optimizer", "loader", "workers"}
+_MECHANISM = _LOW | {"privacy", "noise", "correlated_noise", "optimizer", "loader", "workers"}
 
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
@@ -34,6 +34,7 @@ LAYERS: dict[str, set[str]] = {
     **dict.fromkeys(("custom", "long_context"), _GRADIENT),
     "planning": _GRADIENT | {"long_context", "privacy"},
     "noise": _LOW,
+    "correlated_noise": _LOW | {"noise", "privacy"},
     "optimizer": _LOW | {"noise", "privacy", "clipping"},
     "evaluation": _LOW | {"privacy", "noise"},
     "tuning": _LOW | {"privacy", "evaluation"},

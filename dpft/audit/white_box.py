@@ -86,6 +86,11 @@ def white_box(
             f"noise_multiplier={schedule.noise_multiplier:g}, unit={schedule.unit!r}; an audit needs a claim to test: "
             "noise above 0, and the unit 'example'."
         )
+    if schedule.strategy is not None:
+        raise PrivacyConfigError(
+            f"mechanism={privacy.mechanism!r}: an audit tests each release by itself, and the noise of these is "
+            "correlated over the steps; audit mechanism='dp_sgd'."
+        )
     if wrong := {str(p.dtype) for p in model.parameters() if p.requires_grad} - {"torch.float32"}:
         raise ValueError(
             f"parameters are {sorted(wrong)}; expected float32: a release is read off the parameters, and would be "

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from dpft.engines.ranks import Ranks
 from dpft.engines.sums import ClippedSums
 from dpft.errors import EngineError, PrivacyConfigError
-from dpft.noise import GaussianNoise
-from dpft.optimizer import DPOptimizer
+from dpft.optimizer import DPOptimizer, Noise
 
 # Bytes of one page-locked buffer, and how many there are: one is filled while the other one is read. The sums are not
 # page-locked themselves: that would take 4 bytes a parameter from what the system can use otherwise.
@@ -203,7 +202,7 @@ class HostSums(ClippedSums):
     def settle(self) -> None:
         self.staging.settle()
 
-    def release(self, noise: GaussianNoise, std: float, divisor: float) -> None:
+    def release(self, noise: Noise, std: float, divisor: float) -> None:
         self._released = True
         self.settle()
         noised = 0

@@ -8,7 +8,7 @@ from typing import Any
 
 from dpft.engines.ranks import Ranks
 from dpft.errors import LedgerError
-from dpft.privacy.accountant import Event
+from dpft.privacy.accountant import Event, of_one_run
 from dpft.privacy.config import PrivacyConfig
 from dpft.privacy.ledger import Ledger, LedgerContent
 from dpft.privacy.schedule import PrivacySchedule
@@ -53,7 +53,7 @@ class SharedLedger:
 
     def events(self) -> list[Event]:
         """As :meth:`Ledger.events`."""
-        return [event for event in self.content().events if event[1] > 0]
+        return of_one_run([event for event in self.content().events if event[1] > 0])
 
     def content(self) -> LedgerContent:
         """The content of the file, for a report."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dpft.engines.ranks import Ranks
 from dpft.errors import EngineError
-from dpft.noise import GaussianNoise
+from dpft.optimizer import Noise
 from dpft.rules.base import full_shape
 
 # Elements that are reduced, noised and gathered at a time.
@@ -107,7 +107,7 @@ class ClippedSums(abc.ABC):
         raise NotImplementedError
 
     @abc.abstractmethod
-    def release(self, noise: GaussianNoise, std: float, divisor: float) -> None:
+    def release(self, noise: Noise, std: float, divisor: float) -> None:
         """``(sum + N(0, std^2)) / divisor``, each element noised once. A collective.
 
         Raises:
@@ -203,7 +203,7 @@ class ReplicatedSums(ClippedSums):
         else:
             self._sums[name] = grad
 
-    def release(self, noise: GaussianNoise, std: float, divisor: float) -> None:
+    def release(self, noise: Noise, std: float, divisor: float) -> None:
         self._released = True
         noised = 0
 
@@ -318,7 +318,7 @@ class ShardedSums(ClippedSums):
         mine = own[: local.numel()].view(local.shape).to(local.device)
         self._sums[name] = self._sums[name].add_(mine) if name in self._sums else mine.clone()
 
-    def release(self, noise: GaussianNoise, std: float, divisor: float) -> None:
+    def release(self, noise: Noise, std: float, divisor: float) -> None:
         self._released = True
         self.settle()
         noised = 0

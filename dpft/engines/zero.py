@@ -13,8 +13,7 @@ from dpft.engines.ranks import Ranks
 from dpft.engines.sums import ClippedSums, Piece
 from dpft.engines.zero_layout import Layout
 from dpft.errors import EngineError
-from dpft.noise import GaussianNoise
-from dpft.optimizer import DPOptimizer
+from dpft.optimizer import DPOptimizer, Noise
 
 
 class ZeroSums(ClippedSums):
@@ -83,7 +82,7 @@ class ZeroSums(ClippedSums):
             self._flats[number] = torch.zeros_like(self.layout.flats[number], requires_grad=False)
         return self._flats[number]
 
-    def release(self, noise: GaussianNoise, std: float, divisor: float) -> None:
+    def release(self, noise: Noise, std: float, divisor: float) -> None:
         self._released = True
         for name, shape in self.shapes.items() if self.layout.stage == 1 and not self.spread else ():
             held = self._whole.pop(name, None)

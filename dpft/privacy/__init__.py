@@ -9,6 +9,9 @@ from dpft.privacy.account_filter import PrivacyFilter
 from dpft.privacy.accountant import Event, check_supported, compose_epsilon, discretization, epsilon
 from dpft.privacy.calibration import calibrate_noise_multiplier, max_steps_within
 from dpft.privacy.config import PrivacyConfig
+from dpft.privacy.correlated import Strategy
+from dpft.privacy.correlated_optimum import rms_error
+from dpft.privacy.cyclic_samplers import CyclicPoissonSampler, FixedOrderSampler
 from dpft.privacy.epsilon_meter import EpsilonMeter
 from dpft.privacy.ledger import Ledger, LedgerContent
 from dpft.privacy.mechanism import Mechanism
@@ -29,9 +32,11 @@ from dpft.privacy.schedule import PrivacySchedule
 
 __all__ = [
     "Account",
+    "CyclicPoissonSampler",
     "Entry",
     "EpsilonMeter",
     "Event",
+    "FixedOrderSampler",
     "FixedSizeSampler",
     "Ledger",
     "LedgerContent",
@@ -47,6 +52,7 @@ __all__ = [
     "PureRelease",
     "Selection",
     "ShuffleSampler",
+    "Strategy",
     "TruncatedPoissonSampler",
     "Use",
     "calibrate_noise_multiplier",
@@ -60,4 +66,5 @@ __all__ = [
     "physical_batches",
     "privacy_report",
     "privacy_statement_markdown",
+    "rms_error",
 ]

@@ -186,6 +186,11 @@ def _check_mechanism(mechanism: Mechanism, protects: Protects, composition: Acco
             f"{_unit(protects.unit, protects.examples_per_user)}: they have no common epsilon; give the release the "
             "account's unit, or create an account for the release's unit and enter every use of the records there."
         )
+    if mechanism.strategy is not None:
+        raise AccountingError(
+            "correlated noise in an account: an account adds up equal releases, and the steps of one training with "
+            "correlated noise are not equal; use mechanism='dp_sgd', or this run with its ledger and no account."
+        )
     # Poisson sampling has the same losses under zero-out as under add/remove.
     as_zero_out = protects.adjacency == "zero_out" and mechanism.sampler == "poisson"
     if mechanism.adjacency != protects.adjacency and not as_zero_out:
@@ -277,9 +282,8 @@ def _inner_event(release: Mechanism | PureRelease, count: int) -> Any:
     dp = accounting._import("dp_accounting")
     if isinstance(release, PureRelease):
         return dp.SelfComposedDpEvent(dp.ZCDpEvent(rho=release.epsilon**2 / 2, xi=0.0), count)
-    if release.sampler == "shuffle":
-        count = accounting._gaussian_releases(release, count)
-    return dp.SelfComposedDpEvent(accounting.dp_event(release), count)
+    base, times = accounting._as_composition(release, count)
+    return dp.SelfComposedDpEvent(accounting.dp_event(base), times)
 
 
 def epsilon_of_rdp(curve: np.ndarray, delta: float) -> float:

@@ -15,15 +15,15 @@ most 1e-3. It depends on the mechanism alone, never on the number of steps, so t
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from dpft.errors import AccountingError, MissingPackageError
+from dpft.errors import AccountingError
 from dpft.privacy.mechanism import AccountantName, Mechanism
+from dpft.privacy.packages import import_package as _import
 
 Event = tuple[Mechanism, int]
 """A mechanism and how many releases it made."""
@@ -35,28 +35,15 @@ _MOST_POINTS = 100_000
 _MOST_MIXTURE_POINTS = 30_000  # a mixture's losses are inverted one by one, in Python: about 3 s
 _SMALLEST_DELTA = 1e-12  # below it, the rounding error of float64 FFTs is as large as delta itself
 
+# Samplers whose batches are no secret: what they compose is a Gaussian without sampling.
+_UNSAMPLED = ("shuffle", "fixed_order")
+
 # Names of dp_accounting.NeighboringRelation.
 _RELATIONS = {
     "add_or_remove_one": "ADD_OR_REMOVE_ONE",
     "replace_one": "REPLACE_ONE",
     "zero_out": "REPLACE_SPECIAL",
 }
-
-
-def _import(name: str) -> Any:
-    """``dp_accounting``, ``scipy`` or a part of them. Imported at first use: dp_accounting takes two seconds.
-
-    Raises:
-        MissingPackageError: not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingPackageError(
-            f"dpft needs the packages dp-accounting and scipy to compute epsilon or to calibrate noise: pip install "
-            f"dp-accounting scipy ({error}). Training with a given noise_multiplier works without them.",
-            name=error.name,
-        ) from error
 
 
 def epsilon(mechanism: Mechanism, steps: int, delta: float, *, accountant: AccountantName = "pld") -> float:
@@ -82,7 +69,8 @@ def compose_epsilon(events: Sequence[Event], delta: float, *, accountant: Accoun
 
     Args:
         events: mechanisms with their numbers of releases. Two entries of ``shuffle`` count their epochs separately,
-            because the second one starts with a fresh permutation.
+            because the second one starts with a fresh permutation; and two of correlated noise are two trainings, each
+            with its own noise. :func:`of_one_run` joins the starts of one training.
         delta: in (0, 1).
         accountant: ``pld`` or ``rdp``.
 
@@ -102,6 +90,18 @@ def rounded_up(value: float) -> str:
     unit = 10.0 ** (math.floor(math.log10(abs(value))) - 3)
     # The small factor keeps 8 at 8: the quotient may be 8000.000000000001.
     return f"{math.ceil(value / unit * (1 - 1e-12)) * unit:.4g}"
+
+
+def of_one_run(events: Sequence[Event]) -> list[Event]:
+    """Joins the segments of a run whose noise is correlated over all of its starts; others stay as they are.
+
+    Its steps count on, and its noise goes on, over a resume: see :mod:`dpft.noise_secrets`.
+    """
+    joined: dict[Mechanism, int] = {}
+    for mechanism, count in events:
+        if mechanism.strategy is not None:
+            joined[mechanism] = joined.get(mechanism, 0) + count
+    return [event for event in events if event[0].strategy is None] + list(joined.items())
 
 
 def check_supported(mechanism: Mechanism, accountant: AccountantName) -> None:
@@ -151,7 +151,10 @@ def discretization(mechanism: Mechanism, *, coarse: bool = False) -> float:
 
 # --------------------------------------------------------------------------------------------------- compose
 def merged(events: Sequence[Event]) -> list[Event]:
-    """Drops empty entries and adds up equal ones (but never ``shuffle``: each entry starts an epoch)."""
+    """Drops empty entries and adds up equal ones, whose releases are independent.
+
+    Not those of ``shuffle``, where each entry starts an epoch, nor of correlated noise, where each is a training.
+    """
     kept: list[Event] = []
     counts: dict[Mechanism, int] = {}
     count: Any  # nothing enforces the annotation of Event at run time
@@ -160,7 +163,7 @@ def merged(events: Sequence[Event]) -> list[Event]:
             raise AccountingError(f"steps={count!r}; expected a whole number >= 0.")
         if count == 0:
             continue
-        if mechanism.sampler == "shuffle":
+        if mechanism.sampler == "shuffle" or mechanism.strategy is not None:
             kept.append((mechanism, int(count)))
         else:
             counts[mechanism] = counts.get(mechanism, 0) + int(count)
@@ -212,10 +215,19 @@ def _check_common(events: tuple[Event, ...]) -> None:
         raise AccountingError("no theorem composes 'truncated_poisson' with 'shuffle'; keep the first run's sampler.")
 
 
-def _gaussian_releases(mechanism: Mechanism, steps: int) -> int:
-    """For ``shuffle``: in how many batches one example can have been, one per epoch that has begun."""
-    assert mechanism.steps_per_epoch is not None
-    return math.ceil(steps / mechanism.steps_per_epoch)
+def _as_composition(mechanism: Mechanism, steps: int) -> tuple[Mechanism, int]:
+    """A mechanism, and how often its one release is composed, that cost as much as ``steps`` releases."""
+    if mechanism.sampler == "shuffle":
+        # One Gaussian for each batch in which one example can have been: one per epoch that has begun.
+        assert mechanism.steps_per_epoch is not None
+        return mechanism.with_noise(mechanism.noise_multiplier / math.sqrt(-(-steps // mechanism.steps_per_epoch))), 1
+    strategy = mechanism.strategy
+    if strategy is None:
+        return mechanism, steps
+    sensitivity = strategy.sensitivity(steps)  # it refuses more steps than there are
+    if mechanism.sampler == "cyclic_poisson":
+        return mechanism, strategy.participations_within(steps)
+    return mechanism.with_noise(mechanism.noise_multiplier * strategy.scale / sensitivity), 1
 
 
 def _compose_pld(events: tuple[Event, ...], delta: float, h: float, extra: int) -> float:
@@ -226,21 +238,20 @@ def total_pld(events: tuple[Event, ...], h: float, extra: int) -> Any:
     """The privacy loss distribution of all releases together; ``extra``: examples beyond ``truncated_poisson``'s N."""
     total: Any = None
     for mechanism, count in events:
-        if mechanism.sampler == "shuffle":
-            sigma = mechanism.noise_multiplier / math.sqrt(_gaussian_releases(mechanism, count))
-            part = _base_pld(mechanism.with_noise(sigma), h, extra)
-        else:
-            part = _base_pld(mechanism, h, extra).self_compose(count)
+        base, times = _as_composition(mechanism, count)
+        part = _base_pld(base, h, extra)
+        if times > 1:
+            part = part.self_compose(times)
         total = part if total is None else total.compose(part)
     return total
 
 
 @functools.lru_cache(maxsize=8)
 def _base_pld(mechanism: Mechanism, h: float, extra: int) -> Any:
-    """The privacy loss distribution of one release (of one epoch for ``shuffle``), discretised with interval h."""
+    """The privacy loss distribution of what is composed, see :func:`_as_composition`, discretised with interval h."""
     module = _import("dp_accounting.pld.privacy_loss_distribution")
     sigma = mechanism.noise_multiplier
-    if mechanism.sampler == "shuffle":
+    if mechanism.sampler in _UNSAMPLED:
         return module.from_gaussian_mechanism(sigma, value_discretization_interval=h)
     assert mechanism.sample_rate is not None
     if mechanism.sampler == "truncated_poisson":
@@ -265,7 +276,7 @@ def _base_pld(mechanism: Mechanism, h: float, extra: int) -> Any:
 
 def _require_poisson(mechanism: Mechanism) -> None:
     """What is left at the end of a choice is Poisson's: no other sampler gets its epsilon."""
-    if mechanism.sampler != "poisson":
+    if mechanism.sampler not in ("poisson", "cyclic_poisson"):
         raise AccountingError(f"sampler={mechanism.sampler!r} has no accounting; none is taken from another sampler.")
 
 
@@ -281,7 +292,7 @@ def _mixture(mechanism: Mechanism) -> tuple[list[float], list[float]]:
 def _loss_span_and_deviation(mechanism: Mechanism) -> tuple[float, float]:
     """Approximate range of the losses of one release that are kept (10 sigmas), and their standard deviation."""
     sigma = mechanism.noise_multiplier
-    if mechanism.sampler == "shuffle":
+    if mechanism.sampler in _UNSAMPLED:
         return 20 / sigma, 1 / sigma
     if mechanism.sampler == "truncated_poisson":
         # The component with the doubled sensitivity is the wider; the other is narrower, and usually more probable.
@@ -309,7 +320,9 @@ def _chi(sensitivities: Any, probabilities: Any, sigma: float) -> float:
 def _rdp_of_one(mechanism: Mechanism) -> tuple[float, ...]:
     """RDP of one release at dp_accounting's default orders; RDP adds up over releases."""
     dp_accounting = _import("dp_accounting")
-    relation = getattr(dp_accounting.NeighboringRelation, _RELATIONS[mechanism.adjacency])
+    # Under zero-out, Poisson sampling has the losses that it has under add/remove, under which dp_accounting has them.
+    adjacency = "add_or_remove_one" if mechanism.sampler == "cyclic_poisson" else mechanism.adjacency
+    relation = getattr(dp_accounting.NeighboringRelation, _RELATIONS[adjacency])
     accountant = _import("dp_accounting.rdp").RdpAccountant(neighboring_relation=relation)
     accountant.compose(dp_event(mechanism))
     return tuple(float(value) for value in accountant._rdp)
@@ -317,12 +330,12 @@ def _rdp_of_one(mechanism: Mechanism) -> tuple[float, ...]:
 
 def rdp_of(mechanism: Mechanism, steps: int) -> np.ndarray:
     """RDP of ``steps`` releases of a supported mechanism with noise, at dp_accounting's default orders."""
-    times = _gaussian_releases(mechanism, steps) if mechanism.sampler == "shuffle" else steps
-    return times * np.asarray(_rdp_of_one(mechanism))
+    base, times = _as_composition(mechanism, steps)
+    return times * np.asarray(_rdp_of_one(base))
 
 
 def dp_event(mechanism: Mechanism) -> Any:
-    """dp_accounting's description of one release, for RDP (of one epoch for ``shuffle``)."""
+    """dp_accounting's description of one release, for RDP (of one Gaussian for ``shuffle`` and ``fixed_order``)."""
     dp_accounting, sigma = _import("dp_accounting"), mechanism.noise_multiplier
     if mechanism.sampler == "fixed_size":
         # dp_accounting's GaussianDpEvent says "standard deviation over the bound on one value's norm", but its RDP of
@@ -330,7 +343,7 @@ def dp_event(mechanism: Mechanism) -> Any:
         # docstring), which is 2 C where one example replaces another: hence the half.
         gaussian = dp_accounting.GaussianDpEvent(sigma / 2)
         return dp_accounting.SampledWithoutReplacementDpEvent(mechanism.dataset_size, mechanism.batch_size, gaussian)
-    if mechanism.sampler == "shuffle":
+    if mechanism.sampler in _UNSAMPLED:
         return dp_accounting.GaussianDpEvent(sigma)
     _require_poisson(mechanism)
     return dp_accounting.PoissonSampledDpEvent(mechanism.sample_rate, dp_accounting.GaussianDpEvent(sigma))

@@ -79,6 +79,8 @@ def max_steps_within(
     def within(steps: int) -> bool:
         return compose_epsilon([*history, (mechanism, steps)], delta, accountant=accountant) <= target_epsilon
 
+    if mechanism.strategy is not None:
+        limit = min(limit, mechanism.strategy.steps)  # it has no more
     if limit < 1 or not within(1):
         return 0
     low, high = 1, 2

@@ -15,22 +15,26 @@ from typing import Any, Literal, get_args
 from dpft.errors import MissingPackageError, PrivacyConfigError
 from dpft.privacy.accountant import check_supported, epsilon
 from dpft.privacy.calibration import calibrate_noise_multiplier
-from dpft.privacy.mechanism import AccountantName, Mechanism, SamplerName, UnitName
+from dpft.privacy.correlated import Strategy
+from dpft.privacy.correlated_optimum import best_banded, best_blt
+from dpft.privacy.mechanism import RATED, STRATEGY_OF, WITHOUT_N, AccountantName, Mechanism, SamplerName, UnitName
 from dpft.privacy.schedule import PrivacySchedule
 
 ClipFunctionName = Literal["abadi", "automatic"]
+MechanismName = Literal["dp_sgd", "bandmf", "blt"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "sampler": get_args(SamplerName),
     "clip_function": get_args(ClipFunctionName),
     "accountant": get_args(AccountantName),
     "unit": get_args(UnitName),
+    "mechanism": get_args(MechanismName),
 }
 _REALS = (
     *("target_delta", "expected_batch_size", "target_epsilon", "noise_multiplier", "num_epochs"),
     *("max_grad_norm", "sample_rate", "clip_gamma"),
 )
-_WHOLE = ("num_steps", "max_batch_size", "examples_per_user")
+_WHOLE = ("num_steps", "max_batch_size", "examples_per_user", "bands", "buffers")
 _MAY_BE_ZERO = ("noise_multiplier",)
 
 
@@ -51,7 +55,7 @@ class PrivacyConfig:
         sample_rate: a declared constant q for the Poisson samplers; None: ``expected_batch_size / len(dataset)``,
             which treats the number of examples as public; the report says so.
         sampler: ``poisson``, ``truncated_poisson`` (with ``max_batch_size``), ``fixed_size`` (with
-            ``accountant="rdp"``), ``shuffle`` (accounted without any amplification).
+            ``accountant="rdp"``), ``shuffle`` (accounted without any amplification); those of ``mechanism``.
         max_batch_size: cap on the logical batch of ``truncated_poisson``.
         clip_function: ``abadi``: min(1, C / norm); ``automatic``: C / (norm + ``clip_gamma``). Sensitivity C, both.
         clip_gamma: stability constant of ``automatic`` (Bu et al. 2023, arXiv 2206.07136).
@@ -62,6 +66,12 @@ class PrivacyConfig:
         item: what an example of the dataset is, in words, where it is not one record: the statement then names that
             as its unit, such as ``user (all records with one value of 'id')``. The guarantee is that of one example
             in any case; this says what one is.
+        mechanism: ``dp_sgd``: independent noise. ``bandmf``, with ``bands`` and ``sampler="cyclic_poisson"``: noise
+            that is correlated over the steps, amplified by sampling. ``blt``, with ``buffers`` and
+            ``sampler="fixed_order"``: correlated noise without amplification.
+        bands: of ``bandmf``: b >= 1; keeps b - 1 vectors of the size of the trained parameters. An example can be
+            drawn at every b-th step only, with b times the probability.
+        buffers: of ``blt``: vectors of the size of the trained parameters that are kept; 2 to 5 are enough.
 
     Raises:
         PrivacyConfigError: a value is missing, contradictory, of the wrong type or out of range.
@@ -84,6 +94,9 @@ class PrivacyConfig:
     unit: UnitName = "example"
     examples_per_user: int | None = None
     item: str | None = None
+    mechanism: MechanismName = "dp_sgd"
+    bands: int | None = None
+    buffers: int | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -118,7 +131,8 @@ class PrivacyConfig:
                 f"sampler={self.sampler!r} with max_batch_size={self.max_batch_size!r}; max_batch_size is the cap of "
                 "sampler='truncated_poisson': give both or neither."
             )
-        if self.sampler in ("fixed_size", "shuffle"):
+        self._check_mechanism()
+        if self.sampler not in ("poisson", "truncated_poisson", "cyclic_poisson"):
             if self.sample_rate is not None:
                 raise PrivacyConfigError(
                     f"sample_rate={self.sample_rate!r} with sampler={self.sampler!r}, which has no sample rate; leave "
@@ -142,13 +156,39 @@ class PrivacyConfig:
                 "Leave one of them out."
             )
 
+    def _check_mechanism(self) -> None:
+        for name, mechanism in (("bands", "bandmf"), ("buffers", "blt")):
+            if (getattr(self, name) is not None) != (self.mechanism == mechanism):
+                raise PrivacyConfigError(
+                    f"mechanism={self.mechanism!r} with {name}={getattr(self, name)!r}; give {name} exactly with "
+                    f"mechanism={mechanism!r}."
+                )
+        needs = {kind: sampler for sampler, kind in STRATEGY_OF.items()}.get(self.mechanism)
+        if self.sampler != needs and (needs is not None or self.sampler in STRATEGY_OF):
+            raise PrivacyConfigError(
+                f"mechanism={self.mechanism!r} with sampler={self.sampler!r}: no theorem is implemented for them "
+                "together; expected bandmf with cyclic_poisson, blt with fixed_order, dp_sgd with another sampler."
+            )
+        if needs is None:
+            return
+        if self.sample_rate is not None:
+            raise PrivacyConfigError(
+                f"sample_rate={self.sample_rate!r} with mechanism={self.mechanism!r}, which takes the number of "
+                "examples for public: which steps an example can be in follows from it. Leave sample_rate out."
+            )
+        if self.secure_rng:
+            raise PrivacyConfigError(
+                f"secure_rng=True with mechanism={self.mechanism!r}: a resume draws the earlier noise again, from a "
+                "secret that is kept beside the ledger, which secure_rng has none of. Leave one of them out."
+            )
+
     # ------------------------------------------------------------------------------------------ as data
     def to_dict(self) -> dict[str, Any]:
-        """Every field, JSON-serialisable; ``item`` only where it is given."""
+        """Every field, JSON-serialisable; ``item`` and those of ``mechanism`` only where they are given."""
+        # Without them the fingerprint is that of the versions before them.
+        later = {"item": None, "mechanism": "dp_sgd", "bands": None, "buffers": None}
         values = dataclasses.asdict(self)
-        if self.item is None:  # without it the fingerprint is that of the versions before it
-            del values["item"]
-        return values
+        return {name: value for name, value in values.items() if name not in later or value != later[name]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PrivacyConfig:
@@ -214,16 +254,20 @@ class PrivacyConfig:
             )
         rate, steps = self.rate(n), self.steps(n)
         public_n = self._takes_n_for_public()
-        rated = self.sampler in ("poisson", "truncated_poisson")
+        rated = self.sampler in RATED
+        strategy = self._strategy(n, steps)
+        if self.mechanism == "bandmf" and self.bands is not None:
+            rate *= self.bands  # of the examples of one group, at its steps
         shape = Mechanism(
             sampler=self.sampler,
             noise_multiplier=1.0,
             sample_rate=rate if rated else None,
             batch_size=None if rated else int(self.expected_batch_size),
             max_batch_size=self.max_batch_size,
-            dataset_size=None if self.sampler == "poisson" else n,
+            dataset_size=None if self.sampler in WITHOUT_N else n,
             unit=self.unit,
             examples_per_user=self.examples_per_user,
+            strategy=strategy,
         )
         check_supported(shape, self.accountant)
         if self.noise_multiplier is not None:
@@ -262,7 +306,22 @@ class PrivacyConfig:
             dataset_size=n if public_n else None,
             assumptions=tuple(self._assumptions()),
             config_fingerprint=self.fingerprint(),
+            strategy=strategy,
         )
+
+    def _strategy(self, n: int, steps: int) -> Strategy | None:
+        """The correlation of the noise over the steps, optimised for them."""
+        if self.bands is not None:
+            if self.bands * self.expected_batch_size > n:
+                raise PrivacyConfigError(
+                    f"bands={self.bands} with batches of {self.expected_batch_size:g} of {n} examples: a step draws "
+                    f"from {n} / bands examples, fewer than its batch; expected at most "
+                    f"{math.floor(n / self.expected_batch_size)} bands."
+                )
+            return best_banded(steps, self.bands)
+        if self.buffers is not None:
+            return best_blt(steps, math.ceil(n / self.expected_batch_size), self.buffers)
+        return None
 
     def _takes_n_for_public(self) -> bool:
         return self.sample_rate is None or self.sampler != "poisson"
@@ -278,6 +337,12 @@ class PrivacyConfig:
                 "the number of examples is public, and neighbouring datasets differ in one example whose gradient is "
                 "replaced by zero; shuffling is not claimed to amplify privacy"
             )
+        elif self.sampler in STRATEGY_OF:
+            lines.append(
+                "the number of examples is public, and neighbouring datasets differ in one example whose gradient is "
+                "replaced by zero; which steps an example can be in follows from its index and that number"
+            )
+            lines.append("the noise of earlier steps stays secret, and so does the file that a resume draws it from")
         elif self.sampler == "truncated_poisson":
             lines.append("the number of examples is known to the accountant to within one")
         if self.sample_rate is None and self.sampler in ("poisson", "truncated_poisson"):

@@ -59,14 +59,16 @@ class EpsilonMeter:
         """
         if steps <= 0 or steps == self.horizon:
             return self.exact(steps)
-        events = tuple(accounting.merged([*self.history, (self.mechanism, self._rounded_up(steps))]))
+        events = tuple(accounting.merged(self._events(self._rounded_up(steps))))
         bound = accounting.compose_cached(events, self.delta, self.accountant, True)
         return min(bound, self.exact(self.horizon)) if steps < self.horizon else max(bound, self.exact(self.horizon))
 
     def exact(self, steps: int) -> float:
         """The accountant's epsilon after ``steps`` releases; takes up to a second."""
-        events = [*self.history, (self.mechanism, steps)]
-        return accounting.compose_epsilon(events, self.delta, accountant=self.accountant)
+        return accounting.compose_epsilon(self._events(steps), self.delta, accountant=self.accountant)
+
+    def _events(self, steps: int) -> list[Event]:
+        return accounting.of_one_run([*self.history, (self.mechanism, steps)])
 
     def _rounded_up(self, steps: int) -> int:
         if self.horizon <= _GRID:

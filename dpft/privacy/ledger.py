@@ -33,7 +33,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from dpft.errors import DPFTError, LedgerError
-from dpft.privacy.accountant import Event
+from dpft.privacy.accountant import Event, of_one_run
 from dpft.privacy.mechanism import Mechanism
 
 FORMAT = 1
@@ -208,9 +208,9 @@ class Ledger:
     def events(self) -> list[Event]:
         """Mechanism and count of each segment, for :func:`~dpft.privacy.accountant.compose_epsilon`.
 
-        Segments are not merged: for ``shuffle`` each one starts with a new epoch.
+        Segments are merged only where the noise is correlated over them: for ``shuffle`` each one starts a new epoch.
         """
-        return [event for event in self._events if event[1] > 0]
+        return of_one_run([event for event in self._events if event[1] > 0])
 
     # ------------------------------------------------------------------------------------------ checkpoints
     def state_dict(self) -> dict[str, Any]:

@@ -22,7 +22,28 @@ fixed_size           replace one         2 C          Wang, Balle, Kasiviswanath
 shuffle              zero out one        C            parallel composition within an epoch (McSherry 2009, Theorem 4;
                                                       adaptive by fixing the permutation), Gaussians over the epochs
                                                       (Dong, Roth, Su 2019, arXiv 1905.02383, Corollary 3.3)
+cyclic_poisson       zero out one        C            Choquette-Choo et al. 2023 (arXiv 2306.08153), Theorem 4: with b
+(bandmf)                                              bands, t releases cost what ceil(t / b) Poisson-sampled Gaussian
+                                                      releases do, each accounted as those of ``poisson``
+fixed_order          zero out one        C s          one Gaussian release of all steps, s the sensitivity of C x under
+(blt)                                                 participations b apart: Kalinin & Lampert 2024 (arXiv
+                                                      2405.13763), Theorem 2; adaptive steps: Denisov et al. 2022
+                                                      (arXiv 2202.08312), Theorem 2.1
 ===================  ==================  ===========  ================================================================
+
+The last two have noise that is correlated over the steps (:mod:`dpft.privacy.correlated`): the released sums of t
+steps are ``C x + z``, and z has the standard deviation ``noise_multiplier * max_grad_norm * strategy.scale``. So a
+noise multiplier means what it means elsewhere: the noise over the most by which one example can change what is
+composed.
+
+- ``cyclic_poisson``: each example belongs to one of b groups, by a fixed function of its index and the number of
+  examples, never of its content, and is drawn with probability q at the steps t = group modulo b, at no other. C has
+  b bands, so the b rows of ``C x + z`` that one such step affects are affected by no other of them: given the rows
+  before, they are one release with sensitivity C |c|, sampled with probability q.
+- ``fixed_order``: the batches are fixed, and come round every b = ceil(N / batch size) steps. No amplification, and no
+  secret.
+
+What these theorems need of a resume is that the steps go on counting and that no noise is drawn twice.
 
 What is not a training step, and pays from an account (:mod:`dpft.privacy.account`); h: half the range to which the
 value of a record is clipped. The adjacency is the account's. The sensitivities are those of add/remove and zero-out;
@@ -52,8 +73,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from dpft.errors import AccountingError, PrivacyConfigError
+from dpft.privacy.correlated import Strategy
 
-SamplerName = Literal["poisson", "truncated_poisson", "fixed_size", "shuffle"]
+SamplerName = Literal["poisson", "truncated_poisson", "fixed_size", "shuffle", "cyclic_poisson", "fixed_order"]
 AccountantName = Literal["pld", "rdp"]
 UnitName = Literal["example", "user"]
 AdjacencyName = Literal["add_or_remove_one", "replace_one", "zero_out"]
@@ -67,13 +89,21 @@ _NEEDS: dict[str, frozenset[str]] = {
     "truncated_poisson": frozenset({"sample_rate", "max_batch_size", "dataset_size"}),
     "fixed_size": frozenset({"batch_size", "dataset_size"}),
     "shuffle": frozenset({"batch_size", "dataset_size"}),
+    "cyclic_poisson": frozenset({"sample_rate", "strategy"}),
+    "fixed_order": frozenset({"batch_size", "dataset_size", "strategy"}),
 }
 _ADJACENCY: dict[str, AdjacencyName] = {
     "poisson": "add_or_remove_one",
     "truncated_poisson": "add_or_remove_one",
     "fixed_size": "replace_one",
     "shuffle": "zero_out",
+    "cyclic_poisson": "zero_out",
+    "fixed_order": "zero_out",
 }
+RATED = tuple(name for name, needs in _NEEDS.items() if "sample_rate" in needs)
+WITHOUT_N = tuple(name for name, needs in _NEEDS.items() if "dataset_size" not in needs)
+# The one kind of correlated noise for which a sampler's participations are accounted.
+STRATEGY_OF: dict[str, str] = {"cyclic_poisson": "bandmf", "fixed_order": "blt"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,13 +112,16 @@ class Mechanism:
 
     Attributes:
         sampler: how the logical batch is drawn.
-        noise_multiplier: standard deviation of the noise over ``max_grad_norm``; 0 means not private.
-        sample_rate: probability q of each example, in (0, 1]; ``poisson`` and ``truncated_poisson`` only.
-        batch_size: examples per logical batch; ``fixed_size`` and ``shuffle`` only.
+        noise_multiplier: standard deviation of the noise over ``max_grad_norm`` (times ``strategy.scale``); 0 means
+            not private.
+        sample_rate: probability q of each example, in (0, 1]; ``poisson`` and ``truncated_poisson``; of each example
+            of the step's group, ``cyclic_poisson``.
+        batch_size: examples per logical batch; ``fixed_size``, ``shuffle`` and ``fixed_order`` only.
         max_batch_size: cap on the logical batch; ``truncated_poisson`` only.
         dataset_size: number of examples N; only where the theorem treats it as public.
         unit: the privacy unit, one person's data: ``example`` or ``user``.
         examples_per_user: upper bound k on the examples of one user; ``unit="user"`` only.
+        strategy: of noise that is correlated over the steps; ``cyclic_poisson`` and ``fixed_order`` only.
 
     Raises:
         PrivacyConfigError: a constant is missing, superfluous or out of range.
@@ -103,11 +136,12 @@ class Mechanism:
     dataset_size: int | None = None
     unit: UnitName = "example"
     examples_per_user: int | None = None
+    strategy: Strategy | None = None
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
             raise PrivacyConfigError(f"sampler={self.sampler!r}; expected one of {', '.join(SAMPLERS)}.")
-        for name in ("sample_rate", "batch_size", "max_batch_size", "dataset_size"):
+        for name in ("sample_rate", "batch_size", "max_batch_size", "dataset_size", "strategy"):
             came, needed = getattr(self, name), name in _NEEDS[self.sampler]
             if needed and came is None:
                 raise PrivacyConfigError(f"sampler={self.sampler!r} needs {name}, which is None; give it.")
@@ -138,6 +172,23 @@ class Mechanism:
                 f"unit='user' with sampler={self.sampler!r}: dpft implements a theorem for users (mixture of "
                 "Gaussians) only with Poisson sampling; use sampler='poisson', or unit='example'."
             )
+        if self.strategy is not None:
+            self._check_strategy(self.strategy)
+
+    def _check_strategy(self, strategy: Strategy) -> None:
+        if strategy.kind != STRATEGY_OF[self.sampler]:
+            raise AccountingError(
+                f"sampler={self.sampler!r} with correlated noise of kind {strategy.kind!r}: no theorem is implemented "
+                f"for them together; expected {STRATEGY_OF[self.sampler]!r}."
+            )
+        if self.batch_size is not None and self.dataset_size is not None:
+            apart = math.ceil(self.dataset_size / self.batch_size)
+            if strategy.min_separation > apart:
+                raise AccountingError(
+                    f"the correlated noise was made for participations {strategy.min_separation} steps apart, and "
+                    f"batches of {self.batch_size} of {self.dataset_size} examples come round every {apart} steps; "
+                    f"make it for {apart}."
+                )
 
     @property
     def adjacency(self) -> AdjacencyName:
@@ -149,6 +200,11 @@ class Mechanism:
         """The most by which one unit changes the clipped sum, in words, with C = ``max_grad_norm``."""
         if self.unit == "user":
             return f"up to {self.examples_per_user} C (mixture of Gaussians)"
+        if self.strategy is not None:
+            times = f"{self.strategy.scale:.6g} C"
+            if self.strategy.kind == "bandmf":
+                return f"{times} in C x for each participation, which are {self.strategy.min_separation} steps apart"
+            return f"{times} in C x over all steps, {self.strategy.participations} participations"
         return {"truncated_poisson": "C, or 2 C where the batch is cut", "fixed_size": "2 C"}.get(self.sampler, "C")
 
     @property
@@ -164,7 +220,8 @@ class Mechanism:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable; constants that do not apply are left out."""
-        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+        values = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+        return values if self.strategy is None else {**values, "strategy": self.strategy.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Mechanism:
@@ -179,6 +236,7 @@ class Mechanism:
                 f"unknown mechanism keys {sorted(unknown)}; they may come from a newer dpft: use that version."
             )
         try:
-            return cls(**values)
+            strategy = values.get("strategy")
+            return cls(**{**values, "strategy": None if strategy is None else Strategy.from_dict(strategy)})
         except TypeError as error:
             raise PrivacyConfigError(f"not a mechanism: {dict(values)!r} ({error}).") from error

@@ -6,7 +6,8 @@ import math
 from importlib import metadata
 from typing import Any
 
-from dpft.privacy.accountant import Event, compose_epsilon, discretization, rounded_up
+from dpft.privacy.accountant import Event, compose_epsilon, discretization, of_one_run, rounded_up
+from dpft.privacy.correlated import Strategy
 from dpft.privacy.ledger import Ledger, LedgerContent
 from dpft.privacy.schedule import PrivacySchedule
 
@@ -14,6 +15,11 @@ _ADJACENCY = {
     "add_or_remove_one": "one {unit} is added or removed",
     "replace_one": "one {unit} is replaced by another",
     "zero_out": "the gradient of one {unit} is replaced by zero",
+}
+_MECHANISM = {
+    "shuffle": "Gaussian, no amplification claimed",
+    "cyclic_poisson": "banded matrix factorisation (correlated Gaussian noise), amplified by cyclic Poisson sampling",
+    "fixed_order": "BLT matrix factorisation (correlated Gaussian noise), no amplification claimed",
 }
 _LIBRARIES = ("dpft", "dp-accounting", "numpy", "scipy", "torch", "accelerate", "transformers")
 
@@ -53,7 +59,7 @@ def privacy_report(
     planned: float = schedule.epsilon
     spent = None
     if events is not None:
-        spent = compose_epsilon(events, schedule.target_delta, accountant=schedule.accountant)
+        spent = compose_epsilon(of_one_run(events), schedule.target_delta, accountant=schedule.accountant)
     reasons = []
     if schedule.noise_multiplier == 0 or any(mechanism.noise_multiplier == 0 for mechanism, _ in events or []):
         reasons.append("no noise was added (noise multiplier 0)")
@@ -80,7 +86,8 @@ def privacy_report(
         "item": schedule.item,
         "adjacency": mechanism.adjacency,
         "neighbours": _ADJACENCY[mechanism.adjacency].format(unit=schedule.item or schedule.unit),
-        "mechanism": "subsampled Gaussian" if mechanism.sampler != "shuffle" else "Gaussian, no amplification claimed",
+        "mechanism": _MECHANISM.get(mechanism.sampler, "subsampled Gaussian"),
+        "strategy": None if mechanism.strategy is None else mechanism.strategy.to_dict(),
         "sampler": schedule.sampler,
         "sample_rate": schedule.sample_rate if mechanism.sample_rate is not None else None,
         "noise_multiplier": schedule.noise_multiplier,
@@ -142,6 +149,7 @@ def privacy_statement_markdown(report: dict[str, Any]) -> str:
         ("Privacy unit", unit),
         ("Adjacency", f"{report['adjacency']} ({report['neighbours']})"),
         ("Mechanism", report["mechanism"]),
+        *_correlation(report),
         ("Sampler", report["sampler"] + ("" if rate is None else f", sample rate {rate:.6g}")),
         ("Expected logical batch", f"{report['expected_batch_size']:g}{cap}"),
         ("Noise multiplier", f"{report['noise_multiplier']:.6g}"),
@@ -166,6 +174,30 @@ def privacy_statement_markdown(report: dict[str, Any]) -> str:
             lines.append(f"- {segment['releases']}: {constants}")
     lines += ["", "Assumptions:", "", *(f"- {line}" for line in report["assumptions"])]
     return "\n".join(lines) + "\n"
+
+
+def _correlation(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """The strategy of correlated noise, in the numbers from which its sensitivity can be computed."""
+    if report.get("strategy") is None:
+        return []
+    strategy = Strategy.from_dict(report["strategy"])
+    numbers = ", ".join(f"{weight:.10g}" for weight in strategy.weights)
+    column = f"first column {numbers}"
+    if strategy.kind == "blt":
+        decays = ", ".join(f"{decay:.10g}" for decay in strategy.decays)
+        column = f"first column 1, sum_i w_i d_i^(j-1) with w = {numbers}; d = {decays}"
+    return [
+        (
+            "Strategy matrix C",
+            f"{strategy.steps} x {strategy.steps}, lower triangular Toeplitz, {column}; the noise of all steps is "
+            f"C^-1 z, and z has the standard deviation noise multiplier x {strategy.scale:.10g} x C",
+        ),
+        (
+            "Participation",
+            f"an example is in at most one of {strategy.min_separation} steps that follow each other: at most "
+            f"{strategy.participations} of {strategy.steps}",
+        ),
+    ]
 
 
 def _events(schedule: PrivacySchedule, ledger: Ledger | LedgerContent | int | None) -> list[Event] | None:

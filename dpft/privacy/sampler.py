@@ -11,6 +11,7 @@ whose index is r modulo W: for any W, every example is owned by exactly one rank
   seed, and keeps its own part.
 - :class:`FixedSizeSampler`: a uniform subset of fixed size, fresh at every step; shared seed.
 - :class:`ShuffleSampler`: a permutation per epoch, cut into batches; shared seed. No amplification may be claimed.
+- :mod:`dpft.privacy.cyclic_samplers`: those of correlated noise, in which steps that share an example are far apart.
 
 Seeds come from the operating system at every start, never from ``torch.manual_seed`` or ``numpy.random.seed``, never
 from a checkpoint. Amplification by sampling requires that nobody knows which examples were drawn: treat a shared
@@ -20,8 +21,6 @@ released.
 
 from __future__ import annotations
 
-import abc
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,85 +29,13 @@ import numpy as np
 import numpy.typing as npt
 
 from dpft.errors import PrivacyConfigError
+from dpft.privacy.cyclic_samplers import CyclicPoissonSampler, FixedOrderSampler
+from dpft.privacy.logical_sampler import Indices, LogicalBatchSampler, draw_seed
 from dpft.privacy.schedule import PrivacySchedule
 
-Indices = npt.NDArray[np.int64]
+__all__ = ["Indices", "LogicalBatchSampler", "draw_seed"]  # defined elsewhere, and imported from here
+
 Lengths = Sequence[int] | npt.NDArray[np.integer[Any]]
-
-
-def draw_seed() -> int:
-    """127 bits from the operating system: rank 0 draws a seed and sends it to all ranks, once per start."""
-    return secrets.randbits(127)
-
-
-class LogicalBatchSampler(abc.ABC):
-    """Draws this rank's part of each logical batch.
-
-    Args:
-        dataset_size: number of examples N, >= 1.
-        rank: of this process.
-        world_size: number of processes that share the logical batch.
-        shared_seed: from :func:`draw_seed`, the same on all ranks; samplers that draw globally require it on several.
-        test_seed: a fixed seed, for tests only: the run is then not private.
-
-    Raises:
-        PrivacyConfigError: numbers out of range, or a shared seed is missing.
-    """
-
-    draws_globally = True
-
-    def __init__(
-        self,
-        dataset_size: int,
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        shared_seed: int | None = None,
-        test_seed: int | None = None,
-    ) -> None:
-        if dataset_size < 1:
-            raise PrivacyConfigError(f"dataset_size={dataset_size!r}; expected at least one example.")
-        if not 0 <= rank < world_size:
-            raise PrivacyConfigError(f"rank={rank!r} of world_size={world_size!r}; expected 0 <= rank < world_size.")
-        if self.draws_globally and world_size > 1 and shared_seed is None and test_seed is None:
-            raise PrivacyConfigError(
-                f"{type(self).__name__} on {world_size} ranks has no shared seed, so every rank would draw another "
-                "logical batch; call dpft.privacy.draw_seed() on rank 0, send it to all, and pass shared_seed=."
-            )
-        self.dataset_size, self.rank, self.world_size = dataset_size, rank, world_size
-        self.seed_is_known = test_seed is not None
-        seed = test_seed if test_seed is not None else shared_seed
-        self._entropy = draw_seed() if seed is None else seed
-        self._rng = self._generator(0 if self.draws_globally else rank + 1)
-
-    def _generator(self, *key: int) -> np.random.Generator:
-        return np.random.Generator(np.random.PCG64DXSM(np.random.SeedSequence(self._entropy, spawn_key=key)))
-
-    @property
-    def owned(self) -> int:
-        """How many examples this rank owns."""
-        return len(range(self.rank, self.dataset_size, self.world_size))
-
-    def _mine(self, logical: Indices) -> Indices:
-        return np.sort(logical[logical % self.world_size == self.rank])
-
-    @abc.abstractmethod
-    def draw(self, step: int) -> Indices:
-        """This rank's part of the logical batch of a step.
-
-        Every call makes a fresh draw, also for a step that was drawn before, except that ``shuffle`` fixes the batch
-        of each step. All ranks must make the same calls.
-
-        Args:
-            step: number of the release, from 0.
-
-        Returns:
-            Sorted, distinct indices, int64 [k]; k may be 0.
-        """
-
-    def __reduce__(self) -> str:
-        # A copy would draw the same "random" batches a second time; repeated draws are not independent.
-        raise TypeError(f"{type(self).__name__} cannot be copied or pickled; make a new one, with a fresh seed.")
 
 
 class PoissonSampler(LogicalBatchSampler):
@@ -215,6 +142,12 @@ def make_sampler(
         return FixedSizeSampler(dataset_size, int(schedule.expected_batch_size), **ranks)
     if schedule.sampler == "shuffle":
         return ShuffleSampler(dataset_size, int(schedule.expected_batch_size), first_step=first_step, **ranks)
+    if schedule.strategy is not None:
+        if schedule.sampler == "cyclic_poisson":
+            cycle = schedule.strategy.min_separation
+            return CyclicPoissonSampler(dataset_size, schedule.sample_rate, cycle, **ranks)
+        if schedule.sampler == "fixed_order":
+            return FixedOrderSampler(dataset_size, int(schedule.expected_batch_size), **ranks)
     raise PrivacyConfigError(f"sampler={schedule.sampler!r} has no implementation; no other one is taken for it.")
 
 

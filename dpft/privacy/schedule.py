@@ -10,8 +10,9 @@ from typing import Any
 
 from dpft.errors import MissingPackageError, PrivacyConfigError
 from dpft.privacy.accountant import Event, discretization, epsilon, rounded_up
+from dpft.privacy.correlated import Strategy
 from dpft.privacy.epsilon_meter import EpsilonMeter
-from dpft.privacy.mechanism import AccountantName, Mechanism, SamplerName, UnitName
+from dpft.privacy.mechanism import RATED, WITHOUT_N, AccountantName, Mechanism, SamplerName, UnitName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,11 +20,13 @@ class PrivacySchedule:
     """A resolved :class:`~dpft.privacy.config.PrivacyConfig`. Create it with ``config.resolve(len(dataset))``.
 
     The optimiser adds noise of standard deviation ``noise_multiplier * max_grad_norm`` to the clipped sum, once per
-    logical batch, and divides by ``expected_batch_size``.
+    logical batch, and divides by ``expected_batch_size``. With a ``strategy`` the noise is correlated over the steps:
+    ``C^{-1} z``, with independent z of standard deviation ``noise_multiplier * max_grad_norm * strategy.scale``.
 
     Attributes:
         noise_multiplier: sigma, given or calibrated; 0 means not private.
-        sample_rate: probability of each example (``fixed_size``, ``shuffle``: batch size / N, for information only).
+        sample_rate: probability of each example (``cyclic_poisson``: of each one of the step's group; ``fixed_size``,
+            ``shuffle``, ``fixed_order``: batch size / N, for information only).
         num_steps: number of logical batches, and so of releases.
         expected_batch_size: the constant divisor b.
         max_grad_norm: the clip norm C.
@@ -35,6 +38,7 @@ class PrivacySchedule:
         assumptions: of the epsilon, in words.
         config_fingerprint: of the configuration that this schedule came from.
         item: what an example is, in words, where it is not one record.
+        strategy: of correlated noise; None: the noise of each step is independent of the others.
     """
 
     noise_multiplier: float
@@ -57,6 +61,7 @@ class PrivacySchedule:
     assumptions: tuple[str, ...]
     config_fingerprint: str
     item: str | None = None
+    strategy: Strategy | None = None
 
     @property
     def epsilon(self) -> float:
@@ -77,16 +82,17 @@ class PrivacySchedule:
     @property
     def mechanism(self) -> Mechanism:
         """One release, for the accountant and the ledger."""
-        rated = self.sampler in ("poisson", "truncated_poisson")
+        rated = self.sampler in RATED
         return Mechanism(
             sampler=self.sampler,
             noise_multiplier=self.noise_multiplier,
             sample_rate=self.sample_rate if rated else None,
             batch_size=None if rated else int(self.expected_batch_size),
             max_batch_size=self.max_batch_size,
-            dataset_size=None if self.sampler == "poisson" else self.dataset_size,
+            dataset_size=None if self.sampler in WITHOUT_N else self.dataset_size,
             unit=self.unit,
             examples_per_user=self.examples_per_user,
+            strategy=self.strategy,
         )
 
     @property
@@ -118,7 +124,9 @@ class PrivacySchedule:
         planned = self._known_epsilon()
         shown = "NOT COMPUTED (pip install dp-accounting scipy)" if planned is None else rounded_up(planned)
         target = "none given" if self.target_epsilon is None else f"{self.target_epsilon:g}"
-        noise = self.noise_multiplier * self.max_grad_norm
+        scale = 1.0 if self.strategy is None else self.strategy.scale
+        noise = self.noise_multiplier * self.max_grad_norm * scale
+        where = "on the clipped sum" if self.strategy is None else "of z, C x + z"
         cap = "" if self.max_batch_size is None else f", at most {self.max_batch_size}"
         unit = (
             f"user, at most {self.examples_per_user} examples each" if self.unit == "user" else self.item or "example"
@@ -126,7 +134,7 @@ class PrivacySchedule:
         lines = [
             f"epsilon            {shown} after {self.num_steps} steps (target: {target})",
             f"delta              {self.target_delta:g}",
-            f"noise multiplier   {self.noise_multiplier:.6g} (standard deviation {noise:.6g} on the clipped sum)",
+            f"noise multiplier   {self.noise_multiplier:.6g} (standard deviation {noise:.6g} {where})",
             f"clip norm          {self.max_grad_norm:g}, clip function {self.clip_function}",
             f"sampler            {self.sampler}, sample rate {self.sample_rate:.6g}",
             f"logical batch      {self.expected_batch_size:g} expected{cap}",
@@ -135,6 +143,11 @@ class PrivacySchedule:
             f"accountant         {self.accountant_label}",
             *(f"assumed            {line}" for line in self.assumptions),
         ]
+        if self.strategy is not None:
+            lines.append(
+                f"correlated noise   {self.strategy.kind}, participations {self.strategy.min_separation} steps apart; "
+                f"keeps {self.strategy.memory} vectors of the size of the trained parameters"
+            )
         if planned == math.inf:
             lines.insert(0, "NOT PRIVATE: no noise is added (noise_multiplier = 0); epsilon is infinite.")
         return "\n".join(lines)
@@ -142,6 +155,9 @@ class PrivacySchedule:
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable. An infinite ``epsilon`` is the string ``inf`` (strict JSON has no number for it)."""
         values = dataclasses.asdict(self)
+        values.pop("strategy")
+        if self.strategy is not None:
+            values["strategy"] = self.strategy.to_dict()
         epsilon = values.pop("computed_epsilon")
         return {**values, "assumptions": list(self.assumptions), "epsilon": "inf" if epsilon == math.inf else epsilon}
 
@@ -155,6 +171,8 @@ class PrivacySchedule:
         try:
             rest = dict(values)
             epsilon, assumptions = rest.pop("epsilon"), tuple(rest.pop("assumptions"))
+            if rest.get("strategy") is not None:
+                rest["strategy"] = Strategy.from_dict(rest["strategy"])
             return cls(**rest, computed_epsilon=None if epsilon is None else float(epsilon), assumptions=assumptions)
         except (KeyError, TypeError, ValueError) as error:
             raise PrivacyConfigError(f"not a privacy schedule: {error}; expected what to_dict gave.") from error
