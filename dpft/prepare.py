@@ -107,7 +107,7 @@ def prepare(
         EngineError: an Accelerate configuration that would void the guarantee.
         UnsupportedModuleError: see :func:`dpft.wrap`.
         LedgerError: the ledger is locked, damaged, or of another mechanism.
-        MissingPackageError: see :meth:`PrivacyConfig.resolve`; or a ``shuffle`` is resumed, whose remaining steps
+        MissingPackageError: see :meth:`PrivacyConfig.resolve`; or a sampler with epochs is resumed, whose remaining steps
             follow from the budget.
     """
     ranks = Ranks(accelerator.device)

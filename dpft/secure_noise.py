@@ -1,7 +1,7 @@
 """Gaussian noise that is exact on a grid, from a cryptographic keystream: what ``secure_rng=True`` adds.
 
-Which numbers a floating-point Gaussian can give depends on the number that it is added to, and gives it away (Mironov
-2012; Jin et al. 2022, arXiv 2112.05307). Here the sum is rounded to whole steps of a grid, and a random whole number of
+Which numbers a floating-point Gaussian can give depends on the number it is added to, and gives it away (Mironov 2012;
+ Jin et al. 2022, arXiv 2112.05307). Here the sum is rounded to whole steps of a grid, and a random whole number of
 steps is added: the results that can occur do not depend on the sum, and each has the probability that the proof
 assumes. ``docs/design.md``, section 4, has the proof, and what it does not cover.
 
@@ -90,7 +90,10 @@ def table() -> Table:
     for weight in both:
         running += weight
         bounds.append((running << _BITS) // total)
-    shift, cells, first, word = _BITS - _CELL, [], [], []
+    shift = _BITS - _CELL
+    cells: list[int] = []
+    first: list[int] = []
+    word: list[int] = []
     for cell in range(1 << _CELL):
         low = bisect.bisect_right(bounds, cell << shift)
         high = bisect.bisect_right(bounds, ((cell + 1) << shift) - 1)
@@ -144,7 +147,7 @@ class Keystream:
 
     def fill(self, out: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Overwrite ``out``, contiguous, with random bits."""
-        to = memoryview(out).cast("B")
+        to = out.view(np.uint8).data
         if self._left < len(to):
             self._host, self._left = keystream(self._key, self._nonce()), _BEFORE_NEW_NONCE
         if len(self._zeros) < len(to):

@@ -26,6 +26,11 @@ def draw_all(rng: np.random.Generator, schedule: PrivacySchedule, examples: int,
         elif schedule.sampler == "shuffle":
             order = order or rng.permutation(examples).tolist()
             batch, order = np.array(order[:size]), order[size:]
+        elif schedule.sampler == "balls_and_bins":
+            order = order or rng.integers(-(-examples // size), size=examples).tolist() + [0]
+            position = order.pop()  # of the batch in its epoch; the rest says which batch each example is in
+            batch = np.flatnonzero(np.array(order) == position)
+            order = [] if position + 1 == -(-examples // size) else [*order, position + 1]
         else:
             raise ValueError(f"an audit knows no sampler {schedule.sampler!r}")
         drawn.append(set(batch.tolist()))
@@ -46,8 +51,8 @@ def sampling_checks(segments: Sequence[Sequence[set[int]]], schedule: PrivacySch
     """Tests of the drawn batches.
 
     Args:
-        segments: for each start of the run, the examples drawn at each of its steps; ``shuffle`` begins a new epoch
-            at each start.
+        segments: for each start of the run, the examples drawn at each of its steps; samplers with epochs
+            begin one at each start.
         schedule: that was claimed.
         examples: N.
     """

@@ -10,6 +10,7 @@ from dpft.privacy.ledger import Ledger, LedgerContent
 from dpft.privacy.mechanism import Mechanism
 from dpft.privacy.report import privacy_report, privacy_statement_markdown
 from dpft.privacy.sampler import (
+    BallsAndBinsSampler,
     FixedSizeSampler,
     LogicalBatchSampler,
     PhysicalBatch,
@@ -24,6 +25,7 @@ from dpft.privacy.sampler import (
 from dpft.privacy.schedule import PrivacySchedule
 
 __all__ = [
+    "BallsAndBinsSampler",
     "EpsilonMeter",
     "Event",
     "FixedSizeSampler",

@@ -15,15 +15,16 @@ most 1e-3. It depends on the mechanism alone, never on the number of steps, so t
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from dpft.errors import AccountingError, MissingPackageError
-from dpft.privacy.mechanism import AccountantName, Mechanism
+from dpft.errors import AccountingError
+from dpft.privacy import allocation
+from dpft.privacy.mechanism import EPOCH_SAMPLERS, AccountantName, Mechanism
+from dpft.privacy.packages import late as _import
 
 Event = tuple[Mechanism, int]
 """A mechanism and how many releases it made."""
@@ -41,22 +42,6 @@ _RELATIONS = {
     "replace_one": "REPLACE_ONE",
     "zero_out": "REPLACE_SPECIAL",
 }
-
-
-def _import(name: str) -> Any:
-    """``dp_accounting``, ``scipy`` or a part of them. Imported at first use: dp_accounting takes two seconds.
-
-    Raises:
-        MissingPackageError: not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingPackageError(
-            f"dpft needs the packages dp-accounting and scipy to compute epsilon or to calibrate noise: pip install "
-            f"dp-accounting scipy ({error}). Training with a given noise_multiplier works without them.",
-            name=error.name,
-        ) from error
 
 
 def epsilon(mechanism: Mechanism, steps: int, delta: float, *, accountant: AccountantName = "pld") -> float:
@@ -81,8 +66,8 @@ def compose_epsilon(events: Sequence[Event], delta: float, *, accountant: Accoun
     """The epsilon of the adaptive composition of several mechanisms on the same data.
 
     Args:
-        events: mechanisms with their numbers of releases. Two entries of ``shuffle`` count their epochs separately,
-            because the second one starts with a fresh permutation.
+        events: mechanisms with their numbers of releases. Two entries of ``shuffle`` or ``balls_and_bins`` count
+            their epochs separately, because the second one starts with a fresh epoch.
         delta: in (0, 1).
         accountant: ``pld`` or ``rdp``.
 
@@ -123,6 +108,10 @@ def check_supported(mechanism: Mechanism, accountant: AccountantName) -> None:
         raise AccountingError(
             "sampler='truncated_poisson' with accountant='rdp': only a PLD bound is known; use accountant='pld'."
         )
+    if mechanism.sampler == "balls_and_bins" and accountant == "rdp":
+        raise AccountingError(
+            "sampler='balls_and_bins' with accountant='rdp': only its PLD is implemented; use accountant='pld'."
+        )
     if mechanism.unit == "user" and accountant == "rdp":
         raise AccountingError("unit='user' with accountant='rdp': only a PLD bound is implemented; use 'pld'.")
 
@@ -151,7 +140,7 @@ def discretization(mechanism: Mechanism, *, coarse: bool = False) -> float:
 
 # --------------------------------------------------------------------------------------------------- compose
 def merged(events: Sequence[Event]) -> list[Event]:
-    """Drops empty entries and adds up equal ones (but never ``shuffle``: each entry starts an epoch)."""
+    """Drops empty entries and adds up equal ones (but none with epochs: each entry starts one)."""
     kept: list[Event] = []
     counts: dict[Mechanism, int] = {}
     count: Any  # nothing enforces the annotation of Event at run time
@@ -160,7 +149,7 @@ def merged(events: Sequence[Event]) -> list[Event]:
             raise AccountingError(f"steps={count!r}; expected a whole number >= 0.")
         if count == 0:
             continue
-        if mechanism.sampler == "shuffle":
+        if mechanism.sampler in EPOCH_SAMPLERS:
             kept.append((mechanism, int(count)))
         else:
             counts[mechanism] = counts.get(mechanism, 0) + int(count)
@@ -202,18 +191,20 @@ def _check_common(events: tuple[Event, ...]) -> None:
             "epsilon; keep the unit of the first run, or start a new ledger on data that was not used before."
         )
     kinds = {mechanism.adjacency for mechanism, _ in events}
-    # Poisson sampling has the same losses under zero-out as under add/remove: those two compose.
+    # Poisson sampling has the same losses under zero-out as under add/remove: those compose.
     if len(kinds) > 1 and kinds != {"add_or_remove_one", "zero_out"}:
         raise AccountingError(
             f"releases under different adjacencies on the same data, {sorted(kinds)}: no theorem composes them; keep "
             "the sampler of the first run."
         )
     if len(kinds) > 1 and any(mechanism.sampler == "truncated_poisson" for mechanism, _ in events):
-        raise AccountingError("no theorem composes 'truncated_poisson' with 'shuffle'; keep the first run's sampler.")
+        raise AccountingError(
+            "no theorem composes 'truncated_poisson' with 'shuffle' or 'balls_and_bins'; keep the first run's sampler."
+        )
 
 
-def _gaussian_releases(mechanism: Mechanism, steps: int) -> int:
-    """For ``shuffle``: in how many batches one example can have been, one per epoch that has begun."""
+def _epochs(mechanism: Mechanism, steps: int) -> int:
+    """Epochs that have begun: in so many batches one example can have been."""
     assert mechanism.steps_per_epoch is not None
     return math.ceil(steps / mechanism.steps_per_epoch)
 
@@ -222,21 +213,25 @@ def _compose_pld(events: tuple[Event, ...], delta: float, h: float, extra: int) 
     total: Any = None
     for mechanism, count in events:
         if mechanism.sampler == "shuffle":
-            sigma = mechanism.noise_multiplier / math.sqrt(_gaussian_releases(mechanism, count))
+            sigma = mechanism.noise_multiplier / math.sqrt(_epochs(mechanism, count))
             part = _base_pld(mechanism.with_noise(sigma), h, extra)
         else:
-            part = _base_pld(mechanism, h, extra).self_compose(count)
+            times = _epochs(mechanism, count) if mechanism.sampler in EPOCH_SAMPLERS else count
+            part = _base_pld(mechanism, h, extra).self_compose(times)
         total = part if total is None else total.compose(part)
     return float(total.get_epsilon_for_delta(delta))
 
 
 @functools.lru_cache(maxsize=8)
 def _base_pld(mechanism: Mechanism, h: float, extra: int) -> Any:
-    """The privacy loss distribution of one release (of one epoch for ``shuffle``), discretised with interval h."""
+    """The privacy loss distribution of one release (or of one epoch), discretised with interval h."""
     module = _import("dp_accounting.pld.privacy_loss_distribution")
     sigma = mechanism.noise_multiplier
     if mechanism.sampler == "shuffle":
         return module.from_gaussian_mechanism(sigma, value_discretization_interval=h)
+    if mechanism.sampler == "balls_and_bins":
+        assert mechanism.steps_per_epoch is not None
+        return allocation.epoch_pld(sigma, mechanism.steps_per_epoch, h)
     assert mechanism.sample_rate is not None
     if mechanism.sampler == "truncated_poisson":
         assert mechanism.dataset_size is not None
@@ -276,6 +271,9 @@ def _loss_span_and_deviation(mechanism: Mechanism) -> tuple[float, float]:
     sigma = mechanism.noise_multiplier
     if mechanism.sampler == "shuffle":
         return 20 / sigma, 1 / sigma
+    if mechanism.sampler == "balls_and_bins":
+        assert mechanism.steps_per_epoch is not None
+        return 20 / sigma + 1 / sigma**2, allocation.deviation(sigma, mechanism.steps_per_epoch)
     if mechanism.sampler == "truncated_poisson":
         # The component with the doubled sensitivity is the wider; the other is narrower, and usually more probable.
         assert mechanism.sample_rate is not None
@@ -325,6 +323,6 @@ def _compose_rdp(events: tuple[Event, ...], delta: float) -> float:
     orders = rdp.DEFAULT_RDP_ORDERS
     total = np.zeros(len(orders))
     for mechanism, count in events:
-        times = _gaussian_releases(mechanism, count) if mechanism.sampler == "shuffle" else count
+        times = _epochs(mechanism, count) if mechanism.sampler == "shuffle" else count
         total += times * np.asarray(_rdp_of_one(mechanism))
     return float(rdp.compute_epsilon(orders, total, delta)[0])

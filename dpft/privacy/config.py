@@ -51,7 +51,8 @@ class PrivacyConfig:
         sample_rate: a declared constant q for the Poisson samplers; None: ``expected_batch_size / len(dataset)``,
             which treats the number of examples as public; the report says so.
         sampler: ``poisson``, ``truncated_poisson`` (with ``max_batch_size``), ``fixed_size`` (with
-            ``accountant="rdp"``), ``shuffle`` (accounted without any amplification).
+            ``accountant="rdp"``), ``shuffle`` (accounted without any amplification), ``balls_and_bins`` (each example
+            in one random batch of every epoch).
         max_batch_size: cap on the logical batch of ``truncated_poisson``.
         clip_function: ``abadi``: min(1, C / norm); ``automatic``: C / (norm + ``clip_gamma``). Sensitivity C, both.
         clip_gamma: stability constant of ``automatic`` (Bu et al. 2023, arXiv 2206.07136).
@@ -118,7 +119,7 @@ class PrivacyConfig:
                 f"sampler={self.sampler!r} with max_batch_size={self.max_batch_size!r}; max_batch_size is the cap of "
                 "sampler='truncated_poisson': give both or neither."
             )
-        if self.sampler in ("fixed_size", "shuffle"):
+        if self.sampler in ("fixed_size", "shuffle", "balls_and_bins"):
             if self.sample_rate is not None:
                 raise PrivacyConfigError(
                     f"sample_rate={self.sample_rate!r} with sampler={self.sampler!r}, which has no sample rate; leave "
@@ -127,7 +128,7 @@ class PrivacyConfig:
             if not isinstance(self.expected_batch_size, int):
                 raise PrivacyConfigError(
                     f"expected_batch_size={self.expected_batch_size!r} with sampler={self.sampler!r}, whose batches "
-                    "have exactly that size; expected a whole number."
+                    "have that size, or have it on average; expected a whole number."
                 )
         if (self.unit == "user") != (self.examples_per_user is not None):
             raise PrivacyConfigError(
@@ -277,6 +278,11 @@ class PrivacyConfig:
             lines.append(
                 "the number of examples is public, and neighbouring datasets differ in one example whose gradient is "
                 "replaced by zero; shuffling is not claimed to amplify privacy"
+            )
+        elif self.sampler == "balls_and_bins":
+            lines.append(
+                "the number of examples is public, and neighbouring datasets differ in one example whose gradient is "
+                "replaced by zero; an epoch that has begun counts whole"
             )
         elif self.sampler == "truncated_poisson":
             lines.append("the number of examples is known to the accountant to within one")

@@ -208,7 +208,7 @@ class Ledger:
     def events(self) -> list[Event]:
         """Mechanism and count of each segment, for :func:`~dpft.privacy.accountant.compose_epsilon`.
 
-        Segments are not merged: for ``shuffle`` each one starts with a new epoch.
+        Segments are not merged: where the sampler has epochs, each one starts a new one.
         """
         return [event for event in self._events if event[1] > 0]
 

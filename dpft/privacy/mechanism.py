@@ -22,6 +22,9 @@ fixed_size           replace one         2 C          Wang, Balle, Kasiviswanath
 shuffle              zero out one        C            parallel composition within an epoch (McSherry 2009, Theorem 4;
                                                       adaptive by fixing the permutation), Gaussians over the epochs
                                                       (Dong, Roth, Su 2019, arXiv 1905.02383, Corollary 3.3)
+balls_and_bins       zero out one        C            the pair of Chua et al. 2024 (arXiv 2412.16802), which dominates
+                                                      an epoch adaptively; PLD by sums that grow in the convex order:
+                                                      :mod:`dpft.privacy.allocation` has the proof
 ===================  ==================  ===========  ================================================================
 """
 
@@ -35,12 +38,15 @@ from typing import Any, Literal, get_args
 
 from dpft.errors import AccountingError, PrivacyConfigError
 
-SamplerName = Literal["poisson", "truncated_poisson", "fixed_size", "shuffle"]
+SamplerName = Literal["poisson", "truncated_poisson", "fixed_size", "shuffle", "balls_and_bins"]
 AccountantName = Literal["pld", "rdp"]
 UnitName = Literal["example", "user"]
 AdjacencyName = Literal["add_or_remove_one", "replace_one", "zero_out"]
 
 SAMPLERS: tuple[str, ...] = get_args(SamplerName)
+
+# Their theorem is about whole epochs: one that has begun counts whole, and every start of a run begins one.
+EPOCH_SAMPLERS = frozenset({"shuffle", "balls_and_bins"})
 
 # The constants that each sampler's theorem uses. The others must be None, so that equal mechanisms compare equal, and
 # so that the number of examples is not stored where it need not be public.
@@ -49,12 +55,14 @@ _NEEDS: dict[str, frozenset[str]] = {
     "truncated_poisson": frozenset({"sample_rate", "max_batch_size", "dataset_size"}),
     "fixed_size": frozenset({"batch_size", "dataset_size"}),
     "shuffle": frozenset({"batch_size", "dataset_size"}),
+    "balls_and_bins": frozenset({"batch_size", "dataset_size"}),
 }
 _ADJACENCY: dict[str, AdjacencyName] = {
     "poisson": "add_or_remove_one",
     "truncated_poisson": "add_or_remove_one",
     "fixed_size": "replace_one",
     "shuffle": "zero_out",
+    "balls_and_bins": "zero_out",
 }
 
 
@@ -66,7 +74,7 @@ class Mechanism:
         sampler: how the logical batch is drawn.
         noise_multiplier: standard deviation of the noise over ``max_grad_norm``; 0 means not private.
         sample_rate: probability q of each example, in (0, 1]; ``poisson`` and ``truncated_poisson`` only.
-        batch_size: examples per logical batch; ``fixed_size`` and ``shuffle`` only.
+        batch_size: examples per logical batch (``balls_and_bins``: on average, or fewer); not for the Poisson samplers.
         max_batch_size: cap on the logical batch; ``truncated_poisson`` only.
         dataset_size: number of examples N; only where the theorem treats it as public.
         unit: the privacy unit, one person's data: ``example`` or ``user``.
@@ -135,8 +143,8 @@ class Mechanism:
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """Logical batches per epoch; None unless ``shuffle``. The last of an epoch may be short."""
-        if self.sampler != "shuffle" or self.dataset_size is None or self.batch_size is None:
+        """Logical batches per epoch, N / b rounded up; None where the sampler has no epochs."""
+        if self.sampler not in EPOCH_SAMPLERS or self.dataset_size is None or self.batch_size is None:
             return None
         return math.ceil(self.dataset_size / self.batch_size)
 

@@ -15,6 +15,10 @@ _ADJACENCY = {
     "replace_one": "one {unit} is replaced by another",
     "zero_out": "the gradient of one {unit} is replaced by zero",
 }
+_MECHANISM = {
+    "shuffle": "Gaussian, no amplification claimed",
+    "balls_and_bins": "Gaussian, each example in one random batch of every epoch",
+}
 _LIBRARIES = ("dpft", "dp-accounting", "numpy", "scipy", "torch", "accelerate", "transformers")
 
 
@@ -80,7 +84,7 @@ def privacy_report(
         "item": schedule.item,
         "adjacency": mechanism.adjacency,
         "neighbours": _ADJACENCY[mechanism.adjacency].format(unit=schedule.item or schedule.unit),
-        "mechanism": "subsampled Gaussian" if mechanism.sampler != "shuffle" else "Gaussian, no amplification claimed",
+        "mechanism": _MECHANISM.get(mechanism.sampler, "subsampled Gaussian"),
         "sampler": schedule.sampler,
         "sample_rate": schedule.sample_rate if mechanism.sample_rate is not None else None,
         "noise_multiplier": schedule.noise_multiplier,

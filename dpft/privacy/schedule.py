@@ -23,7 +23,7 @@ class PrivacySchedule:
 
     Attributes:
         noise_multiplier: sigma, given or calibrated; 0 means not private.
-        sample_rate: probability of each example (``fixed_size``, ``shuffle``: batch size / N, for information only).
+        sample_rate: probability of each example (without a rate: batch size / N, for information only).
         num_steps: number of logical batches, and so of releases.
         expected_batch_size: the constant divisor b.
         max_grad_norm: the clip norm C.
