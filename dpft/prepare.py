@@ -107,8 +107,8 @@ def prepare(
         EngineError: an Accelerate configuration that would void the guarantee.
         UnsupportedModuleError: see :func:`dpft.wrap`.
         LedgerError: the ledger is locked, damaged, or of another mechanism.
-        MissingPackageError: see :meth:`PrivacyConfig.resolve`; or a sampler with epochs is resumed, whose remaining steps
-            follow from the budget.
+        MissingPackageError: see :meth:`PrivacyConfig.resolve`; or a sampler with epochs is resumed, whose rest
+            follows from the budget.
     """
     ranks = Ranks(accelerator.device)
 

@@ -54,7 +54,7 @@ class PrivacyRun:
         self.last_step = self._last_step()
 
     def _last_step(self) -> int:
-        """The schedule's number of steps, or fewer where a restart spends more (where the sampler starts a new epoch)."""
+        """The schedule's number of steps, or fewer where a restart spends more (by a new epoch)."""
         schedule, left = self.schedule, max(0, self.schedule.num_steps - self._first)
         if self._history and schedule.sampler in EPOCH_SAMPLERS and self.private:
             left = max_steps_within(

@@ -1,14 +1,14 @@
 """Gaussian noise that is exact on a grid, from a cryptographic keystream: what ``secure_rng=True`` adds.
 
 Which numbers a floating-point Gaussian can give depends on the number it is added to, and gives it away (Mironov 2012;
- Jin et al. 2022, arXiv 2112.05307). Here the sum is rounded to whole steps of a grid, and a random whole number of
-steps is added: the results that can occur do not depend on the sum, and each has the probability that the proof
-assumes. ``docs/design.md``, section 4, has the proof, and what it does not cover.
+Jin et al. 2022, arXiv 2112.05307). Here the sum is rounded to whole steps of a grid, and a random number of steps is
+added: the results that can occur do not depend on the sum, and each has the probability that the proof assumes.
+``docs/design.md``, section 4, has the proof, and what it does not cover.
 
-The number of steps is ``x_0 + K x_1 + K^2 x_2 + K^3 x_3``, where the four are discrete Gaussians of parameter ``BASE``,
-drawn from a table of their cumulative distribution (convolution of small discrete Gaussians: Micciancio & Walter 2017,
-eprint 2017/259). The table holds whole numbers over 2^144, computed in integer arithmetic: no floating-point function
-enters. A draw takes 16 bits where they decide it, and 64 or 128 more where they do not.
+That number is ``x_0 + K x_1 + K^2 x_2 + K^3 x_3``, four discrete Gaussians of parameter ``BASE``, each drawn from a
+table of its cumulative distribution (convolution of small discrete Gaussians: Micciancio & Walter 2017, eprint
+2017/259). The table holds whole numbers over 2^144, computed in integer arithmetic: no floating-point function enters.
+A draw takes 16 bits where they decide it, and 64 or 128 more where they do not.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class Keystream:
         return torch.from_numpy(self.fill(np.empty(count, np.int64))).to(device)
 
     def _is_fused(self, device: torch.device) -> bool:
-        """Whether Triton is installed. Its kernel is then compared, once, with the host's keystream of a known key."""
+        """Whether Triton is installed; if so, its kernel is compared once with the host's keystream of a known key."""
         if device not in self._fused:
             self._fused[device] = importlib.util.find_spec("triton") is not None
             if self._fused[device]:
@@ -176,8 +176,8 @@ class Keystream:
                 expected = np.frombuffer(keystream(key, nonce).update(bytes(8 * count)), np.int64)
                 if not np.array_equal(_fused_words(key, nonce, count, device).cpu().numpy(), expected):
                     raise KernelError(
-                        f"the Triton kernel of ChaCha20 computes something else on {device}; uninstall triton, and the "
-                        "keystream is made on the host"
+                        f"the Triton kernel of ChaCha20 computes something else on {device}; uninstall triton, and "
+                        "the keystream is made on the host"
                     )
         return self._fused[device]
 
@@ -320,7 +320,7 @@ def widened(std: float, sensitivity: float, elements: int) -> float:
     share = std / sensitivity * math.sqrt(elements) * _ROUNDED / STD
     if share > 0.5:
         raise ValueError(
-            f"the grid of secure noise is too coarse for noise multiplier {std / sensitivity:.3g} on {elements} values; "
-            "lower the noise multiplier, or train fewer parameters"
+            f"the grid of secure noise is too coarse for noise multiplier {std / sensitivity:.3g} on {elements} "
+            "values; lower the noise multiplier, or train fewer parameters"
         )
     return std / (1 - share)

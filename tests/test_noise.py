@@ -26,8 +26,8 @@ from dpft import secure_noise
 SECRET = b"a secret that is 32 bytes long.."
 COUNT = 1_000_000
 LEVEL = 1e-3
-# Values of a few thousand in float64 that meet by chance: none, and on the grid of secure noise one in ten tests. Ten of
-# them meet in less than one of 1e15.
+# Of a few thousand values in float64 none meet by chance, and on the grid of secure noise two in one of ten tests; ten
+# do in less than one of 1e15.
 CHANCE = {False: 1, True: 10}
 sources = pytest.mark.parametrize("secure", [False, True], ids=["fast", "secure"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -112,8 +112,8 @@ def test_values_are_distinct(dtype: torch.dtype, secure: bool) -> None:
     """1e6 draws in bf16 have some 3,000 values; 32 random bits have 116 pairs that collide."""
     distinct = draw(dtype=dtype, secret=None if secure else SECRET, secure=secure).unique().numel()
     # float32 has a grid of 2^-24 below 1: of the 5e11 pairs some 8e3 meet on it. On that of float64 one meets in one
-    # of 30,000 runs (2^-29 of 8e3 is 1.5e-5). Three pairs meet in less than one of 1e13. Secure
-    # draws are on a grid of 2^-25 (in float32 as in float64): of 5e11 pairs 4,200 meet, give or take 65.
+    # of 30,000 runs (2^-29 of 8e3 is 1.5e-5). Three pairs meet in less than one of 1e13. Secure draws are on a grid of
+    # 2^-25, in float64 too: of 5e11 pairs 4,200 meet, give or take 65.
     assert distinct > (0.99 * COUNT if dtype == torch.float32 else COUNT - (5000 if secure else 3))
 
 

@@ -1,4 +1,4 @@
-"""Noise on a grid from ChaCha20: the keystream's vectors, the table, the law of the draws, the sensitivity of rounding.
+"""Noise on a grid from ChaCha20: the keystream's vectors, the table, the law of the draws, what rounding adds.
 
 Keys are fixed, so every statistic is the same on every run.
 """
@@ -61,7 +61,7 @@ def draws(count: int, key: bytes = KEY) -> np.ndarray:
     return np.concatenate([source.draw(min(1 << 15, count - i)).copy() for i in range(0, count, 1 << 15)])
 
 
-# --- the keystream ----------------------------------------------------------------------------------------------------
+# --- the keystream ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("key", "nonce", "counter", "expected"), VECTORS)
@@ -91,7 +91,7 @@ def test_keys_come_from_the_operating_system() -> None:
     assert len({*first.tolist(), *second.tolist()}) == 8
 
 
-# --- the table --------------------------------------------------------------------------------------------------------
+# --- the table -------------------------------------------------------------------------------------------------------
 
 
 def test_weights_are_those_of_the_exponential() -> None:
@@ -133,7 +133,7 @@ def test_every_draw_is_the_inverse_of_the_whole_distribution(offset: int) -> Non
     assert ties > CUT
 
 
-# --- the law of the draws ---------------------------------------------------------------------------------------------
+# --- the law of the draws --------------------------------------------------------------------------------------------
 
 
 def test_convolution_is_a_discrete_gaussian() -> None:
@@ -207,7 +207,7 @@ def test_tensors_give_the_draws_of_the_host() -> None:
         assert np.array_equal(a.draw(count), b.draw_on(CPU, count).numpy())
 
 
-# --- the release ------------------------------------------------------------------------------------------------------
+# --- the release -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("std", [1e-3, 0.7, 300.0])

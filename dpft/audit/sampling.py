@@ -16,7 +16,7 @@ def draw_all(rng: np.random.Generator, schedule: PrivacySchedule, examples: int,
     size = int(schedule.expected_batch_size)
     drawn: list[set[int]] = []
     order: list[int] = []
-    for _ in range(steps):
+    for step in range(steps):
         if schedule.sampler in ("poisson", "truncated_poisson"):
             batch = np.flatnonzero(rng.random(examples) < schedule.sample_rate)
             if schedule.max_batch_size is not None and len(batch) > schedule.max_batch_size:
@@ -27,10 +27,10 @@ def draw_all(rng: np.random.Generator, schedule: PrivacySchedule, examples: int,
             order = order or rng.permutation(examples).tolist()
             batch, order = np.array(order[:size]), order[size:]
         elif schedule.sampler == "balls_and_bins":
-            order = order or rng.integers(-(-examples // size), size=examples).tolist() + [0]
-            position = order.pop()  # of the batch in its epoch; the rest says which batch each example is in
-            batch = np.flatnonzero(np.array(order) == position)
-            order = [] if position + 1 == -(-examples // size) else [*order, position + 1]
+            batches = -(-examples // size)
+            if step % batches == 0:
+                order = rng.integers(batches, size=examples).tolist()  # of each example, its batch of the epoch
+            batch = np.flatnonzero(np.array(order) == step % batches)
         else:
             raise ValueError(f"an audit knows no sampler {schedule.sampler!r}")
         drawn.append(set(batch.tolist()))

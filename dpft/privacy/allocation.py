@@ -5,7 +5,7 @@ release has noise of standard deviation sigma C. Let Q be the law of the epoch's
 is zero, P where it is not. Then ``P / Q = (1 / T) sum_t exp((<v_t, y_t - m_t> - |v_t|^2 / 2) / sigma^2)``, m_t the
 mean of release t without the example and v_t its clipped gradient over C; both may depend on the earlier releases.
 
-*Worst case.* The hockey-stick divergence, in both directions, is the expectation under Q of a convex function of P / Q.
+*Worst case.* The hockey-stick divergence, in both directions, is the mean under Q of a convex function of P / Q.
 Given the past, the exponential of step t has mean 1 and grows in the convex order with ``|v_t| <= 1``. Going backwards
 from the last step, the divergence is therefore largest where all ``|v_t| = 1``, and then P / Q is
 ``L = (Y_1 + ... + Y_T) / T`` with independent ``Y_t = exp(z_t / sigma - 1 / (2 sigma^2))``, z_t standard normal. That
@@ -156,11 +156,11 @@ def epoch_pld(sigma: float, batches: int, interval: float) -> Any:
     pmf = late("dp_accounting.pld.pld_pmf")
     removed = _on_grid(loss, with_example, interval)
     added_ = _on_grid(-loss[::-1], law.mass[::-1], interval)
+    # What was trimmed is too little to be found as the difference to 1, as are the errors of that difference.
+    cut = 1e-15 + 4 * batches * _NEGLIGIBLE
     return late("dp_accounting.pld.privacy_loss_distribution").PrivacyLossDistribution(
         *(
-            pmf.DensePLDPmf(
-                interval, low, mass, infinity_mass=max(0.0, 1.0 - float(mass.sum())), pessimistic_estimate=True
-            )
+            pmf.DensePLDPmf(interval, low, mass, max(0.0, 1.0 - float(mass.sum())) + cut, pessimistic_estimate=True)
             for low, mass in (removed, added_)
         )
     )
@@ -171,6 +171,7 @@ def _on_grid(loss: Floats, mass: Floats, interval: float) -> tuple[int, Floats]:
     below = np.floor(loss / interval).astype(np.int64)
     above = mass * np.clip(np.expm1(-(loss - below * interval)) / math.expm1(-interval), 0.0, 1.0)
     low = int(below[0])
-    out: Floats = np.bincount(below - low, mass - above, minlength=int(below[-1]) - low + 2)
-    out += np.bincount(below - low + 1, above, minlength=len(out))
+    out = np.zeros(int(below[-1]) - low + 2)
+    np.add.at(out, below - low, mass - above)
+    np.add.at(out, below - low + 1, above)
     return low, out

@@ -57,7 +57,7 @@ class PrivacyConfig:
         clip_function: ``abadi``: min(1, C / norm); ``automatic``: C / (norm + ``clip_gamma``). Sensitivity C, both.
         clip_gamma: stability constant of ``automatic`` (Bu et al. 2023, arXiv 2206.07136).
         accountant: ``pld`` or ``rdp``.
-        secure_rng: noise on a grid, from a cryptographic generator: safe against attacks on its floating-point numbers.
+        secure_rng: noise on a grid, from a cryptographic generator: no attack on its floating-point numbers.
         unit: ``example``, or ``user`` with ``examples_per_user``, an upper bound that the data must satisfy.
         examples_per_user: see ``unit``.
         item: what an example of the dataset is, in words, where it is not one record: the statement then names that

@@ -74,7 +74,7 @@ class Mechanism:
         sampler: how the logical batch is drawn.
         noise_multiplier: standard deviation of the noise over ``max_grad_norm``; 0 means not private.
         sample_rate: probability q of each example, in (0, 1]; ``poisson`` and ``truncated_poisson`` only.
-        batch_size: examples per logical batch (``balls_and_bins``: on average, or fewer); not for the Poisson samplers.
+        batch_size: examples per logical batch (``balls_and_bins``: on average); not for Poisson samplers.
         max_batch_size: cap on the logical batch; ``truncated_poisson`` only.
         dataset_size: number of examples N; only where the theorem treats it as public.
         unit: the privacy unit, one person's data: ``example`` or ``user``.
