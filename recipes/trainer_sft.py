@@ -6,7 +6,7 @@
 Without arguments: the small Llama kept beside this file learns from the docstrings of Python's standard library at
 epsilon 8, and again without privacy, in under two minutes on two cores, no network. The records are what SFTTrainer
 takes: ``text``, ``prompt`` and ``completion``, or ``messages``. Every argument of TRL's ``SFTConfig`` works, or says
-what to use instead. Needs TRL: ``pip install 'dpft[trl]'``.
+what to use instead. Needs TRL: ``pip install 'dpft[trl]'``, Python 3.11 or newer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from finetune.options import BASE_MODEL
 try:
     from trl import SFTConfig, SFTTrainer
 except ImportError as missing:
-    raise SystemExit("trainer_sft.py: error: TRL is missing; pip install 'dpft[trl]'") from missing
+    raise SystemExit("trainer_sft.py: error: TRL is missing; pip install 'dpft[trl]', on Python 3.11+") from missing
 
 
 @dataclass

@@ -1,11 +1,9 @@
-"""What the documents say can be found and run: paths, links, names, and the snippets of the README."""
+"""What the documents say can be found and run: paths, links, names. test_pages.py runs the code."""
 
 from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -78,11 +76,6 @@ def words_of_the_code() -> frozenset[str]:
     return frozenset(re.findall(r"\w+", "\n".join(sources)))
 
 
-def snippets(text: str) -> list[str]:
-    """The Python blocks of a document, in order."""
-    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-
-
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: str(d.relative_to(ROOT)))
 def test_paths_and_links_exist(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
@@ -97,22 +90,6 @@ def test_architecture_names_what_there_is() -> None:
     called = re.findall(r"\b([A-Z][a-z]+[A-Z]\w+|\w+_\w+(?=[,( ]))", diagram)
     assert len(called) > 15
     assert not set(called) - words_of_the_code()
-
-
-README_SNIPPETS = snippets((ROOT / "README.md").read_text(encoding="utf-8"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("snippet", README_SNIPPETS, ids=[f"README-{n}" for n in range(len(README_SNIPPETS))])
-def test_snippet_runs_as_it_stands(snippet: str, tmp_path: Path) -> None:
-    """Each in an interpreter of its own and an empty folder."""
-    (tmp_path / "snippet.py").write_text(snippet, encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(
-        [sys.executable, "snippet.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,8 +124,3 @@ def test_name_checker() -> None:
     words = frozenset({"Job", "run_plain", "_SITES"})
     assert not unknown_names("`Job`, `Job.run_plain()`, `_SITES`, `run.py`, plain words", words)
     assert unknown_names("`Jobs`, `Job.walk`", words) == ["Jobs", "walk"]
-
-
-def test_snippets_are_found() -> None:
-    assert snippets("a\n```python\nx = 1\n```\n```\ny\n```\n```python\nz\n```\n") == ["x = 1\n", "z\n"]
-    assert len(README_SNIPPETS) == 3

@@ -1,4 +1,4 @@
-"""The code blocks of the site's pages run as they stand, in order, in one interpreter for each page.
+"""The code blocks of the README and the site's pages run as they stand, in order, in one interpreter for each page.
 
 A page says in its source what is not run, and why, or what has to be there before a block:
 
@@ -23,6 +23,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
+README = ROOT / "README.md"
 RUN = ("python", "bash")
 SHOWN = ("text", "diff", "yaml", "json", "jinja")  # not programs
 _PIECE = re.compile(
@@ -76,13 +77,27 @@ def program(page: Path) -> list[tuple[str, str, str]]:
     """What runs of a page."""
     steps = []
     for piece in pieces(page.read_text(encoding="utf-8")):
-        place = f"{page.relative_to(DOCS)}:{piece.line}"
+        place = f"{page.relative_to(ROOT)}:{piece.line}"
         if piece.language == "page":
             first = next(p for p in pieces((DOCS / piece.code).read_text(encoding="utf-8")) if p.language == "python")
             steps.append(("python", first.code, place))
         elif piece.language in RUN and piece.reason is None:
             steps.append((piece.language, piece.code, place))
     return steps
+
+
+def indented(text: str) -> list[int]:
+    """Lines where a block of code begins that has no fence, and so no language."""
+    found, fenced, item, blank = [], False, False, True
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        if not fenced and line.startswith("    ") and line.strip() and blank and not item:
+            found.append(number)
+        if line.strip() and not line.startswith(" "):
+            item = bool(re.match(r"[-*+] |\d+\. ", line))
+        blank = not line.strip()
+    return found
 
 
 def faults(text: str) -> list[str]:
@@ -95,22 +110,42 @@ def faults(text: str) -> list[str]:
             found.append(f"line {piece.line}: not run, for the reason {piece.reason!r}")
     fences = len(re.findall(r"^```", text, re.MULTILINE))
     marks = len(re.findall(r"<!-- (?:setup|not run|printed)", text))
+    found += [f"line {line}: an indented block of code; use a fence" for line in indented(text)]
     if fences + 2 * marks != sum(4 if piece.reason or piece.printed else 2 for piece in pieces(text)):
         found.append("a mark that stands before no block, or a block that does not end")
     return found
 
 
-PAGES = sorted(DOCS.rglob("*.md"))
-RUNNING = [page for page in PAGES if program(page)]
+ELSEWHERE = [ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "recipes/README.md")]  # also pages of the site
+PAGES = [README, *ELSEWHERE, *sorted(DOCS.rglob("*.md"))]
+RUNNING = [page for page in PAGES if page != README and program(page)]  # README: test_packaging.py, from the wheel
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def run_page(page: Path, folder: Path, python: str, environment: dict[str, str], timeout: int = 280) -> None:
+    """Run a page's blocks in ``folder``, and compare what they print with what the page says of it."""
+    steps = folder.parent / "program.json"
+    steps.write_text(json.dumps(program(page)), encoding="utf-8")
+    run = subprocess.run(
+        [python, "-c", _DRIVER, str(steps)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    for piece in pieces(page.read_text(encoding="utf-8")):
+        if piece.printed:
+            assert set(piece.code.splitlines()) - {"..."} <= set(run.stdout.splitlines())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_each_block_runs_or_says_why_not(page: Path) -> None:
     assert not faults(page.read_text(encoding="utf-8"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", RUNNING, ids=lambda page: str(page.relative_to(DOCS)))
+@pytest.mark.parametrize("page", RUNNING, ids=lambda page: str(page.relative_to(ROOT)))
 def test_page_runs(page: Path, tmp_path: Path) -> None:
     """In an empty folder, beside the recipes and tools of the repository."""
     commands = tmp_path / "commands"
@@ -123,26 +158,13 @@ def test_page_runs(page: Path, tmp_path: Path) -> None:
     folder.mkdir()
     for name in ("recipes", "tools", "accelerate_config.yaml"):
         (folder / name).symlink_to(ROOT / name)
-    (tmp_path / "driver.py").write_text(_DRIVER, encoding="utf-8")
-    (tmp_path / "program.json").write_text(json.dumps(program(page)), encoding="utf-8")
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "PATH": os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ["PATH"]]),
         "HF_HUB_OFFLINE": "1",
     }
-    run = subprocess.run(
-        [sys.executable, str(tmp_path / "driver.py"), str(tmp_path / "program.json")],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-    for piece in pieces(page.read_text(encoding="utf-8")):
-        if piece.printed:
-            assert set(piece.code.splitlines()) - {"..."} <= set(run.stdout.splitlines())
+    run_page(page, folder, sys.executable, environment)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

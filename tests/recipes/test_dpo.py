@@ -54,8 +54,7 @@ def collator(model: Any, pairs: list[dict[str, Any]] = PAIRS) -> PairCollate:
 
 def trl_loss(logits: Tensor, ids: Tensor, completion: Tensor, reference: Tensor, **settings: Any) -> float:
     """TRL's own ``DPOTrainer._compute_loss`` of rows, chosen ones first, with these logits."""
-    from trl import DPOTrainer
-
+    trl: Any = pytest.importorskip("trl", reason="TRL needs Python 3.11")
     log_p = logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1)
     nothing = torch.zeros_like(log_p)
     out = SimpleNamespace(
@@ -79,7 +78,7 @@ def trl_loss(logits: Tensor, ids: Tensor, completion: Tensor, reference: Tensor,
     )
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": completion}
     inputs |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
-    return float(DPOTrainer._compute_loss(trainer, lambda **_: out, inputs, False))
+    return float(trl.DPOTrainer._compute_loss(trainer, lambda **_: out, inputs, False))
 
 
 @pytest.mark.parametrize(
