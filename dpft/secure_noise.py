@@ -204,10 +204,11 @@ class SecureNoise:
         self._index = np.empty(_CHUNK, np.int64)
         self._value = np.empty(TERMS * _CHUNK, np.int16)
         self._open = np.empty(TERMS * _CHUNK, np.bool_)
+        self._more = np.empty(TERMS * _CHUNK, np.int64)
         self._total = np.empty(_CHUNK, np.int32)
         self._term = np.empty(_CHUNK, np.int32)
         self._steps = np.empty(_CHUNK, np.float64)
-        self._whole = np.empty(_CHUNK, np.float64)
+        self._whole = self._index.view(np.float64)  # the indices are not needed any more where it is
 
     def add_(self, flat: Tensor, std: float) -> None:
         """Round each value to whole steps of ``std / STD``, and add a draw to it, in place.
@@ -216,28 +217,34 @@ class SecureNoise:
             flat: ``[n]`` float32 or float64, contiguous, of at most 2^44 steps each.
             std: standard deviation of the noise, in the units of ``flat``, as :func:`widened` gave it.
         """
-        chunk = _CHUNK if flat.device.type == "cpu" else _CHUNK_ON_DEVICE
-        for part in flat.split(chunk):
-            if flat.device.type == "cpu":
-                values = part.detach().numpy()
-                steps, whole = self._steps[: len(values)], self._whole[: len(values)]
-                np.copyto(steps, values)  # numpy converts faster by a copy than within an operation
-                steps *= STD / std
-                np.rint(steps, out=steps)
-                np.copyto(whole, self.draw(len(values)))
-                steps += whole
-                steps *= std / STD
-                np.copyto(values, steps, casting="same_kind")
-            else:
-                on_device = part.double().mul_(STD / std).round_()
-                part.copy_(on_device.add_(self.draw_on(part.device, part.numel())).mul_(std / STD))
+        if flat.device.type == "cpu":
+            self._add_on_host(flat.detach().numpy(), std)
+        else:
+            self._add_on_device(flat, std)
+
+    def _add_on_device(self, flat: Tensor, std: float) -> None:
+        for part in flat.split(_CHUNK_ON_DEVICE):
+            steps = part.double().mul_(STD / std).round_()
+            part.copy_(steps.add_(self.draw_on(part.device, part.numel())).mul_(std / STD))
+
+    def _add_on_host(self, flat: npt.NDArray[Any], std: float) -> None:
+        for start in range(0, len(flat), _CHUNK):
+            values = flat[start : start + _CHUNK]
+            steps, whole = self._steps[: len(values)], self._whole[: len(values)]
+            np.copyto(steps, values)  # numpy converts faster by a copy than within an operation
+            steps *= STD / std
+            np.rint(steps, out=steps)
+            np.copyto(whole, self.draw(len(values)))
+            steps += whole
+            steps *= std / STD
+            np.copyto(values, steps, casting="same_kind")
 
     def draw(self, count: int) -> npt.NDArray[np.int32]:
         """``[count]`` draws, ``count`` at most ``_CHUNK``; valid until the next call."""
         cells, n = self._table.cells, TERMS * count
         bits = self._stream.fill(self._bits[:n])
         value, index = self._value[:n], self._index[:count]
-        for start in range(0, n, count or 1):
+        for start in range(0, n, count):
             np.copyto(index, bits[start : start + count])
             # They are in range; "clip" is the mode that writes into out directly.
             cells.take(index, mode="clip", out=value[start : start + count])
@@ -251,21 +258,23 @@ class SecureNoise:
             total += term
         return total
 
-    def _decide(self, coded: npt.NDArray[np.int16], cell: npt.NDArray[np.uint16]) -> Whole:
+    def _decide(self, coded: npt.NDArray[np.int16], cell: npt.NDArray[np.uint16]) -> npt.NDArray[np.int16]:
         """The values of draws that their cells leave open."""
-        words, first = self._table.words, self._table.first
-        slot = coded.astype(np.int64) - _FIRST_SLOT
-        more = self._stream.fill(np.empty(len(slot), np.int64))
-        bound = self._table.word.take(slot)
-        found = first.take(slot).astype(np.int64) + (more >= bound)
+        slot = coded.astype(np.int64)
+        slot -= _FIRST_SLOT
+        more = self._stream.fill(self._more[: len(slot)])
+        first, bound = self._table.first.take(slot), self._table.word.take(slot)
+        found = first + (more >= bound)
         tie = more == bound
-        many = np.flatnonzero(first.take(slot) < 0)
-        high = _first_64_bits(cell[many].astype(np.int64), more[many])
-        found[many] = np.searchsorted(words, high, side="right")
-        tie[many] = words.take(found[many] - 1, mode="clip") == high
-        for place in np.flatnonzero(tie):
-            found[place] = self._exactly(int(cell[place]), int(more[place]))
-        return found - CUT
+        many = np.flatnonzero(first < 0)
+        high = _first_64_bits(cell.take(many).astype(np.int64), more.take(many))
+        found[many] = self._table.words.searchsorted(high, side="right")
+        tie[many] = self._table.words.take(found.take(many) - 1, mode="clip") == high
+        if tie.any():
+            for place in np.flatnonzero(tie):
+                found[place] = self._exactly(int(cell[place]), int(more[place]))
+        found -= CUT
+        return found
 
     def _exactly(self, cell: int, more: int) -> int:
         """The index of a draw whose first 64 or 80 bits are those of a bound."""

@@ -207,6 +207,14 @@ def test_tensors_give_the_draws_of_the_host() -> None:
         assert np.array_equal(a.draw(count), b.draw_on(CPU, count).numpy())
 
 
+def test_tensors_give_the_release_of_the_host() -> None:
+    total = torch.linspace(-3, 3, 20_000)
+    host, device = total.clone(), total.clone()
+    SecureNoise(Keystream(KEY)).add_(host, 0.3)
+    SecureNoise(Keystream(KEY))._add_on_device(device, 0.3)
+    assert torch.equal(host, device) and not torch.equal(host, total)
+
+
 # --- the release -----------------------------------------------------------------------------------------------------
 
 
