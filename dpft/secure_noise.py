@@ -136,8 +136,7 @@ class Keystream:
     def __init__(self, key: bytes | None = None) -> None:
         self._key = os.urandom(32) if key is None else key
         self._nonces = 0
-        self._left = 0
-        self._host: Any = None
+        self._renew()  # before a release is written down: cryptography may not be installed
         self._zeros = memoryview(bytes(8 * _CHUNK))
         self._fused: dict[torch.device, bool] = {}
 
@@ -145,11 +144,14 @@ class Keystream:
         self._nonces += 1
         return self._nonces.to_bytes(12, "little")
 
+    def _renew(self) -> None:
+        self._host, self._left = keystream(self._key, self._nonce()), _BEFORE_NEW_NONCE
+
     def fill(self, out: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """Overwrite ``out``, contiguous, with random bits."""
         to = out.view(np.uint8).data
         if self._left < len(to):
-            self._host, self._left = keystream(self._key, self._nonce()), _BEFORE_NEW_NONCE
+            self._renew()
         if len(self._zeros) < len(to):
             self._zeros = memoryview(bytes(len(to)))
         if len(to):

@@ -72,7 +72,6 @@ def test_vectors_of_the_rfc(key: bytes, nonce: str, counter: int, expected: str)
 def test_no_bit_comes_out_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over calls, over nonces (which change often here), and between the host's stream and a device's."""
     monkeypatch.setattr(secure_noise, "_BEFORE_NEW_NONCE", 1000)
-    stream = Keystream(KEY)
     nonces = []
 
     def counted(key: bytes, nonce: bytes) -> Any:
@@ -80,6 +79,7 @@ def test_no_bit_comes_out_twice(monkeypatch: pytest.MonkeyPatch) -> None:
         return keystream(key, nonce)
 
     with mock.patch.object(secure_noise, "keystream", counted):
+        stream = Keystream(KEY)
         words = np.concatenate([stream.fill(np.empty(n, np.int64)) for n in (5, 100, 3, 0, 120, 60, 60)])
     nonces.append(stream._nonce())  # as a device's call takes one
     assert len(np.unique(words)) == len(words)
