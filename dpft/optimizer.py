@@ -177,15 +177,16 @@ class DPOptimizer(torch.optim.Optimizer):
 
     def _fill_gradients(self) -> None:
         """Give each parameter of the inner optimiser its release."""
+        std = self.noise_std(self.parameters() if self.sums is None else self.sums.parameters.values())
         if self.sums is not None:
-            self.sums.release(self.noise, self.noise_multiplier * self.max_grad_norm, self.expected_batch_size)
+            self.sums.release(self.noise, std, self.expected_batch_size)
             names = {id(p): name for name, p in self.sums.parameters.items()}
         for group in self.param_groups:
             for p in group["params"]:
                 if p.requires_grad and self.sums is not None:
                     p.grad = self.sums.gradient(names[id(p)]).to(p.dtype)
                 elif p.requires_grad:
-                    self._release(p)
+                    self._release(p, std * self.sum_scale)
                 else:
                     p.grad = None  # frozen since then: the inner optimiser would apply its gradient without noise
 
@@ -237,13 +238,19 @@ class DPOptimizer(torch.optim.Optimizer):
         if self._on_release is not None:
             self._on_release()
 
+    def noise_std(self, parameters: Iterable[nn.Parameter]) -> float:
+        """Standard deviation of the noise on the clipped sum of ``parameters``, all that are released together."""
+        # Of all ranks: a DTensor counts whole, and what ZeRO-3 has partitioned is empty here.
+        elements = sum(int(getattr(p, "ds_numel", 0) or p.numel()) for p in parameters)
+        return self.noise.for_release(self.noise_multiplier * self.max_grad_norm, self.max_grad_norm, elements)
+
     @torch.no_grad()
-    def _release(self, p: nn.Parameter) -> None:
+    def _release(self, p: nn.Parameter, std: float) -> None:
         total: Tensor | None = p.grad
         if total is None:
             dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
             total = torch.zeros(p.shape, dtype=dtype, device=p.device)
-        self.noise.add_(total, self.noise_multiplier * self.max_grad_norm * self.sum_scale)
+        self.noise.add_(total, std)
         total.div_(self.expected_batch_size * self.sum_scale)
         p.grad = None
         if p.dtype != total.dtype:

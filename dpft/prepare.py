@@ -116,8 +116,8 @@ def prepare(
         LedgerError: the ledger is locked, damaged, or of another mechanism; the account is damaged or an old copy.
         BudgetExceededError: the planned releases do not fit into the account.
         AccountingError: no theorem composes them with what the account counts.
-        MissingPackageError: see :meth:`PrivacyConfig.resolve`; or a ``shuffle`` is resumed, whose remaining steps
-            follow from the budget.
+        MissingPackageError: see :meth:`PrivacyConfig.resolve`; or a sampler with epochs is resumed, whose
+            rest follows from the budget.
     """
     ranks = Ranks(accelerator.device)
 

@@ -16,6 +16,7 @@ from dpft.optimizer import DPOptimizer
 from dpft.privacy import privacy_report
 from dpft.privacy.calibration import max_steps_within
 from dpft.privacy.epsilon_meter import EpsilonMeter
+from dpft.privacy.mechanism import EPOCH_SAMPLERS
 from dpft.privacy.schedule import PrivacySchedule
 
 NOT_ISOLATED = (
@@ -64,9 +65,9 @@ class PrivacyRun:
             account.reserve(ledger.run_id, self._history, planned, ledger.path)
 
     def _last_step(self) -> int:
-        """The schedule's number of steps, or fewer where a restart spends more (``shuffle`` starts a new epoch)."""
+        """The schedule's number of steps, or fewer where a restart spends more (by a new epoch)."""
         schedule, left = self.schedule, max(0, self.schedule.num_steps - self._first)
-        if self._history and schedule.sampler == "shuffle" and self.private:
+        if self._history and schedule.sampler in EPOCH_SAMPLERS and self.private:
             left = max_steps_within(
                 schedule.mechanism,
                 schedule.epsilon,

@@ -216,8 +216,8 @@ def _fixed(trial: tuple[TrialUse, ...], trials: float) -> tuple[list[Use], int]:
     number = int(trials)
     uses: list[Use] = []
     for release, count in trial:
-        # A shuffled training starts an epoch in each trial.
-        one_by_one = isinstance(release, Mechanism) and release.sampler == "shuffle"
+        # A training with epochs starts one in each trial.
+        one_by_one = isinstance(release, Mechanism) and release.steps_per_epoch is not None
         uses += [(release, count)] * number if one_by_one else [(release, count * number)]
     return uses, number
 

@@ -21,10 +21,14 @@ from torch import Tensor
 
 import dpft
 from dpft import noise as module
+from dpft import secure_noise
 
 SECRET = b"a secret that is 32 bytes long.."
 COUNT = 1_000_000
 LEVEL = 1e-3
+# Of a few thousand values in float64 none meet by chance, and on the grid of secure noise two in one of ten tests; ten
+# do in less than one of 1e15.
+CHANCE = {False: 1, True: 10}
 sources = pytest.mark.parametrize("secure", [False, True], ids=["fast", "secure"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 
@@ -108,9 +112,9 @@ def test_values_are_distinct(dtype: torch.dtype, secure: bool) -> None:
     """1e6 draws in bf16 have some 3,000 values; 32 random bits have 116 pairs that collide."""
     distinct = draw(dtype=dtype, secret=None if secure else SECRET, secure=secure).unique().numel()
     # float32 has a grid of 2^-24 below 1: of the 5e11 pairs some 8e3 meet on it. On that of float64 one meets in one
-    # of 30,000 runs (2^-29 of 8e3 is 1.5e-5, and the terms of a secure draw are rounded before their sum). Secure
-    # draws are fresh on every run. Three pairs meet in less than one of 1e13.
-    assert distinct > (0.99 * COUNT if dtype == torch.float32 else COUNT - 3)
+    # of 30,000 runs (2^-29 of 8e3 is 1.5e-5). Three pairs meet in less than one of 1e13. Secure draws are on a grid of
+    # 2^-25, in float64 too: of 5e11 pairs 4,200 meet, give or take 65.
+    assert distinct > (0.99 * COUNT if dtype == torch.float32 else COUNT - (5000 if secure else 3))
 
 
 def test_added_to_what_is_there() -> None:
@@ -173,9 +177,9 @@ def test_signs_of_neighbours_are_fair() -> None:
 
 @sources
 def test_no_block_is_repeated_where_chunks_meet(monkeypatch: pytest.MonkeyPatch, secure: bool) -> None:
-    monkeypatch.setattr(module, "_CHUNK", 1000)
+    monkeypatch.setattr(secure_noise if secure else module, "_CHUNK", 1000)
     x = draw(5500, None if secure else SECRET, dtype=torch.float64, secure=secure)
-    assert (x != 0).all() and x.unique().numel() == 5500
+    assert (x != 0).all() and x.unique().numel() > 5500 - CHANCE[secure]
 
 
 def test_real_chunk_boundary() -> None:
@@ -199,7 +203,7 @@ def test_any_layout_gets_noise_everywhere_once(layout: str, secure: bool) -> Non
     noise = dpft.GaussianNoise(None if secure else SECRET, secure=secure)
     before = base.untyped_storage().nbytes()
     assert noise.add_(base, 2.0) is base and base.untyped_storage().nbytes() == before
-    assert base.unique().numel() == base.numel() and base.count_nonzero() == base.numel()
+    assert base.unique().numel() > base.numel() - CHANCE[secure] and base.count_nonzero() == base.numel()
     assert abs(base.std() / 2 - 1) < 6 / math.sqrt(2 * base.numel())
     if not secure:
         assert torch.equal(base.flatten(), 2 * draw(base.numel(), dtype=torch.float64))
@@ -240,7 +244,7 @@ def test_global_seeds_have_no_say(secure: bool) -> None:
         return draw(1000, None, dtype=torch.float64, secure=secure)
 
     a, b = seeded(), seeded()
-    assert torch.cat([a, b]).unique().numel() == 2000
+    assert torch.cat([a, b]).unique().numel() > 2000 - CHANCE[secure]
     torch.manual_seed(5)
     state = torch.get_rng_state()
     draw(1000, None, secure=secure)

@@ -205,9 +205,10 @@ def test_a_ledger_of_other_examples_is_refused(path: Path) -> None:
     assert again.run.report()["neighbours"] == f"one {users} is added or removed"
 
 
-def test_a_resumed_shuffle_counts_its_epochs_and_stays_in_its_budget(tmp_path: Path, path: Path) -> None:
+@pytest.mark.parametrize("sampler", ["shuffle", "balls_and_bins"])
+def test_a_resumed_run_counts_its_epochs_and_stays_in_its_budget(sampler: str, tmp_path: Path, path: Path) -> None:
     """Every start begins an epoch, so an example may be in more batches than were planned."""
-    changes = {"sampler": "shuffle", "num_steps": 4}
+    changes = {"sampler": sampler, "num_steps": 4}
     first = Training(path, changes=changes, test_seed=None)
     first.train(1)
     first.accelerator.save_state(str(tmp_path / "state"))

@@ -122,6 +122,19 @@ def test_tables_of_the_privacy_officer_are_computed() -> None:
     assert 0.64 < right <= 0.65, "the sentence for a board says 65 of 100"
 
 
+@pytest.mark.slow
+def test_table_and_picture_of_the_samplers_are_computed() -> None:
+    """Slow: 25 accounts."""
+    from tools import sampler_tables
+
+    found = sampler_tables.results()
+    page = sampler_tables.PAGE.read_text(encoding="utf-8")
+    assert sampler_tables.with_table(page, found) == page
+    assert sampler_tables.drawn_table() == sampler_tables.table(found), "run tools/sampler_tables.py --write"
+    for row in found.values():  # what the page says of them
+        assert row["balls_and_bins"] < row["poisson"] == min(v for k, v in row.items() if k != "balls_and_bins")
+
+
 def test_bounds_of_an_attacker() -> None:
     """Against randomised response, the mechanism that reaches them, and at the ends."""
     from tools.privacy_tables import caught, right_guess

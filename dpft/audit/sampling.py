@@ -16,7 +16,7 @@ def draw_all(rng: np.random.Generator, schedule: PrivacySchedule, examples: int,
     size = int(schedule.expected_batch_size)
     drawn: list[set[int]] = []
     order: list[int] = []
-    for _ in range(steps):
+    for step in range(steps):
         if schedule.sampler in ("poisson", "truncated_poisson"):
             batch = np.flatnonzero(rng.random(examples) < schedule.sample_rate)
             if schedule.max_batch_size is not None and len(batch) > schedule.max_batch_size:
@@ -26,6 +26,11 @@ def draw_all(rng: np.random.Generator, schedule: PrivacySchedule, examples: int,
         elif schedule.sampler == "shuffle":
             order = order or rng.permutation(examples).tolist()
             batch, order = np.array(order[:size]), order[size:]
+        elif schedule.sampler == "balls_and_bins":
+            batches = -(-examples // size)
+            if step % batches == 0:
+                order = rng.integers(batches, size=examples).tolist()  # of each example, its batch of the epoch
+            batch = np.flatnonzero(np.array(order) == step % batches)
         else:
             raise ValueError(f"an audit knows no sampler {schedule.sampler!r}")
         drawn.append(set(batch.tolist()))
@@ -46,8 +51,8 @@ def sampling_checks(segments: Sequence[Sequence[set[int]]], schedule: PrivacySch
     """Tests of the drawn batches.
 
     Args:
-        segments: for each start of the run, the examples drawn at each of its steps; ``shuffle`` begins a new epoch
-            at each start.
+        segments: for each start of the run, the examples drawn at each of its steps; samplers with epochs
+            begin one at each start.
         schedule: that was claimed.
         examples: N.
     """

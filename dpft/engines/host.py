@@ -269,7 +269,9 @@ class HostOptimizer(DPOptimizer):
         return inner
 
     def _fill_gradients(self) -> None:
-        self._host_sums.release(self.noise, self.noise_multiplier * self.max_grad_norm, self.expected_batch_size)
+        self._host_sums.release(
+            self.noise, self.noise_std(self._host_sums.parameters.values()), self.expected_batch_size
+        )
         names = {id(p): name for name, p in self._host_sums.parameters.items()}
         for p, master in self._pairs:
             master.grad = self._host_sums.gradient(names[id(p)]) if p.requires_grad else None

@@ -177,7 +177,9 @@ class ZeroOptimizer(DPOptimizer):
                 "configuration, and take the batches from dpft's loader."
             )
         self._before_release()
-        self._zero_sums.release(self.noise, self.noise_multiplier * self.max_grad_norm, self.expected_batch_size)
+        self._zero_sums.release(
+            self.noise, self.noise_std(self._zero_sums.parameters.values()), self.expected_batch_size
+        )
         self._pending = set(range(len(self._zero_sums.layout.flats)))
         self.releases += 1
         self._spent = True

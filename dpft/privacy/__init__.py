@@ -17,6 +17,7 @@ from dpft.privacy.ledger import Ledger, LedgerContent
 from dpft.privacy.mechanism import Mechanism
 from dpft.privacy.report import privacy_report, privacy_statement_markdown
 from dpft.privacy.sampler import (
+    BallsAndBinsSampler,
     FixedSizeSampler,
     LogicalBatchSampler,
     PhysicalBatch,
@@ -32,6 +33,7 @@ from dpft.privacy.schedule import PrivacySchedule
 
 __all__ = [
     "Account",
+    "BallsAndBinsSampler",
     "CyclicPoissonSampler",
     "Entry",
     "EpsilonMeter",

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from dpft.errors import AccountingError
-from dpft.privacy.mechanism import AccountantName, Mechanism
+from dpft.privacy import allocation
+from dpft.privacy.mechanism import EPOCH_SAMPLERS, AccountantName, Mechanism
 from dpft.privacy.packages import import_package as _import
 
 Event = tuple[Mechanism, int]
@@ -68,9 +69,9 @@ def compose_epsilon(events: Sequence[Event], delta: float, *, accountant: Accoun
     """The epsilon of the adaptive composition of several mechanisms on the same data.
 
     Args:
-        events: mechanisms with their numbers of releases. Two entries of ``shuffle`` count their epochs separately,
-            because the second one starts with a fresh permutation; and two of correlated noise are two trainings, each
-            with its own noise. :func:`of_one_run` joins the starts of one training.
+        events: mechanisms with their numbers of releases. Two entries of ``shuffle`` or ``balls_and_bins`` count
+            their epochs separately, because the second one starts with a fresh epoch; and two of correlated noise are
+            two trainings, each with its own noise. :func:`of_one_run` joins the starts of one training.
         delta: in (0, 1).
         accountant: ``pld`` or ``rdp``.
 
@@ -123,6 +124,10 @@ def check_supported(mechanism: Mechanism, accountant: AccountantName) -> None:
         raise AccountingError(
             "sampler='truncated_poisson' with accountant='rdp': only a PLD bound is known; use accountant='pld'."
         )
+    if mechanism.sampler == "balls_and_bins" and accountant == "rdp":
+        raise AccountingError(
+            "sampler='balls_and_bins' with accountant='rdp': only its PLD is implemented; use accountant='pld'."
+        )
     if mechanism.unit == "user" and accountant == "rdp":
         raise AccountingError("unit='user' with accountant='rdp': only a PLD bound is implemented; use 'pld'.")
 
@@ -153,7 +158,7 @@ def discretization(mechanism: Mechanism, *, coarse: bool = False) -> float:
 def merged(events: Sequence[Event]) -> list[Event]:
     """Drops empty entries and adds up equal ones, whose releases are independent.
 
-    Not those of ``shuffle``, where each entry starts an epoch, nor of correlated noise, where each is a training.
+    Not those with epochs, where each entry starts one, nor of correlated noise, where each is a training.
     """
     kept: list[Event] = []
     counts: dict[Mechanism, int] = {}
@@ -163,7 +168,7 @@ def merged(events: Sequence[Event]) -> list[Event]:
             raise AccountingError(f"steps={count!r}; expected a whole number >= 0.")
         if count == 0:
             continue
-        if mechanism.sampler == "shuffle" or mechanism.strategy is not None:
+        if mechanism.sampler in EPOCH_SAMPLERS or mechanism.strategy is not None:
             kept.append((mechanism, int(count)))
         else:
             counts[mechanism] = counts.get(mechanism, 0) + int(count)
@@ -205,22 +210,27 @@ def _check_common(events: tuple[Event, ...]) -> None:
             "epsilon; keep the unit of the first run, or start a new ledger on data that was not used before."
         )
     kinds = {mechanism.adjacency for mechanism, _ in events}
-    # Poisson sampling has the same losses under zero-out as under add/remove: those two compose.
+    # Poisson sampling has the same losses under zero-out as under add/remove: those compose.
     if len(kinds) > 1 and kinds != {"add_or_remove_one", "zero_out"}:
         raise AccountingError(
             f"releases under different adjacencies on the same data, {sorted(kinds)}: no theorem composes them; keep "
             "the sampler of the first run."
         )
     if len(kinds) > 1 and any(mechanism.sampler == "truncated_poisson" for mechanism, _ in events):
-        raise AccountingError("no theorem composes 'truncated_poisson' with 'shuffle'; keep the first run's sampler.")
+        raise AccountingError(
+            "no theorem composes 'truncated_poisson' with 'shuffle' or 'balls_and_bins'; keep the first run's sampler."
+        )
 
 
 def _as_composition(mechanism: Mechanism, steps: int) -> tuple[Mechanism, int]:
-    """A mechanism, and how often its one release is composed, that cost as much as ``steps`` releases."""
-    if mechanism.sampler == "shuffle":
-        # One Gaussian for each batch in which one example can have been: one per epoch that has begun.
+    """A mechanism, and how often its one release (or epoch) is composed, that cost as much as ``steps`` releases."""
+    if mechanism.sampler in EPOCH_SAMPLERS:
+        # Epochs that have begun: in so many batches one example can have been.
         assert mechanism.steps_per_epoch is not None
-        return mechanism.with_noise(mechanism.noise_multiplier / math.sqrt(-(-steps // mechanism.steps_per_epoch))), 1
+        epochs = -(-steps // mechanism.steps_per_epoch)
+        if mechanism.sampler == "shuffle":  # one Gaussian for each of these batches
+            return mechanism.with_noise(mechanism.noise_multiplier / math.sqrt(epochs)), 1
+        return mechanism, epochs
     strategy = mechanism.strategy
     if strategy is None:
         return mechanism, steps
@@ -253,6 +263,9 @@ def _base_pld(mechanism: Mechanism, h: float, extra: int) -> Any:
     sigma = mechanism.noise_multiplier
     if mechanism.sampler in _UNSAMPLED:
         return module.from_gaussian_mechanism(sigma, value_discretization_interval=h)
+    if mechanism.sampler == "balls_and_bins":
+        assert mechanism.steps_per_epoch is not None
+        return allocation.epoch_pld(sigma, mechanism.steps_per_epoch, h)
     assert mechanism.sample_rate is not None
     if mechanism.sampler == "truncated_poisson":
         assert mechanism.dataset_size is not None
@@ -294,6 +307,9 @@ def _loss_span_and_deviation(mechanism: Mechanism) -> tuple[float, float]:
     sigma = mechanism.noise_multiplier
     if mechanism.sampler in _UNSAMPLED:
         return 20 / sigma, 1 / sigma
+    if mechanism.sampler == "balls_and_bins":
+        assert mechanism.steps_per_epoch is not None
+        return 20 / sigma + 1 / sigma**2, allocation.deviation(sigma, mechanism.steps_per_epoch)
     if mechanism.sampler == "truncated_poisson":
         # The component with the doubled sensitivity is the wider; the other is narrower, and usually more probable.
         assert mechanism.sample_rate is not None

@@ -55,12 +55,13 @@ class PrivacyConfig:
         sample_rate: a declared constant q for the Poisson samplers; None: ``expected_batch_size / len(dataset)``,
             which treats the number of examples as public; the report says so.
         sampler: ``poisson``, ``truncated_poisson`` (with ``max_batch_size``), ``fixed_size`` (with
-            ``accountant="rdp"``), ``shuffle`` (accounted without any amplification); those of ``mechanism``.
+            ``accountant="rdp"``), ``shuffle`` (accounted without any amplification), ``balls_and_bins`` (each example
+            in one random batch of every epoch); those of ``mechanism``.
         max_batch_size: cap on the logical batch of ``truncated_poisson``.
         clip_function: ``abadi``: min(1, C / norm); ``automatic``: C / (norm + ``clip_gamma``). Sensitivity C, both.
         clip_gamma: stability constant of ``automatic`` (Bu et al. 2023, arXiv 2206.07136).
         accountant: ``pld`` or ``rdp``.
-        secure_rng: noise from a cryptographic generator, safe against floating-point attacks.
+        secure_rng: noise on a grid, from a cryptographic generator: no attack on its floating-point numbers.
         unit: ``example``, or ``user`` with ``examples_per_user``, an upper bound that the data must satisfy.
         examples_per_user: see ``unit``.
         item: what an example of the dataset is, in words, where it is not one record: the statement then names that
@@ -141,7 +142,7 @@ class PrivacyConfig:
             if not isinstance(self.expected_batch_size, int):
                 raise PrivacyConfigError(
                     f"expected_batch_size={self.expected_batch_size!r} with sampler={self.sampler!r}, whose batches "
-                    "have exactly that size; expected a whole number."
+                    "have that size, or have it on average; expected a whole number."
                 )
         if (self.unit == "user") != (self.examples_per_user is not None):
             raise PrivacyConfigError(
@@ -343,6 +344,11 @@ class PrivacyConfig:
                 "replaced by zero; which steps an example can be in follows from its index and that number"
             )
             lines.append("the noise of earlier steps stays secret, and so does the file that a resume draws it from")
+        elif self.sampler == "balls_and_bins":
+            lines.append(
+                "the number of examples is public, and neighbouring datasets differ in one example whose gradient is "
+                "replaced by zero; an epoch that has begun counts whole"
+            )
         elif self.sampler == "truncated_poisson":
             lines.append("the number of examples is known to the accountant to within one")
         if self.sample_rate is None and self.sampler in ("poisson", "truncated_poisson"):

@@ -208,7 +208,8 @@ class Ledger:
     def events(self) -> list[Event]:
         """Mechanism and count of each segment, for :func:`~dpft.privacy.accountant.compose_epsilon`.
 
-        Segments are merged only where the noise is correlated over them: for ``shuffle`` each one starts a new epoch.
+        Segments are merged only where the noise is correlated over them: where the sampler has epochs, each one starts
+        a new one.
         """
         return of_one_run([event for event in self._events if event[1] > 0])
 

@@ -73,8 +73,8 @@ class LogicalBatchSampler(abc.ABC):
     def draw(self, step: int) -> Indices:
         """This rank's part of the logical batch of a step.
 
-        Every call makes a fresh draw, also for a step that was drawn before, except that ``shuffle`` fixes the batch
-        of each step. All ranks must make the same calls.
+        Every call makes a fresh draw, also for a step that was drawn before, except that samplers with epochs fix
+        the batch of each step. All ranks must make the same calls.
 
         Args:
             step: number of the release, from 0.

@@ -22,6 +22,9 @@ fixed_size           replace one         2 C          Wang, Balle, Kasiviswanath
 shuffle              zero out one        C            parallel composition within an epoch (McSherry 2009, Theorem 4;
                                                       adaptive by fixing the permutation), Gaussians over the epochs
                                                       (Dong, Roth, Su 2019, arXiv 1905.02383, Corollary 3.3)
+balls_and_bins       zero out one        C            the pair of Chua et al. 2024 (arXiv 2412.16802), which dominates
+                                                      an epoch adaptively; PLD by sums that grow in the convex order:
+                                                      :mod:`dpft.privacy.allocation` has the proof
 cyclic_poisson       zero out one        C            Choquette-Choo et al. 2023 (arXiv 2306.08153), Theorem 4: with b
 (bandmf)                                              bands, t releases cost what ceil(t / b) Poisson-sampled Gaussian
                                                       releases do, each accounted as those of ``poisson``
@@ -75,12 +78,17 @@ from typing import Any, Literal, get_args
 from dpft.errors import AccountingError, PrivacyConfigError
 from dpft.privacy.correlated import Strategy
 
-SamplerName = Literal["poisson", "truncated_poisson", "fixed_size", "shuffle", "cyclic_poisson", "fixed_order"]
+SamplerName = Literal[
+    "poisson", "truncated_poisson", "fixed_size", "shuffle", "balls_and_bins", "cyclic_poisson", "fixed_order"
+]
 AccountantName = Literal["pld", "rdp"]
 UnitName = Literal["example", "user"]
 AdjacencyName = Literal["add_or_remove_one", "replace_one", "zero_out"]
 
 SAMPLERS: tuple[str, ...] = get_args(SamplerName)
+
+# Their theorem is about whole epochs: one that has begun counts whole, and every start of a run begins one.
+EPOCH_SAMPLERS = frozenset({"shuffle", "balls_and_bins"})
 
 # The constants that each sampler's theorem uses. The others must be None, so that equal mechanisms compare equal, and
 # so that the number of examples is not stored where it need not be public.
@@ -89,6 +97,7 @@ _NEEDS: dict[str, frozenset[str]] = {
     "truncated_poisson": frozenset({"sample_rate", "max_batch_size", "dataset_size"}),
     "fixed_size": frozenset({"batch_size", "dataset_size"}),
     "shuffle": frozenset({"batch_size", "dataset_size"}),
+    "balls_and_bins": frozenset({"batch_size", "dataset_size"}),
     "cyclic_poisson": frozenset({"sample_rate", "strategy"}),
     "fixed_order": frozenset({"batch_size", "dataset_size", "strategy"}),
 }
@@ -97,6 +106,7 @@ _ADJACENCY: dict[str, AdjacencyName] = {
     "truncated_poisson": "add_or_remove_one",
     "fixed_size": "replace_one",
     "shuffle": "zero_out",
+    "balls_and_bins": "zero_out",
     "cyclic_poisson": "zero_out",
     "fixed_order": "zero_out",
 }
@@ -116,7 +126,7 @@ class Mechanism:
             not private.
         sample_rate: probability q of each example, in (0, 1]; ``poisson`` and ``truncated_poisson``; of each example
             of the step's group, ``cyclic_poisson``.
-        batch_size: examples per logical batch; ``fixed_size``, ``shuffle`` and ``fixed_order`` only.
+        batch_size: examples per logical batch (``balls_and_bins``: on average); not for Poisson samplers.
         max_batch_size: cap on the logical batch; ``truncated_poisson`` only.
         dataset_size: number of examples N; only where the theorem treats it as public.
         unit: the privacy unit, one person's data: ``example`` or ``user``.
@@ -209,8 +219,8 @@ class Mechanism:
 
     @property
     def steps_per_epoch(self) -> int | None:
-        """Logical batches per epoch; None unless ``shuffle``. The last of an epoch may be short."""
-        if self.sampler != "shuffle" or self.dataset_size is None or self.batch_size is None:
+        """Logical batches per epoch, N / b rounded up; None where the sampler has no epochs."""
+        if self.sampler not in EPOCH_SAMPLERS or self.dataset_size is None or self.batch_size is None:
             return None
         return math.ceil(self.dataset_size / self.batch_size)
 

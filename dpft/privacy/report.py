@@ -18,6 +18,7 @@ _ADJACENCY = {
 }
 _MECHANISM = {
     "shuffle": "Gaussian, no amplification claimed",
+    "balls_and_bins": "Gaussian, each example in one random batch of every epoch",
     "cyclic_poisson": "banded matrix factorisation (correlated Gaussian noise), amplified by cyclic Poisson sampling",
     "fixed_order": "BLT matrix factorisation (correlated Gaussian noise), no amplification claimed",
 }
@@ -213,7 +214,10 @@ def _noise_rng(schedule: PrivacySchedule, seed_known: bool) -> str:
     if seed_known:
         return "fixed seed"
     if schedule.secure_rng:
-        return "cryptographic, safe against floating-point attacks"
+        return (
+            "cryptographic (ChaCha20, RFC 8439): a discrete Gaussian on a grid of 2^-25 of its standard deviation, to "
+            "which the sum is rounded; the noise is larger by what rounding adds to the sensitivity"
+        )
     return "pseudo-random, seeded by the operating system; not cryptographic, open to floating-point attacks"
 
 

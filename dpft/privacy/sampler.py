@@ -11,6 +11,8 @@ whose index is r modulo W: for any W, every example is owned by exactly one rank
   seed, and keeps its own part.
 - :class:`FixedSizeSampler`: a uniform subset of fixed size, fresh at every step; shared seed.
 - :class:`ShuffleSampler`: a permutation per epoch, cut into batches; shared seed. No amplification may be claimed.
+- :class:`BallsAndBinsSampler`: in every epoch each example is in one batch, drawn uniformly and independently of the
+  others, so that batches differ in size; shared seed.
 - :mod:`dpft.privacy.cyclic_samplers`: those of correlated noise, in which steps that share an example are far apart.
 
 Seeds come from the operating system at every start, never from ``torch.manual_seed`` or ``numpy.random.seed``, never
@@ -21,6 +23,7 @@ released.
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,8 +79,8 @@ class FixedSizeSampler(LogicalBatchSampler):
         return self._mine(self._rng.choice(self.dataset_size, size=self.batch_size, replace=False, shuffle=False))
 
 
-class ShuffleSampler(LogicalBatchSampler):
-    """A fresh permutation per epoch, cut into batches of ``batch_size``; the last of an epoch may be short.
+class EpochSampler(LogicalBatchSampler):
+    """Batches of successive epochs, each laid down as a whole when it begins.
 
     Args:
         first_step: number of the release at which this sampler begins, with a new epoch. After a restart that is the
@@ -88,18 +91,46 @@ class ShuffleSampler(LogicalBatchSampler):
         super().__init__(dataset_size, **ranks)  # type: ignore[arg-type]  # rank and world_size are never None
         self.batch_size, self.first_step = _checked_batch(batch_size, dataset_size), first_step
         self.steps_per_epoch = -(-dataset_size // batch_size)
-        self._epoch, self._order = -1, np.empty(0, np.int64)
+        self._epoch, self._laid = -1, np.empty(0, np.int64)
+
+    @abc.abstractmethod
+    def _lay(self, rng: np.random.Generator) -> Indices:
+        """What decides the batches of one epoch; ``[N]``."""
+
+    @abc.abstractmethod
+    def _batch(self, laid: Indices, position: int) -> Indices:
+        """The logical batch at a position of the epoch."""
 
     def draw(self, step: int) -> Indices:
         if step < self.first_step:
             raise PrivacyConfigError(
-                f"step {step} lies before this shuffle began, at step {self.first_step}: its examples would be used "
+                f"step {step} lies before this sampler began, at step {self.first_step}: its examples would be used "
                 "twice in an epoch; continue from the ledger's count."
             )
         epoch, position = divmod(step - self.first_step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._generator(1, epoch).permutation(self.dataset_size)
-        return self._mine(self._order[position * self.batch_size : (position + 1) * self.batch_size])
+            self._epoch, self._laid = epoch, self._lay(self._generator(1, epoch))
+        return self._mine(self._batch(self._laid, position))
+
+
+class ShuffleSampler(EpochSampler):
+    """A fresh permutation per epoch, cut into batches of ``batch_size``; the last of an epoch may be short."""
+
+    def _lay(self, rng: np.random.Generator) -> Indices:
+        return rng.permutation(self.dataset_size)
+
+    def _batch(self, laid: Indices, position: int) -> Indices:
+        return laid[position * self.batch_size : (position + 1) * self.batch_size]
+
+
+class BallsAndBinsSampler(EpochSampler):
+    """Each example in one of the epoch's ``ceil(N / batch_size)`` batches, uniformly and independently."""
+
+    def _lay(self, rng: np.random.Generator) -> Indices:
+        return rng.integers(self.steps_per_epoch, size=self.dataset_size)
+
+    def _batch(self, laid: Indices, position: int) -> Indices:
+        return np.flatnonzero(laid == position)
 
 
 def make_sampler(
@@ -142,6 +173,8 @@ def make_sampler(
         return FixedSizeSampler(dataset_size, int(schedule.expected_batch_size), **ranks)
     if schedule.sampler == "shuffle":
         return ShuffleSampler(dataset_size, int(schedule.expected_batch_size), first_step=first_step, **ranks)
+    if schedule.sampler == "balls_and_bins":
+        return BallsAndBinsSampler(dataset_size, int(schedule.expected_batch_size), first_step=first_step, **ranks)
     if schedule.strategy is not None:
         if schedule.sampler == "cyclic_poisson":
             cycle = schedule.strategy.min_separation

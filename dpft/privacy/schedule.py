@@ -25,8 +25,8 @@ class PrivacySchedule:
 
     Attributes:
         noise_multiplier: sigma, given or calibrated; 0 means not private.
-        sample_rate: probability of each example (``cyclic_poisson``: of each one of the step's group; ``fixed_size``,
-            ``shuffle``, ``fixed_order``: batch size / N, for information only).
+        sample_rate: probability of each example (``cyclic_poisson``: of each one of the step's group; without a rate:
+            batch size / N, for information only).
         num_steps: number of logical batches, and so of releases.
         expected_batch_size: the constant divisor b.
         max_grad_norm: the clip norm C.

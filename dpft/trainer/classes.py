@@ -64,7 +64,9 @@ class DPTrainingArguments(transformers.TrainingArguments):
     target_delta: float = field(default=1e-6, metadata={"help": "delta; well below 1 / number of examples"})
     expected_batch_size: int = field(default=256, metadata={"help": "examples of a logical batch, in expectation"})
     noise_multiplier: float | None = field(default=None, metadata={"help": "sigma, in the place of an epsilon"})
-    sampler: str = field(default="poisson", metadata={"help": "poisson, truncated_poisson, fixed_size or shuffle"})
+    sampler: str = field(
+        default="poisson", metadata={"help": "poisson, truncated_poisson, fixed_size, shuffle or balls_and_bins"}
+    )
     max_batch_size: int | None = field(default=None, metadata={"help": "cap of truncated_poisson"})
     clip_function: str = field(default="abadi", metadata={"help": "abadi or automatic"})
     accountant: str = field(default="pld", metadata={"help": "pld or rdp"})

@@ -87,6 +87,7 @@ SAMPLERS: list[dict[str, Any]] = [
     {"sampler": "truncated_poisson", "max_batch_size": 14},
     {"sampler": "fixed_size", "accountant": "rdp"},
     {"sampler": "shuffle"},
+    {"sampler": "balls_and_bins"},
 ]
 
 

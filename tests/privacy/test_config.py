@@ -119,6 +119,7 @@ def test_fingerprint_is_stable_and_sees_every_field() -> None:
         make(max_grad_norm=2),
         make(sample_rate=0.1),
         make(sampler="shuffle"),
+        make(sampler="balls_and_bins"),
         make(sampler="truncated_poisson", max_batch_size=99),
         make(clip_function="automatic"),
         make(clip_gamma=0.1),
@@ -172,7 +173,7 @@ def test_calibrated_plan_is_within_the_budget_and_not_far_below() -> None:
 
 
 def test_no_noise_is_not_private_everywhere() -> None:
-    for changes in ({}, FIXED, {"sampler": "shuffle"}):
+    for changes in ({}, FIXED, {"sampler": "shuffle"}, {"sampler": "balls_and_bins"}):
         schedule = make(noise_multiplier=0, **changes).resolve(10_000)
         assert schedule.epsilon == math.inf and not schedule.private
         assert schedule.describe().startswith("NOT PRIVATE")

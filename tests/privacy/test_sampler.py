@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from dpft.errors import PrivacyConfigError
 from dpft.privacy import (
+    BallsAndBinsSampler,
     FixedSizeSampler,
     LogicalBatchSampler,
     PhysicalBatchSampler,
@@ -35,6 +36,7 @@ MAKERS: dict[str, Callable[..., LogicalBatchSampler]] = {
     "truncated": lambda n, **ranks: TruncatedPoissonSampler(n, 0.3, max(1, n // 3), **ranks),
     "fixed": lambda n, **ranks: FixedSizeSampler(n, max(1, n // 3), **ranks),
     "shuffle": lambda n, **ranks: ShuffleSampler(n, max(1, n // 3), **ranks),
+    "bins": lambda n, **ranks: BallsAndBinsSampler(n, max(1, n // 3), **ranks),
 }
 # One-in-a-million tests with fixed seeds: they hold or fail for ever, and a biased sampler misses them by far.
 TINY = 1e-6
@@ -102,8 +104,33 @@ def test_shuffle_has_the_batch_of_a_step_laid_down() -> None:
     first = {step: sampler.draw(step).tolist() for step in range(7, 20)}
     assert [sampler.draw(step).tolist() for step in (19, 8, 12)] == [first[19], first[8], first[12]]
     assert sorted(i for step in range(7, 11) for i in first[step]) == list(range(10))
-    with pytest.raises(PrivacyConfigError, match="before this shuffle began"):
+    with pytest.raises(PrivacyConfigError, match="before this sampler began"):
         sampler.draw(6)
+
+
+def test_balls_and_bins_puts_each_in_one_batch_uniformly_and_independently() -> None:
+    epochs, n = 4000, 12
+    sampler = BallsAndBinsSampler(n, 3, test_seed=8)
+    table = membership(sampler, 4 * epochs).reshape(epochs, 4, n)
+    assert (table.sum(1) == 1).all()
+    bins = table.argmax(1)
+    for example in range(n):
+        assert stats.chisquare(np.bincount(bins[:, example], minlength=4)).pvalue > TINY
+    # Independent of another example, of which a fixed-size batch would take the place, and of the epoch before.
+    for a, b in ((bins[:, 0], bins[:, 1]), (bins[:, 2], bins[:, 11]), (bins[1:, 0], bins[:-1, 0])):
+        assert stats.chisquare(np.bincount(4 * a + b, minlength=16)).pvalue > TINY
+    sizes = np.bincount(table.sum(2).ravel(), minlength=n + 1)
+    law = 4 * epochs * stats.binom(n, 1 / 4).pmf(np.arange(n + 1))
+    assert stats.chisquare([*sizes[:7], sizes[7:].sum()], [*law[:7], law[7:].sum()]).pvalue > TINY
+
+
+def test_balls_and_bins_has_its_epoch_laid_down() -> None:
+    sampler = BallsAndBinsSampler(20, 7, first_step=5, test_seed=5)
+    first = {step: sampler.draw(step).tolist() for step in range(5, 14)}
+    assert [sampler.draw(step).tolist() for step in (13, 6, 9)] == [first[13], first[6], first[9]]
+    assert sorted(i for step in range(5, 8) for i in first[step]) == list(range(20))
+    with pytest.raises(PrivacyConfigError, match="before this sampler began"):
+        sampler.draw(4)
 
 
 def test_rate_one_takes_all() -> None:
@@ -138,7 +165,7 @@ def test_poisson_ranks_are_independent_and_complete() -> None:
     assert abs(np.corrcoef(tables[0][:, 0], tables[1][:, 1])[0, 1]) * np.sqrt(20_000) < 5
 
 
-@pytest.mark.parametrize("kind", ["truncated", "fixed", "shuffle"])
+@pytest.mark.parametrize("kind", ["truncated", "fixed", "shuffle", "bins"])
 def test_global_draws_need_a_shared_seed(kind: str) -> None:
     with pytest.raises(PrivacyConfigError, match="draw_seed"):
         MAKERS[kind](20, rank=0, world_size=2)
@@ -198,6 +225,7 @@ def test_bad_arguments() -> None:
         ({"sampler": "truncated_poisson", "max_batch_size": 30}, TruncatedPoissonSampler),
         ({"sampler": "fixed_size", "accountant": "rdp"}, FixedSizeSampler),
         ({"sampler": "shuffle"}, ShuffleSampler),
+        ({"sampler": "balls_and_bins"}, BallsAndBinsSampler),
     ],
 )
 def test_a_plan_gets_the_sampler_it_was_accounted_for(changes: Any, kind: type) -> None:

@@ -42,11 +42,11 @@ def _noise_per_physical_batch() -> Iterator[None]:
         physical[number] += 1
         next_batch(self, number, *batch)
 
-    def noisy(self: DPOptimizer, p: nn.Parameter) -> None:
+    def noisy(self: DPOptimizer, p: nn.Parameter, std: float) -> None:
         for _ in range(physical[max(physical)] - 1):
             if p.grad is not None:
-                self.noise.add_(p.grad, self.noise_multiplier * self.max_grad_norm)
-        release(self, p)
+                self.noise.add_(p.grad, std)
+        release(self, p, std)
 
     with (
         mock.patch.object(dpft.run.LoopGuard, "next_batch", counting),

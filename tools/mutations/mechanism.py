@@ -7,6 +7,7 @@ from tools.mutations.mutation import Mutation
 GRADIENTS = ("tests/clipping/test_gradients.py",)
 OPTIMIZER = ("tests/test_optimizer.py",)
 NOISE = ("tests/test_noise.py",)
+SECURE = ("tests/test_secure_noise.py",)
 PREPARE = ("tests/test_prepare.py", "tests/test_prepare_refusals.py", "tests/test_prepare_spending.py")
 SAMPLER = ("tests/privacy/test_sampler.py",)
 ACCOUNTANT = ("tests/privacy/test_accountant.py",)
@@ -16,6 +17,7 @@ ISOLATION = ("tests/models/test_isolation.py",)
 ESCAPES = ("tests/clipping/test_escapes.py",)
 
 _OPTIMIZER, _NOISE, _LOADER = "dpft/optimizer.py", "dpft/noise.py", "dpft/loader.py"
+_SECURE = "dpft/secure_noise.py"
 _RUN, _PREPARE, _SAMPLER = "dpft/run.py", "dpft/prepare.py", "dpft/privacy/sampler.py"
 _ACCOUNTANT, _LEDGER, _ISOLATION = "dpft/privacy/accountant.py", "dpft/privacy/ledger.py", "dpft/models/isolation.py"
 
@@ -38,12 +40,28 @@ MECHANISM_MUTATIONS = (
         NOISE,
     ),
     Mutation(
-        "secure_noise_halved",
-        "the sum of four draws is not normalised",
-        _NOISE,
-        "/ np.sqrt(_SECURE_DRAWS))",
-        "/ _SECURE_DRAWS)",
-        NOISE,
+        "secure_noise_not_widened",
+        "what rounding to the grid adds to the sensitivity is not accounted for",
+        _SECURE,
+        "return std / (1 - share)",
+        "return std",
+        SECURE,
+    ),
+    Mutation(
+        "secure_sum_not_rounded",
+        "the sum is not on the grid of the noise",
+        _SECURE,
+        "np.rint(steps, out=steps)",
+        "pass",
+        SECURE,
+    ),
+    Mutation(
+        "secure_term_missing",
+        "the finest of the four terms is left out",
+        _SECURE,
+        "np.copyto(term, terms[k])",
+        "np.copyto(term, terms[k] if k else 0)",
+        SECURE,
     ),
     Mutation(
         "noise_copied",
