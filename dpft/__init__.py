@@ -30,7 +30,7 @@ from dpft.planning.longest import Longest
 from dpft.planning.plan import longest, plan
 from dpft.planning.result import Plan
 from dpft.prepare import prepare
-from dpft.privacy import PrivacyConfig, PrivacySchedule, privacy_report, privacy_statement_markdown
+from dpft.privacy import AdaptiveClip, PrivacyConfig, PrivacySchedule, privacy_report, privacy_statement_markdown
 from dpft.run import PrivacyRun
 from dpft.wrap import book_keeping, clipped_loss, explain, stats, unwrap, wrap
 
@@ -41,6 +41,7 @@ __version__ = "0.1.0"  # setup.cfg reads it from here: a string, not a computati
 
 __all__ = [
     "AccountingError",
+    "AdaptiveClip",
     "Advice",
     "BookKeeping",
     "BudgetExceededError",

@@ -142,6 +142,11 @@ def prepare(
                 f"sp_size is {size}, where a backward is one-pass, of one example; got clipping={clipping!r}, "
                 f"strategy={strategy!r}, max_physical_batch_size={max_physical_batch_size!r}. Use 'flash', 'auto', 1."
             )
+        if privacy.adaptive_clip is not None and (clipping == "none" or size != 1):
+            raise PrivacyConfigError(
+                f"adaptive_clip with clipping={clipping!r}, sp_size={size}: clipped examples are counted where each is "
+                "clipped, on one rank. Use another clipping, without sp_size, or leave adaptive_clip out."
+            )
         if clipping == "none" and kind != "single":
             raise EngineError("clipping='none' runs in one process; to compare on several, train without dpft.")
         return kind
@@ -289,7 +294,7 @@ def _assemble(
         return cls(
             inner,
             sums=sums,
-            noise_multiplier=schedule.noise_multiplier,
+            noise_multiplier=schedule.sum_noise_multiplier,
             max_grad_norm=schedule.max_grad_norm,
             expected_batch_size=schedule.expected_batch_size,
             noise=noise,

@@ -80,3 +80,26 @@ class ClipRule:
         if weights is not None:
             factors = factors * row_weights(weights)
         return factors
+
+
+class ClipCount:
+    """Of the examples of one logical batch, those whose norm is at most C, minus the others.
+
+    It depends on private data: only with noise may it leave the process. An example counts 1 or -1, also if its norm is
+    NaN; a row of weight 0 or NaN counts 0.
+    """
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+
+    def add(self, sq_norms: Tensor, weights: Tensor, max_grad_norm: float) -> None:
+        """Count rows with squared norms ``[B]`` float64 and example weights ``[B]``; nothing waits for the device."""
+        votes = torch.where(sq_norms.sqrt() <= max_grad_norm, 1, -1)
+        count = torch.where(row_weights(weights) > 0, votes, 0).sum()
+        self._total = count if self._total is None else self._total + count.to(self._total.device)
+
+    def take(self) -> int:
+        """The count, which begins again at 0."""
+        total = 0 if self._total is None else int(self._total.item())
+        self._total = None
+        return total

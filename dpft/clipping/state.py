@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dpft.clipping.deferred_checks import DeferredChecks
-from dpft.clipping.factors import ClipRule
+from dpft.clipping.factors import ClipCount, ClipRule
 from dpft.clipping.passes import BookKeeping, Trace
 from dpft.clipping.spread import Spread
 from dpft.clipping.strategy_choice import Choice, Strategy, choose_strategy
@@ -160,6 +160,7 @@ class ClipState:
         head: computes a causal LM's losses in chunks; None if the model's own head and loss are used.
         catches_losses: whether the losses that the model's forward computes of a batch must be caught and computed per
             example; not where its loss function was replaced.
+        count: counts the examples whose norm is at most C, where the clip norm adapts; None elsewhere.
         holds: returns the tensors kept by the running clipped backward; None while none is running.
     """
 
@@ -202,11 +203,18 @@ class ClipState:
     head: Head | None = None
     catches_losses: bool = True
     holds: Callable[[], BookKeeping] | None = None
+    count: ClipCount | None = None
 
     @property
     def alone(self) -> bool:
         """Whether one process trains the model: what it does, it need not agree on with others."""
         return self.engine is None or self.engine.alone
+
+    def factors(self, sq_norms: Tensor, weights: Tensor) -> Tensor:
+        """Clip factors ``[B]`` float64 from squared norms and example weights; the one place where clipping decides."""
+        if self.count is not None:
+            self.count.add(sq_norms, weights, self.rule.max_grad_norm)
+        return self.rule.factors(sq_norms, weights)
 
     def largest_batch(self, batch_size: int) -> int:
         """The batch size by which it is decided what runs: this batch's, or the largest of all ranks'."""

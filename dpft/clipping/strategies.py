@@ -190,7 +190,7 @@ class Job:
         """``[B]`` float64 clip factors, which also become the model's stats."""
         weights = self.weights.to(sq_norms.device)
         clips = self.state.clipping != "none"
-        factors = self.state.rule.factors(sq_norms, weights) if clips else row_weights(weights)
+        factors = self.state.factors(sq_norms, weights) if clips else row_weights(weights)
         self.state.last = ClipStats(
             norms=sq_norms.sqrt().float(),
             clip_factors=factors.float(),
@@ -313,9 +313,8 @@ def run_per_example(job: Job, scale: Tensor) -> list[Tensor | None] | None:
         del loss
         owned = [is_sole_owner(grads, k) for k in range(len(grads))]  # before anything here refers to one, too
         sq = _sq_norm_of(grads, job.weights.device)
-        factor = job.state.rule.factors(sq, job.weights[i : i + 1].to(sq.device))
-        if job.state.clipping == "none":
-            factor = row_weights(job.weights[i : i + 1])
+        weight = job.weights[i : i + 1].to(sq.device)
+        factor = row_weights(weight) if job.state.clipping == "none" else job.state.factors(sq, weight)
         squares.append(sq)
         all_factors.append(factor)
         multiplier = (factor * scale.to(factor)).squeeze()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dpft.privacy.accountant import Event, check_supported, compose_epsilon, discretization, epsilon
+from dpft.privacy.adaptive_clip import AdaptiveClip
 from dpft.privacy.calibration import calibrate_noise_multiplier, max_steps_within
 from dpft.privacy.config import PrivacyConfig
 from dpft.privacy.epsilon_meter import EpsilonMeter
@@ -24,6 +25,7 @@ from dpft.privacy.sampler import (
 from dpft.privacy.schedule import PrivacySchedule
 
 __all__ = [
+    "AdaptiveClip",
     "EpsilonMeter",
     "Event",
     "FixedSizeSampler",

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 from dpft.errors import MissingPackageError, PrivacyConfigError
 from dpft.privacy.accountant import check_supported, epsilon
+from dpft.privacy.adaptive_clip import AdaptiveClip
 from dpft.privacy.calibration import calibrate_noise_multiplier
 from dpft.privacy.mechanism import AccountantName, Mechanism, SamplerName, UnitName
 from dpft.privacy.schedule import PrivacySchedule
@@ -47,7 +48,8 @@ class PrivacyConfig:
         noise_multiplier: sigma; noise has standard deviation sigma * ``max_grad_norm``. 0: not private, for debugging.
         num_steps: logical batches.
         num_epochs: passes over the data in expectation.
-        max_grad_norm: clip norm C, over all trainable parameters together.
+        max_grad_norm: clip norm C, over all trainable parameters together; with ``adaptive_clip`` the first one.
+        adaptive_clip: an :class:`AdaptiveClip`: C follows a quantile of the norms, within the same epsilon.
         sample_rate: a declared constant q for the Poisson samplers; None: ``expected_batch_size / len(dataset)``,
             which treats the number of examples as public; the report says so.
         sampler: ``poisson``, ``truncated_poisson`` (with ``max_batch_size``), ``fixed_size`` (with
@@ -74,6 +76,7 @@ class PrivacyConfig:
     num_steps: int | None = None
     num_epochs: float | None = None
     max_grad_norm: float = 1.0
+    adaptive_clip: AdaptiveClip | None = None
     sample_rate: float | None = None
     sampler: SamplerName = "poisson"
     max_batch_size: int | None = None
@@ -98,6 +101,10 @@ class PrivacyConfig:
                 raise PrivacyConfigError(f"{name}={getattr(self, name)!r}; expected one of {', '.join(choices)}.")
         if not isinstance(self.secure_rng, bool):
             raise PrivacyConfigError(f"secure_rng={self.secure_rng!r}; expected True or False.")
+        if not (self.adaptive_clip is None or isinstance(self.adaptive_clip, AdaptiveClip)):
+            raise PrivacyConfigError(
+                f"adaptive_clip={self.adaptive_clip!r}; expected a dpft.AdaptiveClip, such as AdaptiveClip(quantile=0.5)."
+            )
         self._check_ranges()
         self._check_combinations()
 
@@ -134,6 +141,15 @@ class PrivacyConfig:
                 f"unit={self.unit!r} with examples_per_user={self.examples_per_user!r}; give examples_per_user (an "
                 "upper bound that the data really keeps) exactly when unit='user'."
             )
+        if self.adaptive_clip is not None and (
+            self.unit != "example" or self.sampler == "shuffle" or self.clip_function != "abadi"
+        ):
+            # A user has several counts; under 'shuffle' a neighbour's gradient is zero, whose b is 1 and not nothing.
+            raise PrivacyConfigError(
+                f"adaptive_clip with unit={self.unit!r}, sampler={self.sampler!r}, clip_function="
+                f"{self.clip_function!r}: its count is accounted for with unit 'example', every sampler but 'shuffle', "
+                "and the clip function 'abadi'. Use those, or leave adaptive_clip out."
+            )
         if self.item is not None and (type(self.item) is not str or not self.item.strip() or "\n" in self.item):
             raise PrivacyConfigError(f"item={self.item!r}; expected a few words on one line: what an example is.")
         if self.item is not None and self.unit != "example":
@@ -144,10 +160,11 @@ class PrivacyConfig:
 
     # ------------------------------------------------------------------------------------------ as data
     def to_dict(self) -> dict[str, Any]:
-        """Every field, JSON-serialisable; ``item`` only where it is given."""
+        """Every field, JSON-serialisable; ``item`` and ``adaptive_clip`` only where they are given."""
         values = dataclasses.asdict(self)
-        if self.item is None:  # without it the fingerprint is that of the versions before it
-            del values["item"]
+        for name in ("item", "adaptive_clip"):
+            if values[name] is None:  # without it the fingerprint is that of the versions before it
+                del values[name]
         return values
 
     @classmethod
@@ -162,6 +179,9 @@ class PrivacyConfig:
             raise PrivacyConfigError(f"unknown privacy settings {unknown}; expected some of {sorted(known)}.")
         if missing := sorted({"target_delta", "expected_batch_size"} - set(values)):
             raise PrivacyConfigError(f"privacy settings lack {missing}; give them.")
+        values = dict(values)
+        if isinstance(values.get("adaptive_clip"), Mapping):
+            values["adaptive_clip"] = AdaptiveClip.from_dict(values["adaptive_clip"])
         return cls(**values)
 
     def fingerprint(self) -> str:
@@ -233,6 +253,8 @@ class PrivacyConfig:
             sigma = calibrate_noise_multiplier(
                 shape, steps, self.target_epsilon, self.target_delta, accountant=self.accountant
             )
+        if self.adaptive_clip is not None:
+            self.adaptive_clip.sum_noise_multiplier(sigma, self.expected_batch_size)  # raises where there is none
         spent: float | None
         try:
             spent = epsilon(shape.with_noise(sigma), steps, self.target_delta, accountant=self.accountant)
@@ -247,6 +269,7 @@ class PrivacyConfig:
             num_steps=steps,
             expected_batch_size=self.expected_batch_size,
             max_grad_norm=self.max_grad_norm,
+            adaptive_clip=self.adaptive_clip,
             target_delta=self.target_delta,
             target_epsilon=self.target_epsilon,
             computed_epsilon=spent,
@@ -284,6 +307,11 @@ class PrivacyConfig:
             lines.append(
                 "the number of examples is public: the sample rate was taken from it (strictly, neighbouring datasets "
                 "then differ in one example whose gradient is replaced by zero; the epsilon is the same)"
+            )
+        if self.adaptive_clip is not None:
+            lines.append(
+                "the clip norms are public: each follows from noised counts of clipped examples, which are part of the "
+                "releases (where a gradient is replaced by zero, its example is not counted either)"
             )
         if self.unit == "user":
             lines.append(f"no user has more than {self.examples_per_user} examples")

@@ -10,6 +10,7 @@ from typing import Any
 
 from dpft.errors import MissingPackageError, PrivacyConfigError
 from dpft.privacy.accountant import Event, discretization, epsilon, rounded_up
+from dpft.privacy.adaptive_clip import AdaptiveClip
 from dpft.privacy.epsilon_meter import EpsilonMeter
 from dpft.privacy.mechanism import AccountantName, Mechanism, SamplerName, UnitName
 
@@ -18,7 +19,7 @@ from dpft.privacy.mechanism import AccountantName, Mechanism, SamplerName, UnitN
 class PrivacySchedule:
     """A resolved :class:`~dpft.privacy.config.PrivacyConfig`. Create it with ``config.resolve(len(dataset))``.
 
-    The optimiser adds noise of standard deviation ``noise_multiplier * max_grad_norm`` to the clipped sum, once per
+    The optimiser adds noise of standard deviation ``sum_noise_multiplier * max_grad_norm`` to the clipped sum, once per
     logical batch, and divides by ``expected_batch_size``.
 
     Attributes:
@@ -26,7 +27,7 @@ class PrivacySchedule:
         sample_rate: probability of each example (``fixed_size``, ``shuffle``: batch size / N, for information only).
         num_steps: number of logical batches, and so of releases.
         expected_batch_size: the constant divisor b.
-        max_grad_norm: the clip norm C.
+        max_grad_norm: the clip norm C; with ``adaptive_clip`` that of the first release.
         target_delta: delta.
         target_epsilon: the budget; None where the noise was given.
         computed_epsilon: what :attr:`epsilon` returns; None where it could not be computed when the configuration was
@@ -35,6 +36,7 @@ class PrivacySchedule:
         assumptions: of the epsilon, in words.
         config_fingerprint: of the configuration that this schedule came from.
         item: what an example is, in words, where it is not one record.
+        adaptive_clip: how the clip norm follows the gradients; None: it is constant.
     """
 
     noise_multiplier: float
@@ -57,6 +59,24 @@ class PrivacySchedule:
     assumptions: tuple[str, ...]
     config_fingerprint: str
     item: str | None = None
+    adaptive_clip: AdaptiveClip | None = None
+
+    @property
+    def sum_noise_multiplier(self) -> float:
+        """Standard deviation of the noise on the clipped sum, over its clip norm.
+
+        It is ``noise_multiplier``, which is what the accountant composes; or more, where a count has a part of it.
+        """
+        if self.adaptive_clip is None:
+            return self.noise_multiplier
+        return self.adaptive_clip.sum_noise_multiplier(self.noise_multiplier, self.expected_batch_size)
+
+    @property
+    def count_noise(self) -> float | None:
+        """Standard deviation of the noise on the count of clipped examples; None without ``adaptive_clip``."""
+        if self.adaptive_clip is None:
+            return None
+        return self.adaptive_clip.count_std(self.noise_multiplier, self.expected_batch_size)
 
     @property
     def epsilon(self) -> float:
@@ -118,7 +138,7 @@ class PrivacySchedule:
         planned = self._known_epsilon()
         shown = "NOT COMPUTED (pip install dp-accounting scipy)" if planned is None else rounded_up(planned)
         target = "none given" if self.target_epsilon is None else f"{self.target_epsilon:g}"
-        noise = self.noise_multiplier * self.max_grad_norm
+        noise, adaptive = self.sum_noise_multiplier * self.max_grad_norm, self.adaptive_clip
         cap = "" if self.max_batch_size is None else f", at most {self.max_batch_size}"
         unit = (
             f"user, at most {self.examples_per_user} examples each" if self.unit == "user" else self.item or "example"
@@ -128,6 +148,7 @@ class PrivacySchedule:
             f"delta              {self.target_delta:g}",
             f"noise multiplier   {self.noise_multiplier:.6g} (standard deviation {noise:.6g} on the clipped sum)",
             f"clip norm          {self.max_grad_norm:g}, clip function {self.clip_function}",
+            *([] if adaptive is None else [f"adaptive clip      {self.described_adaptation()}"]),
             f"sampler            {self.sampler}, sample rate {self.sample_rate:.6g}",
             f"logical batch      {self.expected_batch_size:g} expected{cap}",
             f"adjacency          {self.mechanism.adjacency}, sensitivity {self.mechanism.sensitivity}",
@@ -138,6 +159,15 @@ class PrivacySchedule:
         if planned == math.inf:
             lines.insert(0, "NOT PRIVATE: no noise is added (noise_multiplier = 0); epsilon is infinite.")
         return "\n".join(lines)
+
+    def described_adaptation(self) -> str:
+        """In words: how the clip norm adapts, and what noise its count and the sum get."""
+        assert self.adaptive_clip is not None
+        return (
+            f"C follows the {self.adaptive_clip.quantile:g}-quantile of the norms (learning rate "
+            f"{self.adaptive_clip.learning_rate:g}); noise multiplier {self.sum_noise_multiplier:.6g} on the sum, "
+            f"standard deviation {self.count_noise:.6g} on the count, together {self.noise_multiplier:.6g}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable. An infinite ``epsilon`` is the string ``inf`` (strict JSON has no number for it)."""
@@ -154,6 +184,8 @@ class PrivacySchedule:
         """
         try:
             rest = dict(values)
+            if rest.get("adaptive_clip") is not None:
+                rest["adaptive_clip"] = AdaptiveClip.from_dict(rest["adaptive_clip"])
             epsilon, assumptions = rest.pop("epsilon"), tuple(rest.pop("assumptions"))
             return cls(**rest, computed_epsilon=None if epsilon is None else float(epsilon), assumptions=assumptions)
         except (KeyError, TypeError, ValueError) as error:
