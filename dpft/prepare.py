@@ -144,8 +144,13 @@ def prepare(
             )
         if privacy.adaptive_clip is not None and (clipping == "none" or size != 1):
             raise PrivacyConfigError(
-                f"adaptive_clip with clipping={clipping!r}, sp_size={size}: clipped examples are counted where each is "
-                "clipped, on one rank. Use another clipping, without sp_size, or leave adaptive_clip out."
+                f"adaptive_clip with clipping={clipping!r}, sp_size={size}: clipped examples are counted where each "
+                "is clipped, on one rank. Use another clipping, without sp_size, or leave adaptive_clip out."
+            )
+        if privacy.clip_groups is not None and size != 1:
+            raise EngineError(
+                f"clip_groups with sp_size={size}: where the tokens of an example are spread over ranks, its gradient "
+                "is clipped as a whole. Leave clip_groups out, or train without sp_size."
             )
         if clipping == "none" and kind != "single":
             raise EngineError("clipping='none' runs in one process; to compare on several, train without dpft.")
@@ -202,6 +207,7 @@ def prepare(
         memory=memory,
         loss_chunk=loss_chunk,
         isolation=isolation,
+        clip_groups=privacy.clip_groups,
     )
     state = get_state(model)
     if state.one_by_one is not None:

@@ -162,7 +162,7 @@ class PrivacyRun:
         self.ledger.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The run id of the ledger that this checkpoint belongs to, its count, and a clip norm that adapts; no secret."""
+        """The run id of the ledger that this checkpoint belongs to, its count, and an adapted clip norm; no secret."""
         return self.ledger.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

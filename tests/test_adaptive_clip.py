@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -116,9 +117,7 @@ def joint(batch: Batch, strategy: Any, schedule: PrivacySchedule) -> Tensor:
     dpft.clipped_loss(model, losses, batch.get("example_weight")).backward()
     total = torch.cat([g.double().flatten() for g in oracle.grads_of(model).values()])
     count = torch.tensor([state.count.take() / 2], dtype=torch.float64)
-    return torch.cat(
-        [total / (schedule.sum_noise_multiplier * schedule.max_grad_norm), count / schedule.count_noise]
-    )
+    return torch.cat([total / (schedule.sum_noise_multiplier * schedule.max_grad_norm), count / schedule.count_noise])
 
 
 magnitude = st.sampled_from([0.0, 1e-30, 1e-3, 0.1, 1.0, 1e4, 1e19, 3e38, float("inf"), float("nan")])
@@ -182,7 +181,7 @@ class Silent(nn.Module):
 
 
 def test_noise_of_sum_and_count(path: Path) -> None:
-    """The weight's steps are noise of deviation z_sum C_t / b, with each release's own C; the count's follows from C."""
+    """The weight's steps are noise of deviation z_sum C_t / b, each with its own C; the counts' is in the Cs."""
     steps, b, clip = 150, 6, dpft.AdaptiveClip(count_noise=0.6, learning_rate=0.1)
     data = [{"x": torch.zeros(100)} for _ in range(12)]
     changes = {"sample_rate": 1.0, "num_steps": steps, "adaptive_clip": clip, "max_grad_norm": 1e-3}
@@ -205,7 +204,7 @@ def test_noise_of_sum_and_count(path: Path) -> None:
     of_each = scaled.std(1) / z_sum  # no release with another one's C
     assert (of_each - 1).abs().max() < SIGMAS * 1.2 / math.sqrt(2 * scaled.shape[1])
     # All twelve are clipped: the count is -6, plus noise.
-    counts = torch.tensor([b * (-math.log(c2 / c1) / 0.1) for c1, c2 in zip(norms, norms[1:], strict=False)])
+    counts = torch.tensor([b * (-math.log(c2 / c1) / 0.1) for c1, c2 in itertools.pairwise(norms)])
     assert abs(counts.mean() + 6) < SIGMAS * 0.6 / math.sqrt(steps)
     assert abs(counts.std() / 0.6 - 1) < SIGMAS / math.sqrt(2 * steps)
     together = torch.stack([counts - counts.mean(), scaled.mean(1)])
@@ -263,7 +262,7 @@ def test_checkpoint_and_ledger_must_agree(path: Path) -> None:
 
 
 def test_a_torn_line_counts_and_its_norm_is_the_one_before(path: Path) -> None:
-    """Whatever part of the line of release 3 reached the disk: the release is counted, its noised count is not used."""
+    """Whatever part of the line of release 3 reached the disk: the release counts, its noised count is not used."""
     training = Training(path, changes=ADAPTIVE).train(3)
     training.close()
     whole, last = path.read_bytes(), len(path.read_bytes().splitlines(keepends=True)[-1])

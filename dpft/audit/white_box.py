@@ -86,9 +86,10 @@ def white_box(
             f"noise_multiplier={schedule.noise_multiplier:g}, unit={schedule.unit!r}; an audit needs a claim to test: "
             "noise above 0, and the unit 'example'."
         )
-    if schedule.adaptive_clip is not None:
+    if schedule.adaptive_clip is not None or schedule.clip_groups is not None:
         raise PrivacyConfigError(
-            "adaptive_clip: the audit expects one clip norm in all releases; audit the configuration without it."
+            "adaptive_clip or clip_groups: the audit expects one clip norm, of the whole gradient, in all releases; "
+            "audit the configuration without them."
         )
     if wrong := {str(p.dtype) for p in model.parameters() if p.requires_grad} - {"torch.float32"}:
         raise ValueError(

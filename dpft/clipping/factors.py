@@ -85,8 +85,8 @@ class ClipRule:
 class ClipCount:
     """Of the examples of one logical batch, those whose norm is at most C, minus the others.
 
-    It depends on private data: only with noise may it leave the process. An example counts 1 or -1, also if its norm is
-    NaN; a row of weight 0 or NaN counts 0.
+    It depends on private data: only with noise may it leave the process. An example counts 1 or -1, also if its norm
+    is NaN; a row of weight 0 or NaN counts 0.
     """
 
     def __init__(self) -> None:

@@ -5,9 +5,9 @@ clipped gradients each release has a noised count: with ``b_i = 1`` where an exa
 ``sum_i (b_i - 1/2) + N(0, count_noise^2)`` over the sampled examples. The clip norm of the next release is
 ``C exp(-learning_rate (fraction - quantile))``, with ``fraction = 1/2 + count / expected_batch_size``.
 
-**Privacy: one Gaussian mechanism.** Each example adds one vector to the release, ``(clipped gradient, b - 1/2)``. Divide
-its parts by the standard deviations of their noise, ``z_sum C`` and ``count_noise``: the noise is then N(0, I), and
-the example's vector has a norm of at most ``sqrt(z_sum^-2 + (2 count_noise)^-2)``, as ``|b - 1/2| = 1/2``. With ::
+**Privacy: one Gaussian mechanism.** Each example adds one vector to the release, ``(clipped gradient, b - 1/2)``.
+Divide its parts by the standard deviations of their noise, ``z_sum C`` and ``count_noise``: the noise is then N(0, I),
+and the example's vector has a norm of at most ``sqrt(z_sum^-2 + (2 count_noise)^-2)``, as ``|b - 1/2| = 1/2``. With ::
 
     z_sum = (z^-2 - (2 count_noise)^-2)^(-1/2)
 

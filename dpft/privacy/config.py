@@ -20,6 +20,7 @@ from dpft.privacy.mechanism import AccountantName, Mechanism, SamplerName, UnitN
 from dpft.privacy.schedule import PrivacySchedule
 
 ClipFunctionName = Literal["abadi", "automatic"]
+ClipGroupsSpec = Literal["layer"] | Mapping[str, float] | tuple[tuple[str, float], ...]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "sampler": get_args(SamplerName),
@@ -49,6 +50,8 @@ class PrivacyConfig:
         num_steps: logical batches.
         num_epochs: passes over the data in expectation.
         max_grad_norm: clip norm C, over all trainable parameters together; with ``adaptive_clip`` the first one.
+        clip_groups: parameters that are clipped apart, as :func:`dpft.wrap`: ``"layer"``, or a weight for each
+            beginning of parameters' names. The squares of the groups' norms add up to C^2: the sensitivity stays C.
         adaptive_clip: an :class:`AdaptiveClip`: C follows a quantile of the norms, within the same epsilon.
         sample_rate: a declared constant q for the Poisson samplers; None: ``expected_batch_size / len(dataset)``,
             which treats the number of examples as public; the report says so.
@@ -76,6 +79,7 @@ class PrivacyConfig:
     num_steps: int | None = None
     num_epochs: float | None = None
     max_grad_norm: float = 1.0
+    clip_groups: ClipGroupsSpec | None = None
     adaptive_clip: AdaptiveClip | None = None
     sample_rate: float | None = None
     sampler: SamplerName = "poisson"
@@ -101,9 +105,10 @@ class PrivacyConfig:
                 raise PrivacyConfigError(f"{name}={getattr(self, name)!r}; expected one of {', '.join(choices)}.")
         if not isinstance(self.secure_rng, bool):
             raise PrivacyConfigError(f"secure_rng={self.secure_rng!r}; expected True or False.")
+        object.__setattr__(self, "clip_groups", _clip_groups(self.clip_groups))
         if not (self.adaptive_clip is None or isinstance(self.adaptive_clip, AdaptiveClip)):
             raise PrivacyConfigError(
-                f"adaptive_clip={self.adaptive_clip!r}; expected a dpft.AdaptiveClip, such as AdaptiveClip(quantile=0.5)."
+                f"adaptive_clip={self.adaptive_clip!r}; expected a dpft.AdaptiveClip, such as AdaptiveClip()."
             )
         self._check_ranges()
         self._check_combinations()
@@ -147,8 +152,12 @@ class PrivacyConfig:
             # A user has several counts; under 'shuffle' a neighbour's gradient is zero, whose b is 1 and not nothing.
             raise PrivacyConfigError(
                 f"adaptive_clip with unit={self.unit!r}, sampler={self.sampler!r}, clip_function="
-                f"{self.clip_function!r}: its count is accounted for with unit 'example', every sampler but 'shuffle', "
-                "and the clip function 'abadi'. Use those, or leave adaptive_clip out."
+                f"{self.clip_function!r}: its count is accounted for with unit 'example', every sampler but "
+                "'shuffle', and the clip function 'abadi'. Use those, or leave adaptive_clip out."
+            )
+        if self.adaptive_clip is not None and self.clip_groups is not None:
+            raise PrivacyConfigError(
+                "adaptive_clip with clip_groups: one clip norm adapts, and not one for each group. Leave one out."
             )
         if self.item is not None and (type(self.item) is not str or not self.item.strip() or "\n" in self.item):
             raise PrivacyConfigError(f"item={self.item!r}; expected a few words on one line: what an example is.")
@@ -160,9 +169,9 @@ class PrivacyConfig:
 
     # ------------------------------------------------------------------------------------------ as data
     def to_dict(self) -> dict[str, Any]:
-        """Every field, JSON-serialisable; ``item`` and ``adaptive_clip`` only where they are given."""
+        """Every field, JSON-serialisable; ``item``, ``adaptive_clip``, ``clip_groups`` only where given."""
         values = dataclasses.asdict(self)
-        for name in ("item", "adaptive_clip"):
+        for name in ("item", "adaptive_clip", "clip_groups"):
             if values[name] is None:  # without it the fingerprint is that of the versions before it
                 del values[name]
         return values
@@ -269,6 +278,7 @@ class PrivacyConfig:
             num_steps=steps,
             expected_batch_size=self.expected_batch_size,
             max_grad_norm=self.max_grad_norm,
+            clip_groups=self.clip_groups,
             adaptive_clip=self.adaptive_clip,
             target_delta=self.target_delta,
             target_epsilon=self.target_epsilon,
@@ -310,8 +320,8 @@ class PrivacyConfig:
             )
         if self.adaptive_clip is not None:
             lines.append(
-                "the clip norms are public: each follows from noised counts of clipped examples, which are part of the "
-                "releases (where a gradient is replaced by zero, its example is not counted either)"
+                "the clip norms are public: each follows from noised counts of clipped examples, which are part of "
+                "the releases (where a gradient is replaced by zero, its example is not counted either)"
             )
         if self.unit == "user":
             lines.append(f"no user has more than {self.examples_per_user} examples")
@@ -321,6 +331,26 @@ class PrivacyConfig:
         )
         lines.append("which examples were drawn, and how many, stays secret; so do the seeds")
         return lines
+
+
+def _clip_groups(groups: Any) -> Any:
+    """``None``, ``"layer"``, or pairs of a beginning of names and a weight, from a mapping or a list.
+
+    Raises:
+        PrivacyConfigError: anything else.
+    """
+    if groups is None or groups == "layer":
+        return groups
+    try:
+        pairs = tuple((str(name), float(weight)) for name, weight in dict(groups).items())
+        if pairs and all(0 < weight < math.inf for _, weight in pairs):
+            return pairs
+    except (TypeError, ValueError):
+        pass
+    raise PrivacyConfigError(
+        f"clip_groups={groups!r}; expected 'layer', or a finite weight > 0 for each beginning of parameters' names, "
+        "such as {'model.embed': 1, '': 2}."
+    )
 
 
 def _number(name: str, value: Any, *, whole: bool) -> Any:

@@ -8,8 +8,8 @@ The file holds JSON lines, each with a CRC-32 of itself:
 
 - the header: format, run id, configuration and schedule, and the mechanism of segment 0;
 - ``segment``: every resume begins one, with the mechanism from there on;
-- ``release``: its number, 1, 2, 3, ... without gaps, and its segment; under ``adaptive_clip`` also the clip norm of the
-  next release, which follows from the noised counts up to this one;
+- ``release``: its number, 1, 2, 3, ... without gaps, and its segment; under ``adaptive_clip`` also the clip norm of
+  the next release, which follows from the noised counts up to this one;
 - ``torn``: written at the next start, after a last line that a crash truncated. A torn line counts as a release.
 
 A line that is damaged anywhere else, or a number out of order, is a :class:`~dpft.errors.LedgerError`: the count

@@ -1,4 +1,4 @@
-"""Append-only files of JSON lines, each with a CRC-32 of itself, on disk when a write returns; locked by one process."""
+"""Append-only files of JSON lines, each with a CRC-32 of itself; a write returns once it is on disk."""
 
 from __future__ import annotations
 

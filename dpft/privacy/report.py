@@ -16,6 +16,7 @@ _ADJACENCY = {
     "replace_one": "one {unit} is replaced by another",
     "zero_out": "the gradient of one {unit} is replaced by zero",
 }
+GROUPS = "sensitivity C, the same noise on every parameter (McMahan et al. 2018, arXiv 1710.06963)"
 _LIBRARIES = ("dpft", "dp-accounting", "numpy", "scipy", "torch", "accelerate", "transformers")
 
 
@@ -86,6 +87,7 @@ def privacy_report(
         "sample_rate": schedule.sample_rate if mechanism.sample_rate is not None else None,
         "noise_multiplier": schedule.noise_multiplier,
         "max_grad_norm": schedule.max_grad_norm,
+        "clip_groups": None if schedule.clip_groups is None else schedule.described_groups(),
         "adaptive_clip": None if schedule.adaptive_clip is None else schedule.described_adaptation(),
         "next_clip_norm": _next_clip_norm(schedule, ledger),
         "sensitivity": mechanism.sensitivity,
@@ -153,6 +155,7 @@ def privacy_statement_markdown(report: dict[str, Any]) -> str:
         ("Expected logical batch", f"{report['expected_batch_size']:g}{cap}"),
         ("Noise multiplier", f"{report['noise_multiplier']:.6g}"),
         ("Clip norm C", clip),
+        *([("Clip groups", f"{report['clip_groups']}; {GROUPS}")] if report.get("clip_groups") else []),
         *([("Adaptive clip norm", f"{report['adaptive_clip']}; {THEOREM}")] if report.get("adaptive_clip") else []),
         ("Clip function", report["clip_function"] + gamma),
         ("Clipping", report["clipping"] or "not stated"),

@@ -19,8 +19,8 @@ from dpft.privacy.mechanism import AccountantName, Mechanism, SamplerName, UnitN
 class PrivacySchedule:
     """A resolved :class:`~dpft.privacy.config.PrivacyConfig`. Create it with ``config.resolve(len(dataset))``.
 
-    The optimiser adds noise of standard deviation ``sum_noise_multiplier * max_grad_norm`` to the clipped sum, once per
-    logical batch, and divides by ``expected_batch_size``.
+    The optimiser adds noise of standard deviation ``sum_noise_multiplier * max_grad_norm`` to the clipped sum, once
+    per logical batch, and divides by ``expected_batch_size``.
 
     Attributes:
         noise_multiplier: sigma, given or calibrated; 0 means not private.
@@ -36,6 +36,7 @@ class PrivacySchedule:
         assumptions: of the epsilon, in words.
         config_fingerprint: of the configuration that this schedule came from.
         item: what an example is, in words, where it is not one record.
+        clip_groups: which parameters are clipped apart; None: all together.
         adaptive_clip: how the clip norm follows the gradients; None: it is constant.
     """
 
@@ -60,6 +61,7 @@ class PrivacySchedule:
     config_fingerprint: str
     item: str | None = None
     adaptive_clip: AdaptiveClip | None = None
+    clip_groups: Any = None
 
     @property
     def sum_noise_multiplier(self) -> float:
@@ -148,6 +150,7 @@ class PrivacySchedule:
             f"delta              {self.target_delta:g}",
             f"noise multiplier   {self.noise_multiplier:.6g} (standard deviation {noise:.6g} on the clipped sum)",
             f"clip norm          {self.max_grad_norm:g}, clip function {self.clip_function}",
+            *([] if self.clip_groups is None else [f"clip groups        {self.described_groups()}"]),
             *([] if adaptive is None else [f"adaptive clip      {self.described_adaptation()}"]),
             f"sampler            {self.sampler}, sample rate {self.sample_rate:.6g}",
             f"logical batch      {self.expected_batch_size:g} expected{cap}",
@@ -169,6 +172,13 @@ class PrivacySchedule:
             f"standard deviation {self.count_noise:.6g} on the count, together {self.noise_multiplier:.6g}"
         )
 
+    def described_groups(self) -> str:
+        """In words: how the clip norm is divided among groups of parameters."""
+        if self.clip_groups == "layer":
+            return "each module's parameters to C / sqrt(number of modules), so that all together are clipped to C"
+        parts = ", ".join(f"{name or 'others'}: {weight:g}" for name, weight in self.clip_groups)
+        return f"apart, with norms proportional to {parts}, whose squares add up to C^2"
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable. An infinite ``epsilon`` is the string ``inf`` (strict JSON has no number for it)."""
         values = dataclasses.asdict(self)
@@ -184,6 +194,8 @@ class PrivacySchedule:
         """
         try:
             rest = dict(values)
+            if isinstance(rest.get("clip_groups"), list):
+                rest["clip_groups"] = tuple((name, weight) for name, weight in rest["clip_groups"])
             if rest.get("adaptive_clip") is not None:
                 rest["adaptive_clip"] = AdaptiveClip.from_dict(rest["adaptive_clip"])
             epsilon, assumptions = rest.pop("epsilon"), tuple(rest.pop("assumptions"))
