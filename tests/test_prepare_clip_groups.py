@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 
 import dpft
-from dpft.errors import EngineError, PrivacyConfigError
-from dpft.privacy import PrivacySchedule
 from tests import oracle
 from tests.clipping.test_clip_groups import clipped_apart
 from tests.oracle import relative_error
@@ -55,7 +53,7 @@ def test_epsilon_statement_and_files() -> None:
     assert named == dpft.PrivacyConfig.from_dict(json.loads(json.dumps(named.to_dict())))
     assert "clip_groups" not in config().to_dict() and named.fingerprint() != config().fingerprint()
     schedule = named.resolve(60)
-    assert PrivacySchedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
+    assert dpft.PrivacySchedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
     text = dpft.privacy_statement_markdown(dpft.privacy_report(schedule, 3))
     assert "others: 1, model.embed_tokens: 2, whose squares add up to C^2" in text
     assert "arXiv 1710.06963" in text and "(sensitivity C)" in text
@@ -63,19 +61,19 @@ def test_epsilon_statement_and_files() -> None:
 
 @pytest.mark.parametrize("groups", ["module", {}, {"": 0}, {"": math.nan}, {"": "x"}, 3])
 def test_other_groups_are_refused(groups: Any) -> None:
-    with pytest.raises(PrivacyConfigError, match="expected 'layer', or a finite weight"):
+    with pytest.raises(dpft.PrivacyConfigError, match="expected 'layer', or a finite weight"):
         config(clip_groups=groups)
 
 
 def test_not_with_an_adaptive_norm() -> None:
-    with pytest.raises(PrivacyConfigError, match="one clip norm adapts, and not one for each group"):
+    with pytest.raises(dpft.PrivacyConfigError, match="one clip norm adapts, and not one for each group"):
         config(clip_groups="layer", adaptive_clip=dpft.AdaptiveClip())
 
 
 def test_not_with_tokens_spread_over_ranks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(dpft.prepare.__globals__, "sequence_size", lambda accelerator: 2)
     for changes, error in (
-        ({"clip_groups": "layer"}, EngineError),
+        ({"clip_groups": "layer"}, dpft.EngineError),
         ({"adaptive_clip": dpft.AdaptiveClip()}, ValueError),
     ):
         with pytest.raises(error, match="sp_size=2"):
@@ -84,7 +82,7 @@ def test_not_with_tokens_spread_over_ranks(path: Path, monkeypatch: pytest.Monke
 
 def test_the_audit_expects_one_constant_norm() -> None:
     for changes in ({"clip_groups": "layer"}, {"adaptive_clip": dpft.AdaptiveClip()}):
-        with pytest.raises(PrivacyConfigError, match="the audit expects one clip norm"):
+        with pytest.raises(dpft.PrivacyConfigError, match="the audit expects one clip norm"):
             dpft.audit.white_box(new_accelerator, tiny_llama(), examples(), config(**changes), collate_fn=collate)
 
 

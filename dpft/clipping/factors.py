@@ -7,6 +7,10 @@ abadi        ``min(1, C / norm)``        C                        Abadi et al. 2
 automatic    ``C / (norm + gamma)``      C (strictly below)       Bu et al. 2023, arXiv 2206.07136, AUTO-S
 ===========  ==========================  =======================  =================================================
 
+Under ``automatic`` a gradient of norm n contributes ``C n / (n + gamma)``: below C for every n. Float32 keeps that
+only while factor and norm are in its range: gamma must be at least 2^-60, and the largest factor, C / gamma, at most
+2^60.
+
 ======================  ===============================================================
 norm or weight          factor
 ======================  ===============================================================
@@ -60,6 +64,11 @@ class ClipRule:
             raise ValueError(f"clip_function is {self.function!r}; expected 'abadi' or 'automatic'")
         if not (math.isfinite(self.gamma) and self.gamma > 0):
             raise ValueError(f"clip_gamma is {self.gamma!r}; expected a finite number above 0")
+        if self.function == "automatic" and self.gamma < max(1.0, self.max_grad_norm) / LARGEST_NORM:
+            raise ValueError(
+                f"clip_gamma is {self.gamma!r} at max_grad_norm {self.max_grad_norm:g}; expected at least 2^-60, and "
+                "max_grad_norm / 2^60: factors of small gradients would leave float32's range. Use 0.01."
+            )
 
     def factors(self, sq_norms: Tensor, weights: Tensor | None = None) -> Tensor:
         """Clip factors from squared norms.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,8 +19,16 @@ from dpft.kernels.linear import sq_norm
 from dpft.kernels.weighted import RowWeights
 from dpft.rules.base import full_shape
 
-if TYPE_CHECKING:
-    from dpft.clipping.strategies import Job
+
+class Job(Protocol):
+    """See :class:`dpft.clipping.strategies.Job`."""
+
+    state: ClipState
+    losses: Tensor | Sequence[Tensor]
+    weights: Tensor
+    strategy: str
+    leaves: dict[str, Tensor]
+    batch_size: int
 
 
 def no_gradient(parameter: Tensor, device: torch.device) -> Tensor:

@@ -34,6 +34,7 @@ _REALS = (
 )
 _WHOLE = ("num_steps", "max_batch_size", "examples_per_user")
 _MAY_BE_ZERO = ("noise_multiplier",)
+_SMALLEST_GAMMA = 2.0**-60  # of "automatic"; times C, the largest factor of a gradient is 2^60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +117,11 @@ class PrivacyConfig:
     def _check_ranges(self) -> None:
         if self.target_delta >= 1:
             raise PrivacyConfigError(f"target_delta={self.target_delta!r}; expected a number in (0, 1), such as 1e-6.")
+        if self.clip_function == "automatic" and self.clip_gamma < max(1.0, self.max_grad_norm) * _SMALLEST_GAMMA:
+            raise PrivacyConfigError(
+                f"clip_gamma={self.clip_gamma!r} with max_grad_norm={self.max_grad_norm:g}; expected at least 2^-60, "
+                "and max_grad_norm / 2^60: factors of small gradients would leave float32's range. Use 0.01."
+            )
         if self.sample_rate is not None and self.sample_rate > 1:
             raise PrivacyConfigError(f"sample_rate={self.sample_rate!r}; expected a probability in (0, 1].")
 

@@ -137,7 +137,7 @@ def privacy_statement_markdown(report: dict[str, Any]) -> str:
         ]
     rate = report["sample_rate"]
     cap = "" if report["max_batch_size"] is None else f", capped at {report['max_batch_size']}"
-    gamma = "" if report["clip_gamma"] is None else f", gamma {report['clip_gamma']:g}"
+    gamma = "" if report["clip_gamma"] is None else f", gamma {report['clip_gamma']:g}: C n / (n + gamma) < C"
     clip = f"{report['max_grad_norm']:g} (sensitivity {report['sensitivity']})"
     if report.get("adaptive_clip") is not None:
         now = "" if report["next_clip_norm"] is None else f", {report['next_clip_norm']:.4g} at the end"

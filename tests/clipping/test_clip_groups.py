@@ -19,7 +19,6 @@ from dpft.clipping.groupwise import GroupwisePass
 from dpft.clipping.passes import KeepPass
 from dpft.clipping.strategies import Job
 from dpft.errors import ClippingError
-from dpft.wrap import get_state
 from tests import oracle, zoo
 from tests.clipping.against_oracle import FLOAT32_LIMIT, OF_PLAIN, autocast, case_of, private_loss, set_checkpointing
 from tests.clipping.test_sensitivity import ADVERSARY, few, magnitude
@@ -324,4 +323,3 @@ def test_refused(options: dict[str, Any], message: str) -> None:
 def test_explained() -> None:
     model = dpft.wrap(zoo.LLAMA.build(), clip_groups="layer")
     assert "clip groups, each weighted when its backward is complete" in dpft.explain(model, 4, 9)
-    assert get_state(model).strategy == "one_pass"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tools.mutations.clip_norms import CLIP_NORM_MUTATIONS
 from tools.mutations.gradients import GRADIENT_MUTATIONS
 from tools.mutations.host import HOST_MUTATIONS
 from tools.mutations.long_context import LONG_CONTEXT_MUTATIONS
@@ -11,6 +12,7 @@ from tools.mutations.sequence import SEQUENCE_MUTATIONS
 from tools.mutations.trainers import TRAINER_MUTATIONS
 
 MUTATIONS = (
+    *CLIP_NORM_MUTATIONS,
     *GRADIENT_MUTATIONS,
     *LONG_CONTEXT_MUTATIONS,
     *MECHANISM_MUTATIONS,

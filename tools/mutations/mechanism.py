@@ -301,8 +301,8 @@ MECHANISM_MUTATIONS = (
         "abandoned_sum",
         "what a loop that ended left goes into the next batch",
         _RUN,
-        "            self.optimizer.discard()\n        self._backwards",
-        "        self._backwards",
+        "            self.optimizer.discard()\n",
+        "",
         PREPARE,
     ),
     Mutation(
