@@ -5,6 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +157,53 @@ def test_an_abandoned_logical_batch_does_not_vote(path: Path) -> None:
         break
     training.train()
     assert training.run.clip_norm == pytest.approx(1e3 * math.exp(-(0.5 + 6 / 6 - 0.5)), rel=1e-6)
+
+
+CHILD = """
+import os, sys
+from pathlib import Path
+import dpft
+from tests.training import Training
+folder = Path(sys.argv[1])
+options = {"adaptive_clip": dpft.AdaptiveClip(), "num_steps": 300}
+training = Training(folder / "ledger", changes=options, test_seed=None)
+if (folder / "state").exists():
+    training.accelerator.load_state(str(folder / "state"))
+side = open(folder / "side", "a")
+for _ in training.physical():
+    if training.loader.is_last:  # released: with this C, and this one is next
+        used = training.optimizer.optimizer.max_grad_norm
+        print(training.run.steps, used, training.run.clip_norm, file=side, flush=True)
+    if training.run.steps == 3:
+        training.accelerator.save_state(str(folder / "state"))
+"""
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(tmp_path: Path) -> None:
+    """Each release is made with the C of the line before, over two kills; the checkpoint is far behind the ledger."""
+    side, ledger = tmp_path / "side", tmp_path / "ledger"
+    script = tmp_path / "child.py"
+    script.write_text(CHILD)
+    root = Path(__file__).resolve().parents[1]
+    words = [sys.executable, str(script), str(tmp_path)]
+    for more in (12, 12):
+        known = len(lines(ledger)) if ledger.exists() else 0
+        with subprocess.Popen(words, env={**os.environ, "PYTHONPATH": str(root)}) as child:
+            while not ledger.exists() or ledger.read_bytes().count(b'"release"') < known + more:
+                assert child.poll() is None
+                time.sleep(0.01)
+            child.kill()
+        assert child.returncode == -signal.SIGKILL
+    content = [
+        line for line in ledger.read_bytes().split(b"\n") if b'"next_clip_norm"' in line and line.endswith(b"}")
+    ]
+    written = [1.0, *(json.loads(line)["next_clip_norm"] for line in content)]
+    made = [line.split() for line in side.read_text().splitlines()]
+    assert len(made) >= 20 and len(written) - 1 >= len(made)
+    if sum(b'"torn"' in line for line in ledger.read_bytes().split(b"\n")) == 0:
+        for number, used, following in made:
+            assert (float(used), float(following)) == (written[int(number) - 1], written[int(number)])
 
 
 # --- configuration, statement

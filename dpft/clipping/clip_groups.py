@@ -61,7 +61,7 @@ def make_groups(spec: ClipGroupsSpec, parameters: Iterable[str]) -> ClipGroups:
         labels, weights = list(dict.fromkeys(found)), [1.0] * len(set(found))
     else:
         given: Any = spec  # whatever the annotation says
-        pairs = {} if isinstance(given, str) else dict(given)
+        pairs: dict[str, Any] = {} if isinstance(given, str) else dict(given)
         labels, weights = list(pairs), list(pairs.values())
         if not pairs or not all(isinstance(w, int | float) and 0 < w < math.inf for w in weights):
             raise ValueError(
