@@ -70,7 +70,7 @@ test-slow: $(VENV)/.stamp-test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PARALLEL) -m slow $(PYTEST_ARGS)
 
 docs: $(VENV)/.stamp-test
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo 'The site is in site/: $(BIN)/python -m http.server --directory site'
 
 gpu: $(VENV)/.stamp-test

@@ -29,7 +29,7 @@ def register_rule(
         def my_layer(layer, activations, backprops):
             return {layer.weight: torch.einsum("btd,btp->bdp", backprops, activations[0])}
 
-        dpft.check_rule(MyLayer(...), torch.randn(3, 5, 8))
+        dpft.check_rule(MyLayer(8, 8), torch.randn(3, 5, 8))
 
     Args:
         cls: the class; its subclasses too, unless they have a forward of their own.

@@ -16,14 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = dpft.PrivacyConfig(noise_multiplier=1.0, target_delta=1e-5, expected_batch_size=10, num_steps=20)
 
 
-def ledger(folder: Path, releases: int = 5) -> Path:
+def ledger(folder: Path, releases: int = 5, **conditions: bool) -> Path:
     """A ledger as ``dpft.prepare`` begins one, with some releases."""
     schedule, path = CONFIG.resolve(1000), folder / "ledger.jsonl"
     with Ledger.open(
         path,
         "new",
         mechanism=schedule.mechanism,
-        config=CONFIG.to_dict(),
+        config=CONFIG.to_dict() | {"clipped": True, "seeded": False} | conditions,
         fingerprint=CONFIG.fingerprint(),
         schedule=schedule.to_dict(),
     ) as open_ledger:
@@ -52,6 +52,21 @@ def test_a_ledger_is_shown_verified_and_stated(tmp_path: Path, capsys: pytest.Ca
     assert said(capsys, "ledger", "verify", str(path)).startswith("whole: 5 releases")
     card = said(capsys, "card", str(tmp_path), "--tuning", "chosen beforehand")
     assert card == dpft.privacy_statement_markdown(report | {"tuning": "chosen beforehand"}).strip()
+
+
+@pytest.mark.parametrize(
+    ("conditions", "reason"),
+    [({"seeded": True}, "noise seed known; sampling seed known"), ({"clipped": False}, "gradients were not clipped")],
+)
+def test_what_the_ledger_says_is_not_private_is_never_stated_as_private(
+    conditions: dict[str, bool], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(ledger(tmp_path, **conditions))
+    card = said(capsys, "card", path, "--clipping", "flash")
+    assert f"**NOT PRIVATE: {reason}.**" in card and "Training satisfied" not in card
+    shown = said(capsys, "ledger", "show", path)
+    assert shown.startswith(f"NOT PRIVATE        {reason}\n") and "epsilon spent      inf" in shown
+    assert json.loads(said(capsys, "ledger", "show", path, "--json"))["epsilon"] == "inf"
 
 
 def test_a_torn_release_counts_and_a_damaged_ledger_is_not_whole(

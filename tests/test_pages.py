@@ -86,6 +86,20 @@ def program(page: Path) -> list[tuple[str, str, str]]:
     return steps
 
 
+def indented(text: str) -> list[int]:
+    """Lines where a block of code begins that has no fence, and so no language."""
+    found, fenced, item, blank = [], False, False, True
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        if not fenced and line.startswith("    ") and line.strip() and blank and not item:
+            found.append(number)
+        if line.strip() and not line.startswith(" "):
+            item = bool(re.match(r"[-*+] |\d+\. ", line))
+        blank = not line.strip()
+    return found
+
+
 def faults(text: str) -> list[str]:
     """Blocks that no test could run, and that nothing says so of."""
     found = []
@@ -96,13 +110,15 @@ def faults(text: str) -> list[str]:
             found.append(f"line {piece.line}: not run, for the reason {piece.reason!r}")
     fences = len(re.findall(r"^```", text, re.MULTILINE))
     marks = len(re.findall(r"<!-- (?:setup|not run|printed)", text))
+    found += [f"line {line}: an indented block of code; use a fence" for line in indented(text)]
     if fences + 2 * marks != sum(4 if piece.reason or piece.printed else 2 for piece in pieces(text)):
         found.append("a mark that stands before no block, or a block that does not end")
     return found
 
 
-PAGES = [README, *sorted(DOCS.rglob("*.md"))]
-RUNNING = [page for page in PAGES[1:] if program(page)]  # the README: test_packaging.py, from the wheel
+ELSEWHERE = [ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", "recipes/README.md")]  # also pages of the site
+PAGES = [README, *ELSEWHERE, *sorted(DOCS.rglob("*.md"))]
+RUNNING = [page for page in PAGES if page != README and program(page)]  # README: test_packaging.py, from the wheel
 
 
 def run_page(page: Path, folder: Path, python: str, environment: dict[str, str], timeout: int = 280) -> None:

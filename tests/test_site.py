@@ -69,8 +69,9 @@ def test_every_page_is_in_the_navigation_once() -> None:
     written = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
     assert len(listed) == len(set(listed))
     generated = re.findall(r'^    "[\w/.]+": "(\w+\.md)",$', (DOCS / "hooks" / "pages.py").read_text(), re.MULTILINE)
-    assert len(generated) == 3
-    assert set(listed) == written | set(generated)
+    assert len(generated) == 4
+    notebooks = {str(path.relative_to(DOCS).with_suffix(".md")) for path in DOCS.rglob("*.ipynb")}
+    assert set(listed) == written | set(generated) | notebooks
 
 
 @pytest.mark.slow
@@ -105,6 +106,7 @@ def test_links_out_of_docs_become_links_to_pages() -> None:
     assert pages.relinked("[a](../recipes/README.md#threads)", "docs/x.md", "x.md") == "[a](recipes.md#threads)"
     assert pages.relinked("[a](../../CONTRIBUTING.md)", "docs/api/x.md", "api/x.md") == "[a](../contributing.md)"
     assert pages.relinked("[a](docs/howto/audit.md)", "CONTRIBUTING.md", "contributing.md") == "[a](howto/audit.md)"
+    assert pages.relinked("[a](../SECURITY.md)", "docs/releases.md", "releases.md") == "[a](security.md)"
     for other in ("[a](https://example.org/x.md)", "[a](#here)", "[a](../setup.cfg)"):
         assert pages.relinked(other, "docs/x.md", "x.md") == other
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpft.errors import LedgerError
-from dpft.privacy.accountant import compose_epsilon, epsilon, rounded_up
+from dpft.privacy.accountant import epsilon, rounded_up
 from dpft.privacy.ledger import Ledger, LedgerContent
 from dpft.privacy.mechanism import Mechanism
 from dpft.privacy.report import privacy_report, privacy_statement_markdown
@@ -73,6 +73,22 @@ def _read(path: str) -> tuple[LedgerContent, PrivacySchedule]:
     return content, PrivacySchedule.from_dict(content.header["schedule"])
 
 
+def _report(
+    content: LedgerContent, schedule: PrivacySchedule, clipping: str | None = None, tuning: str | None = None
+) -> dict[str, Any]:
+    """The report; the ledger's header says whether gradients were clipped and whether a test seed was given."""
+    conditions = content.header.get("config") or {}
+    seeded = bool(conditions.get("seeded", False))
+    return privacy_report(
+        schedule,
+        content,
+        clipping=clipping if conditions.get("clipped", True) else "none",
+        noise_seed_known=seeded,
+        sampling_seed_known=seeded,
+        tuning=tuning,
+    )
+
+
 def of_ledger(args: argparse.Namespace) -> str:
     """What is in a ledger."""
     if args.action == "verify":
@@ -80,12 +96,15 @@ def of_ledger(args: argparse.Namespace) -> str:
         torn = f", {content.torn} of them torn by a crash and counted" if content.torn else ""
         return f"whole: {content.count} releases{torn}, run {content.run_id}"
     content, schedule = _read(args.path)
-    spent = compose_epsilon(list(content.events), schedule.target_delta, accountant=schedule.accountant)
+    report = _report(content, schedule)
+    spent, reasons = float(report["epsilon_spent"]), report["not_private_because"]
     if args.json:
         segments = [{"mechanism": m.to_dict(), "releases": count} for m, count in content.events]
         found = {"run_id": content.run_id, "releases": content.count, "torn": content.torn, "epsilon": str(spent)}
-        return json.dumps(found | {"delta": schedule.target_delta, "segments": segments}, indent=1)
+        found |= {"delta": schedule.target_delta, "not_private_because": reasons, "segments": segments}
+        return json.dumps(found, indent=1)
     lines = [
+        *([f"NOT PRIVATE        {'; '.join(reasons)}"] if reasons else []),
         f"run                {content.run_id}",
         f"releases           {content.count} of {schedule.num_steps} planned",
         f"epsilon spent      {rounded_up(spent)} at delta {schedule.target_delta:g}",
@@ -97,7 +116,7 @@ def of_ledger(args: argparse.Namespace) -> str:
 
 
 def of_run(args: argparse.Namespace) -> str:
-    """The statement. Noise and sampling are stated as they are without a test seed, which a ledger does not show."""
+    """The statement."""
     content, schedule = _read(args.path)
-    report = privacy_report(schedule, content, clipping=args.clipping, tuning=args.tuning)
+    report = _report(content, schedule, args.clipping, args.tuning)
     return json.dumps(report, indent=1) if args.json else privacy_statement_markdown(report).rstrip()

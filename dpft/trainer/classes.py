@@ -19,8 +19,8 @@ def private_trainer(cls: type) -> type:
 
     ::
 
-        SFT = dpft.private_trainer(SFTTrainer)
-        trainer = SFT(model=..., args=SFTConfig(...), train_dataset=..., privacy=dpft.PrivacyConfig(...))
+        trainer = dpft.private_trainer(SFTTrainer)(model=model, args=args, train_dataset=dataset, privacy=privacy)
+        trainer.train()
 
     Args:
         cls: ``transformers.Trainer``, ``Seq2SeqTrainer``, TRL's ``SFTTrainer``, or a subclass. One that computes a

@@ -13,6 +13,7 @@ from finetune.engine import compute_dtype, from_first, unsharded
 from finetune.materials import Materials
 from finetune.model import merged
 from finetune.options import Options
+from finetune.output import ADAPTER
 from finetune.private import Prepared, chunked, unwrap
 from finetune.recipe import Recipe
 
@@ -43,8 +44,8 @@ def export(
             adapter = {name: state[name] for name, p in model.named_parameters() if p.requires_grad}
             # the other weights were not changed; of 4 bits no module can load its own state
             model.load_state_dict(adapter if options.load_in_4bit else state, strict=not options.load_in_4bit)
-            model.save_pretrained(output / "adapter")
-            model = merged(options, output / "adapter", dtype) if options.load_in_4bit else model.merge_and_unload()
+            model.save_pretrained(output / ADAPTER)
+            model = merged(options, output / ADAPTER, dtype) if options.load_in_4bit else model.merge_and_unload()
             weights = model.state_dict()
         model.config.use_cache = True
         model.save_pretrained(output, state_dict=weights)

@@ -14,6 +14,7 @@ from finetune.options import Options
 OUTPUTS = Path("outputs")
 LEDGER = "ledger.jsonl"
 METRICS, CARD, PICTURE, CHECKPOINTS = "metrics.jsonl", "README.md", "training.png", "checkpoints"
+ADAPTER = "adapter"
 SYNTHETIC, MEASURES = "synthetic", "measures_private.json"  # of synthesize_dp.py
 
 
@@ -76,5 +77,5 @@ def _clear(folder: Path, ledger: Path, overwrite: bool) -> None:
     ledger.unlink(missing_ok=True)  # a run that ended before its first release
     for name in (METRICS, CARD, PICTURE, MEASURES):  # they describe the old run; the model's files are overwritten
         (folder / name).unlink(missing_ok=True)
-    for inner in (CHECKPOINTS, "adapter", SYNTHETIC):
+    for inner in (CHECKPOINTS, ADAPTER, SYNTHETIC):
         shutil.rmtree(folder / inner, ignore_errors=True)

@@ -15,7 +15,7 @@ import yaml
 
 import accelerate
 from finetune.options import BASE_MODEL
-from finetune.output import CARD, LEDGER, METRICS, PICTURE
+from finetune.output import ADAPTER, CARD, LEDGER, METRICS, PICTURE
 from finetune.parsing import as_words
 from finetune.plots import plot_run
 from finetune.recipe import Recipe
@@ -171,3 +171,5 @@ def write_report(directory: Path, report: Report, schedule: Any, rows: Sequence[
         loss_unit=report.recipe.loss_unit,
     )
     (directory / CARD).write_text(model_card(report), encoding="utf-8")
+    if (directory / ADAPTER).is_dir():  # an adapter is often published alone, and peft's card says nothing of privacy
+        (directory / ADAPTER / CARD).write_text(model_card(report, published=True), encoding="utf-8")

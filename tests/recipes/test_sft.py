@@ -180,6 +180,8 @@ def test_lora_in_one_process_with_a_template_of_its_own(
     card = (output / "README.md").read_text()
     assert "chat_template: mine.jinja" in card and "Which number is 3?" in card
     assert (output / "adapter" / "adapter_model.safetensors").exists()
+    of_adapter = (output / "adapter" / "README.md").read_text()
+    assert "## Privacy statement" in of_adapter and "## Measured" not in of_adapter
     told = capsys.readouterr().out
     assert "«<bos>u:" in told and '"u:\\nWhich number is 3?\\nIt:\\n' in told  # sampled from the template
 
