@@ -43,7 +43,7 @@ class ClipGroups:
         return found
 
 
-def make_groups(spec: ClipGroupsSpec, parameters: Iterable[str]) -> ClipGroups:
+def make_groups(spec: ClipGroupsSpec | str, parameters: Iterable[str]) -> ClipGroups:
     """The groups of a model.
 
     Args:
@@ -56,16 +56,16 @@ def make_groups(spec: ClipGroupsSpec, parameters: Iterable[str]) -> ClipGroups:
         ValueError: another spec, a parameter without a group, or a group without a parameter.
     """
     names = list(parameters)
+    weights: list[Any]  # whatever the annotation says
     if spec == "layer":
         found = [name.rpartition(".")[0] for name in names]
         labels, weights = list(dict.fromkeys(found)), [1.0] * len(set(found))
     else:
-        given: Any = spec  # whatever the annotation says
-        pairs: dict[str, Any] = {} if isinstance(given, str) else dict(given)
+        pairs = {} if isinstance(spec, str) else dict(spec)
         labels, weights = list(pairs), list(pairs.values())
         if not pairs or not all(isinstance(w, int | float) and 0 < w < math.inf for w in weights):
             raise ValueError(
-                f"clip_groups is {given!r}; expected 'layer', or a finite weight > 0 for each beginning of "
+                f"clip_groups is {spec!r}; expected 'layer', or a finite weight > 0 for each beginning of "
                 "parameters' names, such as {'model.embed': 1, '': 2}."
             )
         found = []

@@ -246,7 +246,8 @@ def _hand_over(job: Job, keep: KeepPass, device: torch.device) -> list[Tensor | 
 def run_groupwise(job: Job, groups: ClipGroups, scale: Tensor) -> list[Tensor | None] | None:
     """Norms, factors and weighted gradients of one group of parameters after the other, in one traversal.
 
-    They go to ``.grad`` at once, unless an engine takes them in its order, or the isolation check has to come first.
+    They go to ``.grad`` at once, unless an engine takes them in its order, the isolation check has to come first, or a
+    parameter has hooks, which autograd calls.
     """
     assert isinstance(job.losses, Tensor)
     state, engine = job.state, job.state.engine
@@ -266,7 +267,7 @@ def run_groupwise(job: Job, groups: ClipGroups, scale: Tensor) -> list[Tensor | 
         factors,
         state.parameters,
         grad_dtype if engine is None else sum_dtype,
-        _into_grad(state) if engine is None and job.probe is None else None,
+        _into_grad(state) if engine is None and job.probe is None and not _hooked(state) else None,
     )
     losses, job.losses = job.losses, ()
     state.holds = keep.holds
@@ -276,6 +277,12 @@ def run_groupwise(job: Job, groups: ClipGroups, scale: Tensor) -> list[Tensor | 
     keep.finish()
     job.note(keep.sq, smallest)
     return _hand_over(job, keep, losses.device)
+
+
+def _hooked(state: ClipState) -> bool:
+    """Whether a parameter has hooks besides dpft's, which only see a gradient that autograd delivers."""
+    parameters: list[Any] = list(state.parameters.values())
+    return any(len(p._backward_hooks or ()) > 1 or p._post_accumulate_grad_hooks for p in parameters)
 
 
 def _into_grad(state: ClipState) -> Callable[[str, Tensor], None]:

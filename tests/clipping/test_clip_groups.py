@@ -292,6 +292,33 @@ def test_mixed_examples_are_refused_before_a_group_is_delivered() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("backwards", [1, 3])
+def test_what_else_reaches_a_parameter_is_refused(backwards: int) -> None:
+    """A term besides the clipped losses, a hook that changes a gradient: also where groups go to `.grad` at once."""
+    for wrong in ("term", "hook"):
+        model = dpft.wrap(zoo.LLAMA.build(), clip_groups="layer")
+        for last in range(backwards):
+            model.zero_grad()
+            loss = private_loss(zoo.LLAMA, model, zoo.LLAMA.batch(), "auto")
+            if last + 1 < backwards:
+                loss.backward()
+        weight = model.get_parameter("lm_head.weight")
+        if wrong == "hook":
+            weight.register_hook(lambda grad: 2 * grad)
+        with pytest.raises(ClippingError):
+            (loss + weight.square().sum() if wrong == "term" else loss).backward()
+
+
+def test_hooks_after_accumulation_see_the_clipped_gradient() -> None:
+    model, seen = dpft.wrap(zoo.LLAMA.build(), clip_groups="layer", max_grad_norm=0.1), []
+    weight = model.get_parameter("lm_head.weight")
+    weight.register_post_accumulate_grad_hook(lambda p: seen.append(float(p.grad.norm())))
+    for _ in range(3):
+        model.zero_grad()
+        private_loss(zoo.LLAMA, model, zoo.LLAMA.batch(), "auto").backward()
+    assert len(seen) == 3 and 0 < max(seen) <= 0.1 * 4
+
+
 # --- the specification
 
 

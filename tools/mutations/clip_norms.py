@@ -86,8 +86,8 @@ CLIP_NORM_MUTATIONS = (
         "groups_delivered_before_the_check",
         "groups reach .grad before it is known that examples are not mixed",
         "dpft/clipping/strategies.py",
-        "_into_grad(state) if engine is None and job.probe is None else None",
-        "_into_grad(state) if engine is None else None",
+        "engine is None and job.probe is None and",
+        "engine is None and",
         GROUPS,
     ),
     Mutation(
