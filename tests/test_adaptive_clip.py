@@ -61,7 +61,7 @@ class Silent(nn.Module):
 
 def test_noise_of_sum_and_count(path: Path) -> None:
     """The weight's steps are noise of deviation z_sum C_t / b, each with its own C; the counts' is in the Cs."""
-    steps, b, clip = 150, 6, dpft.AdaptiveClip(count_noise=0.6, learning_rate=0.1)
+    steps, b, clip = 100, 6, dpft.AdaptiveClip(count_noise=0.6, learning_rate=0.1)
     data = [{"x": torch.zeros(100)} for _ in range(12)]
     changes = {"sample_rate": 1.0, "num_steps": steps, "adaptive_clip": clip, "max_grad_norm": 1e-3}
     training = Training(path, model=Silent(), dataset=data, changes=changes, max_physical_batch_size=5)
@@ -222,7 +222,7 @@ def test_statement_and_schedule() -> None:
     assert "quantile" not in plain and "at first" not in plain
 
 
-@pytest.mark.parametrize("sampler", ["truncated_poisson", "fixed_size"])
+@pytest.mark.parametrize("sampler", [pytest.param("truncated_poisson", marks=pytest.mark.slow), "fixed_size"])
 def test_other_samplers_train(path: Path, sampler: str) -> None:
     """Their theorems ask for bounded vectors too: replacing one moves sum and count by 2 / z (tested above)."""
     more = {"max_batch_size": 8} if sampler == "truncated_poisson" else {"accountant": "rdp"}

@@ -57,7 +57,7 @@ magnitude = st.sampled_from([0.0, 1e-30, 1e-3, 0.1, 1.0, 1e4, 1e19, 3e38, float(
     seed=st.integers(0, 3),
 )
 @hypothesis.settings(
-    deadline=None, derandomize=True, max_examples=25, suppress_health_check=list(hypothesis.HealthCheck)
+    deadline=None, derandomize=True, max_examples=15, suppress_health_check=list(hypothesis.HealthCheck)
 )
 def test_one_example_moves_sum_and_count_by_at_most_one_over_z(
     strategy: str, z: float, share: float, others: int, inputs: float, scale: float, seed: int

@@ -63,7 +63,8 @@ def test_peak_and_flops_are_those_of_the_real_step(
         assert (predicted.flops() > flops) == (name != "llama-eager")
 
 
-@pytest.mark.parametrize(("examples", "tokens"), [pytest.param(1, 160, marks=pytest.mark.slow), (4, 96)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("examples", "tokens"), [(1, 160), (4, 96)])
 def test_a_step_in_clip_groups(examples: int, tokens: int) -> None:
     """As the real one; it computes what one-pass does, and keeps less."""
     name, options = "llama", {"loss_chunk": CPU_CHUNK, "clip_groups": "layer"}
