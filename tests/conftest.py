@@ -7,6 +7,7 @@ import multiprocessing.process
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Generator, Iterator
 from typing import Any, NoReturn
@@ -53,8 +54,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 @pytest.fixture(autouse=True)
 def _seed() -> Iterator[None]:
-    """Seeds torch's global generator, and gives back the default dtype that a test may have changed."""
+    """Seeds torch's global generator, and gives back what a test may have changed for the whole process."""
     dtype = torch.get_default_dtype()
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(dtype)
+    accelerate = sys.modules.get("accelerate.state")
+    if accelerate is not None and accelerate.GradientState._shared_state:
+        # All Accelerators share it. A test that raised within a logical batch leaves "do not step yet" behind.
+        accelerate.GradientState._shared_state["sync_gradients"] = True

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,14 @@ def test_epsilon_is_the_published_value(capsys: pytest.CaptureFixture[str]) -> N
     words = ["epsilon", "--sigma", "1.0", "--rate", "0.01", "--steps", "10000", "--delta", "1e-5"]
     assert float(said(capsys, *words)) == pytest.approx(6.19, abs=0.01)
     assert float(said(capsys, *words, "--accountant", "rdp")) > 6.19
+
+
+def test_a_reader_that_left_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main(["env"]) == 0
 
 
 def test_a_ledger_is_shown_verified_and_stated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -35,5 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (DPFTError, ValueError, OSError, ImportError) as error:
         print(f"dpft: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(text)
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # as of `| head`; the interpreter would complain once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

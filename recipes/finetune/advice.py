@@ -11,6 +11,7 @@ from torch import nn
 import dpft
 from accelerate import Accelerator
 from finetune.data.progress import timed
+from finetune.data.users import user_words
 from finetune.output import OUTPUTS
 
 COLUMN = 19
@@ -35,6 +36,8 @@ def give_advice(name: str, options: Any, model: nn.Module, examples: int, accele
             token_budget=None if options.num_epochs is None else options.num_epochs * examples * tokens,
         )
     accelerator.print("\n".join(lines(advice)))
+    if options.user_column:
+        accelerator.print(f"note: an example is one {user_words(options.user_column, options.records_per_user)}")
     if accelerator.is_main_process:
         OUTPUTS.mkdir(exist_ok=True)
         picture(advice, OUTPUTS / f"{name}_advice.png")

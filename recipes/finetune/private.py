@@ -45,6 +45,12 @@ def check_privacy(options: Options, examples: int) -> None:
     privacy = privacy_config(options)
     if options.clipping == "none" and privacy.noise_multiplier != 0:
         raise ValueError("--clipping none bounds nothing, so that no noise makes it private; --noise-multiplier 0")
+    if privacy.expected_batch_size > examples:
+        unit = f" users of {options.user_column!r}" if options.user_column else " examples"
+        raise ValueError(
+            f"--expected-batch-size {privacy.expected_batch_size:g} is larger than the {examples}{unit} to train on; "
+            "lower it. --advise suggests one."
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # prepare gives them
         privacy.resolve(examples)

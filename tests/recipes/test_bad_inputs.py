@@ -58,6 +58,7 @@ FILES: list[tuple[str, str | bytes | None, str, list[str]]] = [
     ("broken.jsonl", GOOD + '{"text": "secret\n' + GOOD, "line 41 is not JSON: Invalid control character at", []),
     ("quotes.jsonl", GOOD + "{'text': 'secret'}\n", "line 41 is not JSON: Expecting property name", []),
     ("comma.jsonl", GOOD.replace("}\n", "},\n"), "line 1 is not JSON: Extra data (column 33)", []),
+    ("cut.jsonl", GOOD + '{"text":\n' + GOOD, "line 41 is not JSON: Expecting value (column 9)", []),
     ("half.jsonl", GOOD + '{"text": "secr', "line 41 is not JSON: Unterminated string", []),
     ("broken.json", '[{"text": "secret"},\n{"text": "secret" "id"}]', "line 2 is not JSON: Expecting ','", []),
     ("numbers.jsonl", "1\n2\n", "line 1 is a number; expected objects", []),
@@ -124,6 +125,12 @@ FILES: list[tuple[str, str | bytes | None, str, list[str]]] = [
         ["--user-column", "id"],
     ),
     ("float.jsonl", '{"text": "secret", "id": 0.5}\n' * 40, "'id' holds float64", ["--user-column", "id"]),
+    (
+        "types.jsonl",
+        '{"text": "secret", "id": "secret"}\n' * 40 + '{"text": "secret", "id": 7}\n',
+        "'id' holds one type in record 1, and another in record 41",
+        ["--user-column", "id"],
+    ),
     ("oneuser.jsonl", '{"text": "secret", "id": 1}\n' * 40, "0 validation records", ["--user-column", "id"]),
 ]
 
@@ -166,7 +173,8 @@ OPTIONS: list[tuple[list[str], str]] = [
     (["--noise-multiplier", "nan"], "noise_multiplier=nan"),
     (["--max-grad-norm", "0"], "max_grad_norm=0.0"),
     (["--num-steps", "0"], "num_steps=0"),
-    (["--expected-batch-size", "9999"], "larger than the 84 examples"),
+    (["--expected-batch-size", "9999"], "--expected-batch-size 9999 is larger than the 84 examples to train on"),
+    (["--expected-batch-size", "9999", "--user-column", "id"], "users of 'id' to train on; lower it. --advise"),
     (["--validation-share", "1.5"], "--validation-share is 1.5"),
     (["--learning-rate", "inf"], "--learning-rate is inf"),
     (["--lr-scheduler-type", "cosin"], "invalid choice: 'cosin'"),

@@ -85,6 +85,13 @@ def values_of(records: Dataset, column: str, option: str = "--user-column") -> I
     check_column(records, column, option)
     kind = _kind(records, column)
     if kind not in ("string", "large_string") and not kind.startswith(("int", "uint", "bool")):
+        if kind == "Json":  # datasets' type for values of several types
+            found = [(number, type(value)) for number, value in enumerate(records[column], 1) if value is not None]
+            if other := next((number for number, its in found if its is not found[0][1]), None):
+                raise ValueError(
+                    f"{option} {column!r} holds one type in record {found[0][0]}, and another in record {other}; "
+                    "expected text in all of them, or whole numbers. Give all records the same type."
+                )
         raise ValueError(f"{option} {column!r} holds {kind}, expected text or whole numbers. Name another.")
     for before, values in _column(records, column):
         for number, value in enumerate(values.to_pylist(), before + 1):

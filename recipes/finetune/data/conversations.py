@@ -136,7 +136,9 @@ def _message(given: Mapping[str, Any], number: int) -> Message:
     what = f"message {number}"
     role = given.get("role", given.get("from"))
     if not isinstance(role, str) or role not in ROLES:
-        raise ValueError(f"{what} has no role that is known; expected one of {', '.join(ROLES)}")
+        raise ValueError(
+            f"{what} has no role that is known; expected one of {', '.join(ROLES)}, as 'role' (or 'from')"
+        )
     if given.get("weight", 1) != 1:
         raise ValueError(f"{what} has a weight, which --train-on does not read; leave it out of the record")
     message: Message = {"role": ROLES[role], **{key: given[key] for key in _KEPT if key in given}}
@@ -146,7 +148,7 @@ def _message(given: Mapping[str, Any], number: int) -> Message:
     elif calls := given.get("tool_calls"):
         message["tool_calls"] = _calls(calls, what)
     if content is None and "tool_calls" not in message:
-        raise ValueError(f"{what} has no content; expected text")
+        raise ValueError(f"{what} has no content; expected text, as 'content' (or 'value')")
     return {**message, "content": _content(content, what)}
 
 

@@ -193,7 +193,7 @@ def _parsed_lines(file: TextIO) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(file, 1):
         try:
             if line.strip():
-                yield number, json.loads(line, object_pairs_hook=_object)
+                yield number, json.loads(line.rstrip(), object_pairs_hook=_object)  # errors have columns of this line
         except ValueError as error:
             yield number, error
 
