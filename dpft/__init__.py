@@ -31,7 +31,14 @@ from dpft.planning.longest import Longest
 from dpft.planning.plan import longest, plan
 from dpft.planning.result import Plan
 from dpft.prepare import prepare
-from dpft.privacy import Account, PrivacyConfig, PrivacySchedule, privacy_report, privacy_statement_markdown
+from dpft.privacy import (
+    Account,
+    AdaptiveClip,
+    PrivacyConfig,
+    PrivacySchedule,
+    privacy_report,
+    privacy_statement_markdown,
+)
 from dpft.run import PrivacyRun
 from dpft.tuning import Trial, Tuned, tune
 from dpft.wrap import book_keeping, clipped_loss, explain, stats, unwrap, wrap
@@ -44,6 +51,7 @@ __version__ = "0.1.0"  # setup.cfg reads it from here: a string, not a computati
 __all__ = [
     "Account",
     "AccountingError",
+    "AdaptiveClip",
     "Advice",
     "BookKeeping",
     "BudgetExceededError",

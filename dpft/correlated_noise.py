@@ -79,6 +79,10 @@ class CorrelatedNoise:
         self._broken = self._first_release = False
         self.position += 1
 
+    def for_release(self, std: float, sensitivity: float, elements: int) -> float:
+        """``std``: nothing is rounded."""
+        return std
+
     def add_(self, tensor: Tensor, std: float) -> Tensor:
         """Add the noise of this step to the next of the tensors, in place.
 

@@ -23,6 +23,10 @@ class Noise(Protocol):
         """What the noise of one release is added within."""
         ...
 
+    def for_release(self, std: float, sensitivity: float, elements: int) -> float:
+        """The std to pass to :meth:`add_`: ``std``, or more where the sum is rounded."""
+        ...
+
     def add_(self, tensor: Tensor, std: float) -> Tensor:
         """Add noise of standard deviation ``std`` (of z, where it is correlated) in place."""
         ...

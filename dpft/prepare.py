@@ -157,6 +157,16 @@ def prepare(
                 f"sp_size is {size}, where a backward is one-pass, of one example; got clipping={clipping!r}, "
                 f"strategy={strategy!r}, max_physical_batch_size={max_physical_batch_size!r}. Use 'flash', 'auto', 1."
             )
+        if privacy.adaptive_clip is not None and (clipping == "none" or size != 1):
+            raise PrivacyConfigError(
+                f"adaptive_clip with clipping={clipping!r}, sp_size={size}: clipped examples are counted where each "
+                "is clipped, on one rank. Use another clipping, without sp_size, or leave adaptive_clip out."
+            )
+        if privacy.clip_groups is not None and size != 1:
+            raise EngineError(
+                f"clip_groups with sp_size={size}: where the tokens of an example are spread over ranks, its gradient "
+                "is clipped as a whole. Leave clip_groups out, or train without sp_size."
+            )
         if clipping == "none" and kind != "single":
             raise EngineError("clipping='none' runs in one process; to compare on several, train without dpft.")
         return kind
@@ -200,7 +210,9 @@ def prepare(
         assert seq_len is not None
         largest = math.ceil(schedule.expected_batch_size / ranks.world)  # more would be padding
         on_host = sums_device == "cpu"
-        planned = ranks.together(lambda: _planned_batch(model, optimizer, seq_len, kind, ranks, loss_chunk, on_host))
+        planned = ranks.together(
+            lambda: _planned_batch(model, optimizer, seq_len, kind, ranks, loss_chunk, on_host, privacy.clip_groups)
+        )
         max_physical_batch_size = int(ranks.minimum(min(planned.batch_size, largest)))
         memory = planned.allowance if memory is None else memory  # so that the strategy is the planned one
     wrap(
@@ -213,6 +225,7 @@ def prepare(
         memory=memory,
         loss_chunk=loss_chunk,
         isolation=isolation,
+        clip_groups=privacy.clip_groups,
     )
     state = get_state(model)
     if state.one_by_one is not None:
@@ -307,7 +320,7 @@ def _assemble(
         return cls(
             inner,
             sums=sums,
-            noise_multiplier=schedule.noise_multiplier,
+            noise_multiplier=schedule.sum_noise_multiplier,
             max_grad_norm=schedule.max_grad_norm,
             expected_batch_size=schedule.expected_batch_size,
             noise=noise,
@@ -352,6 +365,7 @@ def _planned_batch(
     ranks: Ranks,
     loss_chunk: Any,
     on_host: bool,
+    clip_groups: Any,
 ) -> Plan:
     """The plan of the physical batch with the least predicted time per example that fits where training will run.
 
@@ -373,6 +387,7 @@ def _planned_batch(
         loss_chunk=loss_chunk,
         hardware=measure(ranks.device),
         memory=memory,
+        clip_groups=clip_groups,
     )
 
 

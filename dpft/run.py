@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
+from dpft.clipping.factors import ClipCount
 from dpft.clipping.state import ClipState
 from dpft.engines.ranks import Ranks
 from dpft.engines.shared_account import SharedAccount
@@ -86,6 +89,12 @@ class PrivacyRun:
             MissingPackageError: this is unknown, because the accountant's packages are not installed.
         """
         return self.clipping != "none" and not self.seeded and self.schedule.private
+
+    @property
+    def clip_norm(self) -> float:
+        """C of the next release: the schedule's, or, where it adapts, what follows from the releases in the ledger."""
+        norm = None if self.schedule.adaptive_clip is None else self.ledger.clip_norm_after(self.ledger.count)
+        return self.schedule.max_grad_norm if norm is None else norm
 
     @property
     def steps(self) -> int:
@@ -176,7 +185,7 @@ class PrivacyRun:
             self.ledger.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The run id of the ledger that this checkpoint belongs to, and its count. Contains no secret."""
+        """The run id of the ledger that this checkpoint belongs to, its count, and an adapted clip norm; no secret."""
         return self.ledger.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -232,6 +241,7 @@ class LoopGuard:
             # What an abandoned loop left, whose examples would be in two batches; or an old release, if zero_grad was
             # called when Accelerate skips it.
             self.optimizer.discard()
+            self._begin_count()
         self._backwards = self._state.backwards
         self._accelerator.sync_gradients = is_last
 
@@ -264,8 +274,37 @@ class LoopGuard:
                 "optimizer.step() would release a logical batch a second time; the accountant composes batches "
                 "that are drawn independently. Step once per batch that the loader yields."
             )
-        self._run.ledger.record()
+        self._run.ledger.record(self._next_clip_norm())
         self._drawn = False
+
+    def _begin_count(self) -> None:
+        """Clip, and scale the noise of, the logical batch that begins by the current clip norm, where it adapts.
+
+        It stays the same until the release: every example in the sum is clipped to the C of its noise.
+        """
+        if self._run.schedule.adaptive_clip is None:
+            return
+        assert self.optimizer is not None
+        norm = self._run.clip_norm
+        self._state.rule = dataclasses.replace(self._state.rule, max_grad_norm=norm)
+        self.optimizer.max_grad_norm = norm
+        self._state.count = ClipCount()
+
+    def _next_clip_norm(self) -> float | None:
+        """Release the noised count of this logical batch, as the clip norm of the next; None where it is constant.
+
+        The exact count is summed over the ranks, and rank 0 adds the noise, once. The ledger's line of the release is
+        the first to have it, so that a count never leaves uncounted.
+        """
+        schedule, optimizer = self._run.schedule, self.optimizer
+        if schedule.adaptive_clip is None:
+            return None
+        assert optimizer is not None and schedule.count_noise is not None and self._state.count is not None
+        assert optimizer.max_grad_norm == self._state.rule.max_grad_norm == self._run.clip_norm
+        votes = torch.tensor([self._ranks.total(self._state.count.take()) / 2], dtype=torch.float64)
+        noised = float(optimizer.noise.add_(votes, schedule.count_noise))
+        norm = schedule.adaptive_clip.next_clip_norm(self._run.clip_norm, noised, schedule.expected_batch_size)
+        return self._ranks.from_first(norm)
 
     def check(self, parameters: Iterable[nn.Parameter]) -> None:
         """Called before a release; raises on all ranks or on none."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dpft.clipping.boundary import clip_boundary
+from dpft.clipping.clip_groups import ClipGroupsSpec, make_groups
 from dpft.clipping.factors import ClipFunction, ClipRule
 from dpft.clipping.guard import guard_parameters
 from dpft.clipping.passes import BookKeeping
@@ -51,6 +52,7 @@ def wrap(
     loss_chunk: int | Literal["auto"] | None = "auto",
     impl: Impl = "auto",
     isolation: Isolation = "default",
+    clip_groups: ClipGroupsSpec | None = None,
 ) -> nn.Module:
     """Make ``model`` produce clipped sums of per-example gradients, in place.
 
@@ -80,6 +82,11 @@ def wrap(
         isolation: how often one random row is also run alone, and must have the loss, or the outputs, that it has in
             the batch: ``"default"`` at backward 1, 2, 4, 8, ...; ``"every_step"``; ``"off"``. It costs a forward of
             one row, and, of a model with dropout, one of the batch in eval mode.
+        clip_groups: parameters that are clipped apart from each other, so that a group's gradients are weighted and
+            freed while the backward goes on: ``"layer"``, each module's own parameters to ``C / sqrt(number of
+            them)``; or a weight for each beginning of parameters' names, to which the group's norm is proportional.
+            The squares of the groups' norms add up to C^2, so that the sensitivity is C. One pass, or one example at a
+            time.
 
     Returns:
         The same object.
@@ -108,8 +115,15 @@ def wrap(
     if isolation not in ("every_step", "default", "off"):
         raise ValueError(f"isolation is {isolation!r}; expected 'every_step', 'default' or 'off'")
     rule = ClipRule(max_grad_norm, clip_function, clip_gamma)
+    if clip_groups is not None:
+        if clipping not in ("flash", "per_sample") or strategy == "two_pass":
+            raise ValueError(
+                f"clip_groups with clipping={clipping!r}, strategy={strategy!r}: groups are clipped in one pass; use "
+                "clipping 'flash' or 'per_sample', with strategy 'auto', 'one_pass' or 'per_example'."
+            )
+        fixed = "one_pass"
     with _without_long_context(model):
-        return _wrapped(model, clipping, rule, strategy, fixed, memory, loss_chunk, impl, isolation)
+        return _wrapped(model, clipping, rule, strategy, fixed, memory, loss_chunk, impl, isolation, clip_groups)
 
 
 def _wrapped(
@@ -122,6 +136,7 @@ def _wrapped(
     loss_chunk: int | Literal["auto"] | None,
     impl: Impl,
     isolation: Isolation,
+    groups: ClipGroupsSpec | None,
 ) -> nn.Module:
     """:func:`wrap` with arguments that were checked."""
     refuse_mixing(model)
@@ -146,7 +161,9 @@ def _wrapped(
     if alone:
         sites = []
     uses = [use for module, site_rule, keys in sites for use in site_rule.uses(module, keys)]
-    state = ClipState(clipping, fixed or strategy, rule, memory, uses, parameters, impl=impl)
+    chosen = strategy if strategy != "auto" else fixed or strategy
+    state = ClipState(clipping, chosen, rule, memory, uses, parameters, impl=impl)
+    state.clip_groups = None if groups is None else make_groups(groups, parameters)
     state.isolation = isolation
     state.generic = any(
         isinstance(site_rule, TrackedRule | GradSampleRule | RowByRowRule) for _, site_rule, _ in sites
@@ -311,6 +328,8 @@ def explain(model: nn.Module, batch_size: int, seq_len: int) -> str:
     choice = state.choose(device, batch_size, seq_len)
     itemsize = max(p.element_size() for p in state.parameters.values())
     lines = [f"clipping {state.clipping}, {choice.reason}"]
+    if state.clip_groups is not None:
+        return f"{lines[0]}; in {len(state.clip_groups)} clip groups, each weighted when its backward is complete"
     if state.clipping == "flash" and choice.strategy != "per_example":
         lines += describe_uses(state.uses, choice.strategy, batch_size, seq_len, itemsize)
     return "\n".join(lines)

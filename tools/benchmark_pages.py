@@ -294,6 +294,13 @@ SECTIONS = (
         flat,
     ),
     Section(
+        "clip_norms_*.json",
+        "Clip norms",
+        "Private trainings that differ in the clip norm alone. `python tools/measure_clip_norms.py`, discussed in "
+        "[howto/batch.md](howto/batch.md).",
+        flat,
+    ),
+    Section(
         "audit/*.json",
         "Audit",
         "Attacks on dpft as it is, and with a defect planted in it. A bound above the claim, or a test that fails, "

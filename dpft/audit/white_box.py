@@ -91,6 +91,11 @@ def white_box(
             f"mechanism={privacy.mechanism!r}: an audit tests each release by itself, and the noise of these is "
             "correlated over the steps; audit mechanism='dp_sgd'."
         )
+    if schedule.adaptive_clip is not None or schedule.clip_groups is not None:
+        raise PrivacyConfigError(
+            "adaptive_clip or clip_groups: the audit expects one clip norm, of the whole gradient, in all releases; "
+            "audit the configuration without them."
+        )
     if wrong := {str(p.dtype) for p in model.parameters() if p.requires_grad} - {"torch.float32"}:
         raise ValueError(
             f"parameters are {sorted(wrong)}; expected float32: a release is read off the parameters, and would be "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -94,6 +95,17 @@ def check_coverage(losses: Tensor, names: dict[int, str] | None) -> bool:
         if isinstance(variable, nn.Parameter):
             _check_leaf(variable, node.name(), slot, names)
     return reentrant
+
+
+def count_uses(losses: Tensor, names: dict[int, str]) -> Counter[str]:
+    """How many sites in the graph of ``losses`` will report a gradient of each parameter; ``names`` by ``id``."""
+    uses: Counter[str] = Counter()
+    assert losses.grad_fn is not None
+    for node, slot, child in walk(losses.grad_fn):
+        name = names.get(id(getattr(child, "variable", None)))
+        if name is not None and slot in _SITES.get(node.name(), ()):
+            uses[name] += 1
+    return uses
 
 
 def foreign_leaves(names: dict[int, str]) -> dict[int, tuple[Tensor, Tensor | None, int]]:

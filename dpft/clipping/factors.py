@@ -7,6 +7,10 @@ abadi        ``min(1, C / norm)``        C                        Abadi et al. 2
 automatic    ``C / (norm + gamma)``      C (strictly below)       Bu et al. 2023, arXiv 2206.07136, AUTO-S
 ===========  ==========================  =======================  =================================================
 
+Under ``automatic`` a gradient of norm n contributes ``C n / (n + gamma)``: below C for every n. Float32 keeps that
+only while factor and norm are in its range: gamma must be at least 2^-60, and the largest factor, C / gamma, at most
+2^60.
+
 ======================  ===============================================================
 norm or weight          factor
 ======================  ===============================================================
@@ -60,6 +64,11 @@ class ClipRule:
             raise ValueError(f"clip_function is {self.function!r}; expected 'abadi' or 'automatic'")
         if not (math.isfinite(self.gamma) and self.gamma > 0):
             raise ValueError(f"clip_gamma is {self.gamma!r}; expected a finite number above 0")
+        if self.function == "automatic" and self.gamma < max(1.0, self.max_grad_norm) / LARGEST_NORM:
+            raise ValueError(
+                f"clip_gamma is {self.gamma!r} at max_grad_norm {self.max_grad_norm:g}; expected at least 2^-60, and "
+                "max_grad_norm / 2^60: factors of small gradients would leave float32's range. Use 0.01."
+            )
 
     def factors(self, sq_norms: Tensor, weights: Tensor | None = None) -> Tensor:
         """Clip factors from squared norms.
@@ -80,3 +89,26 @@ class ClipRule:
         if weights is not None:
             factors = factors * row_weights(weights)
         return factors
+
+
+class ClipCount:
+    """Of the examples of one logical batch, those whose norm is at most C, minus the others.
+
+    It depends on private data: only with noise may it leave the process. An example counts 1 or -1, also if its norm
+    is NaN; a row of weight 0 or NaN counts 0.
+    """
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+
+    def add(self, sq_norms: Tensor, weights: Tensor, max_grad_norm: float) -> None:
+        """Count rows with squared norms ``[B]`` float64 and example weights ``[B]``; nothing waits for the device."""
+        votes = torch.where(sq_norms.sqrt() <= max_grad_norm, 1, -1)
+        count = torch.where(row_weights(weights) > 0, votes, 0).sum()
+        self._total = count if self._total is None else self._total + count.to(self._total.device)
+
+    def take(self) -> int:
+        """The count, which begins again at 0."""
+        total = 0 if self._total is None else int(self._total.item())
+        self._total = None
+        return total

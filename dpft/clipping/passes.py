@@ -282,12 +282,16 @@ class KeepPass:
         """
         # What an example with a finite norm was multiplied from is finite: 0 * inf would have made its norm NaN.
         self._inputs.clear()
-        self._weights = RowWeights(factors, all_finite(self.sq), self._inputs)
+        self._weigh(RowWeights(factors, all_finite(self.sq), self._inputs), list(self._kept))
+
+    def _weigh(self, weights: RowWeights, keys: list[str]) -> None:
+        """Take the factors of some matrices."""
+        self._weights = weights
         if self.batch_size != 1:
             return
-        grads = [kept.grad for kept in self._kept.values() if kept.grad is not None]
+        grads = [kept.grad for kept in map(self._kept.__getitem__, keys) if kept.grad is not None]
         whole = [grad for grad in grads if grad.dtype in (torch.float32, torch.float64)]
-        scale_(whole, factors[0], self._weights.finite)
+        scale_(whole, weights.factors[0], weights.finite)
         self._scaled = {id(grad) for grad in whole}
 
     def release(self, key: str, weight: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from dpft.clipping.clip_groups import ClipGroups
 from dpft.clipping.deferred_checks import DeferredChecks
-from dpft.clipping.factors import ClipRule
+from dpft.clipping.factors import ClipCount, ClipRule
 from dpft.clipping.passes import BookKeeping, Trace
 from dpft.clipping.spread import Spread
 from dpft.clipping.strategy_choice import Choice, Strategy, choose_strategy
@@ -113,7 +114,8 @@ class ClipStats:
     Attributes:
         norms: ``[B]`` float32, each example's gradient norm, or, of products in 16 bits, a bound up to 0.4 % above it;
             0 for a padding row.
-        clip_factors: ``[B]`` float32, the factor of each gradient; 0 where the norm was not finite.
+        clip_factors: ``[B]`` float32, the factor of each gradient; 0 where the norm was not finite. With
+            ``clip_groups`` the smallest factor of its groups.
         example_weights: ``[B]`` float32, 0 for padding rows.
         strategy: the strategy that ran.
     """
@@ -160,6 +162,8 @@ class ClipState:
         head: computes a causal LM's losses in chunks; None if the model's own head and loss are used.
         catches_losses: whether the losses that the model's forward computes of a batch must be caught and computed per
             example; not where its loss function was replaced.
+        clip_groups: the groups of parameters that are clipped apart; None: all together.
+        count: counts the examples whose norm is at most C, where the clip norm adapts; None elsewhere.
         holds: returns the tensors kept by the running clipped backward; None while none is running.
     """
 
@@ -202,11 +206,25 @@ class ClipState:
     head: Head | None = None
     catches_losses: bool = True
     holds: Callable[[], BookKeeping] | None = None
+    count: ClipCount | None = None
+    clip_groups: ClipGroups | None = None
 
     @property
     def alone(self) -> bool:
         """Whether one process trains the model: what it does, it need not agree on with others."""
         return self.engine is None or self.engine.alone
+
+    def factors(self, sq_norms: Tensor, weights: Tensor) -> Tensor:
+        """Clip factors ``[B]`` float64 from squared norms and example weights; counts them where C adapts."""
+        if self.count is not None:
+            self.count.add(sq_norms, weights, self.rule.max_grad_norm)
+        return self.rule.factors(sq_norms, weights)
+
+    def group_factors(self, sq_norms: Tensor, weights: Tensor, group: int) -> Tensor:
+        """As :meth:`factors`, of the gradients of one group alone, with its share of C."""
+        assert self.clip_groups is not None and self.count is None
+        share = self.rule.max_grad_norm * self.clip_groups.shares[group]
+        return replace(self.rule, max_grad_norm=share).factors(sq_norms, weights)
 
     def largest_batch(self, batch_size: int) -> int:
         """The batch size by which it is decided what runs: this batch's, or the largest of all ranks'."""

@@ -7,7 +7,7 @@ gradient that did not come through here is never taken for a clipped one.
 
 from __future__ import annotations
 
-import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,17 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpft.clipping.aliasing import is_sole_owner
-from dpft.clipping.coverage import check_coverage, foreign_leaves, may_accumulate, refuse_strays
+from dpft.clipping.clip_groups import ClipGroups
+from dpft.clipping.coverage import check_coverage, count_uses, foreign_leaves, may_accumulate, refuse_strays
 from dpft.clipping.factors import row_weights
-from dpft.clipping.passes import BookKeeping, KeepPass, NormPass, Trace, WeightedPass, grad_dtype, sum_dtype
+from dpft.clipping.groupwise import GroupwisePass
+from dpft.clipping.one_by_one import no_gradient, run_per_example
+from dpft.clipping.passes import KeepPass, NormPass, Trace, WeightedPass, grad_dtype, sum_dtype
 from dpft.clipping.probe import ProbePass, Watched, draw_seeds, drew_since, mixed_examples, random_states
 from dpft.clipping.spread import Spread, SpreadPass
 from dpft.clipping.state import ClipState, ClipStats
 from dpft.errors import ClippingError
-from dpft.kernels.linear import Method, sq_norm
+from dpft.kernels.linear import Method
 from dpft.kernels.weighted import RowWeights, none_dropped
-from dpft.rules.base import Pass, full_shape
+from dpft.rules.base import Pass
 from dpft.rules.groups import Groups
 
 _METHODS: dict[str, Method | None] = {"flash": None, "ghost": "gram_full", "fast": "materialise"}
@@ -58,6 +60,7 @@ class Job:
     def __post_init__(self) -> None:
         self.batch_size = len(self.weights)
         self.reentrant = False
+        self.uses: Counter[str] = Counter()  # of each parameter in the graph, where that is needed and known
         self.probe: ProbePass | None = None
         self._rewind: Callable[[], None] | None = None
 
@@ -96,11 +99,15 @@ class Job:
                 "gradient checkpointing is reentrant, and DeepSpeed's hooks mistake its backward for the one with "
                 "gradients. Use gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
             )
+        if self.state.clip_groups is not None and names is not None and not self.reentrant:
+            self.uses = count_uses(self.losses, names)
         self.probe = self._probe()
         others = self._others(lambda: self.reentrant)
         grads = None
         if self.state.engine is not None and self.state.engine.spread is not None:
             run_spread(self, self.state.engine.spread, scale)
+        elif self.state.clip_groups is not None:
+            grads = run_groupwise(self, self.state.clip_groups, scale)
         elif self.strategy == "one_pass":
             grads = run_one_pass(self, scale)
         else:
@@ -190,14 +197,18 @@ class Job:
         """``[B]`` float64 clip factors, which also become the model's stats."""
         weights = self.weights.to(sq_norms.device)
         clips = self.state.clipping != "none"
-        factors = self.state.rule.factors(sq_norms, weights) if clips else row_weights(weights)
+        factors = self.state.factors(sq_norms, weights) if clips else row_weights(weights)
+        self.note(sq_norms, factors)
+        return factors
+
+    def note(self, sq_norms: Tensor, factors: Tensor) -> None:
+        """Squared norms and clip factors ``[B]`` of this backward become the model's stats."""
         self.state.last = ClipStats(
             norms=sq_norms.sqrt().float(),
             clip_factors=factors.float(),
-            example_weights=weights.float(),
+            example_weights=self.weights.to(sq_norms.device).float(),
             strategy=self.strategy,
         )
-        return factors
 
 
 def run_one_pass(job: Job, scale: Tensor) -> list[Tensor | None] | None:
@@ -217,14 +228,69 @@ def run_one_pass(job: Job, scale: Tensor) -> list[Tensor | None] | None:
     keep.finish()
     factors = job.factors(keep.sq) * scale.to(keep.sq)
     keep.scale(factors)
+    return _hand_over(job, keep, losses.device)
+
+
+def _hand_over(job: Job, keep: KeepPass, device: torch.device) -> list[Tensor | None] | None:
+    """The weighted gradients, or, under an engine, None after it was given them, one at a time."""
     engine = job.state.engine
     if engine is None:
         return [keep.release(name, p, grad_dtype(p)) for name, p in job.state.parameters.items()]
     for name, p in job.state.parameters.items():
         grad = keep.release(name, p, sum_dtype(p))
         # The sum is a collective: this rank takes part even if it did not use the parameter.
-        engine.add(name, _nothing(p, losses.device) if grad is None else grad)
+        engine.add(name, no_gradient(p, device) if grad is None else grad)
     return None
+
+
+def run_groupwise(job: Job, groups: ClipGroups, scale: Tensor) -> list[Tensor | None] | None:
+    """Norms, factors and weighted gradients of one group of parameters after the other, in one traversal.
+
+    They go to ``.grad`` at once, unless an engine takes them in its order, the isolation check has to come first, or a
+    parameter has hooks, which autograd calls.
+    """
+    assert isinstance(job.losses, Tensor)
+    state, engine = job.state, job.state.engine
+    smallest = torch.full((job.batch_size,), torch.inf, dtype=torch.float64, device=job.losses.device)
+
+    def factors(sq: Tensor, group: int) -> Tensor:
+        made = state.group_factors(sq, job.weights.to(sq.device), group)
+        torch.minimum(smallest, made, out=smallest)
+        return made * scale.to(made)
+
+    keep = GroupwisePass(
+        job.batch_size,
+        job.losses.device,
+        "gradients" if state.clipping == "per_sample" else "smaller",
+        groups,
+        job.uses,
+        factors,
+        state.parameters,
+        grad_dtype if engine is None else sum_dtype,
+        _into_grad(state) if engine is None and job.probe is None and not _hooked(state) else None,
+    )
+    losses, job.losses = job.losses, ()
+    state.holds = keep.holds
+    keep.watched = Watched() if job.probe is not None else None
+    job.traverse(keep, losses, torch.ones_like(losses), retain_graph=False)
+    job.refuse_mixed(keep.watched)
+    keep.finish()
+    job.note(keep.sq, smallest)
+    return _hand_over(job, keep, losses.device)
+
+
+def _hooked(state: ClipState) -> bool:
+    """Whether a parameter has hooks besides dpft's, which only see a gradient that autograd delivers."""
+    parameters: list[Any] = list(state.parameters.values())
+    return any(len(p._backward_hooks or ()) > 1 or p._post_accumulate_grad_hooks for p in parameters)
+
+
+def _into_grad(state: ClipState) -> Callable[[str, Tensor], None]:
+    def deliver(name: str, grad: Tensor) -> None:
+        p = state.parameters[name]
+        p.grad = grad if p.grad is None else p.grad.add_(grad)
+
+    return deliver
 
 
 def run_spread(job: Job, spread: Spread, scale: Tensor) -> None:
@@ -236,10 +302,6 @@ def run_spread(job: Job, spread: Spread, scale: Tensor) -> None:
     job.traverse(running, losses, torch.ones_like(losses), retain_graph=False)
     running.finish(job.state.parameters)
     running.release(job.factors(running.sq) * scale.to(running.sq), job.state.parameters)
-
-
-def _nothing(parameter: Tensor, device: torch.device) -> Tensor:
-    return torch.zeros(full_shape(parameter), dtype=sum_dtype(parameter), device=device)
 
 
 def run_two_pass(job: Job, scale: Tensor) -> None:
@@ -291,110 +353,3 @@ def _check_same_gradients(state: ClipState, norms: Tensor, weighted: Tensor, fac
         "original (dropout in a checkpoint with preserve_rng_state=False, a random generator of its own). Their "
         "sum is not clipped: drop it. Use preserve_rng_state=True, or strategy='one_pass'.",
     )
-
-
-def run_per_example(job: Job, scale: Tensor) -> list[Tensor | None] | None:
-    """Backward of one example at a time. The last one's clipped gradient is returned, the others' go to ``.grad``.
-
-    So a parameter's gradient is delivered by autograd once, and one gradient is kept besides ``.grad``.
-    """
-    engine = job.state.engine
-    names, parameters = list(job.state.parameters), list(job.state.parameters.values())
-    leaves: list[Tensor] = [job.leaves.get(name, p) for name, p in job.state.parameters.items()]
-    squares: list[Tensor] = []
-    all_factors = []
-    result: list[Tensor | None] = [None] * len(parameters)
-    losses, job.losses = list(job.losses), ()
-    for i in range(job.batch_size):
-        loss, losses[i] = losses[i], torch.empty(0)
-        grads = _example_gradient(job.state, loss, leaves)
-        job.state.holds = functools.partial(_held, squares, grads)
-        loss_device = loss.device
-        del loss
-        owned = [is_sole_owner(grads, k) for k in range(len(grads))]  # before anything here refers to one, too
-        sq = _sq_norm_of(grads, job.weights.device)
-        factor = job.state.rule.factors(sq, job.weights[i : i + 1].to(sq.device))
-        if job.state.clipping == "none":
-            factor = row_weights(job.weights[i : i + 1])
-        squares.append(sq)
-        all_factors.append(factor)
-        multiplier = (factor * scale.to(factor)).squeeze()
-        for k, grad in enumerate(grads):
-            p = parameters[k]
-            if grad is None and engine is None:
-                continue
-            grads[k] = None
-            if grad is None:
-                part = _nothing(p, loss_device)
-            else:
-                wide = torch.promote_types(grad.dtype, torch.float32)
-                part = grad.to(wide)
-                # Autograd may return one tensor for two parameters, or one that a Function has kept: copy those.
-                part = part.mul_(multiplier) if part is not grad or owned[k] else part * multiplier
-                part.masked_fill_(multiplier == 0, 0)
-            if engine is not None:
-                engine.add(names[k], part.to(sum_dtype(p)))
-                del grad, part
-                continue
-            part = part.to(grad_dtype(p))
-            if i + 1 == job.batch_size:
-                result[k] = part
-            elif p.grad is None:
-                p.grad = part
-            else:
-                p.grad.add_(part)
-            del grad, part
-    job.state.last = ClipStats(
-        norms=torch.cat(squares).sqrt().float() if squares else torch.empty(0),
-        clip_factors=torch.cat(all_factors).float() if squares else torch.empty(0),
-        example_weights=job.weights.float(),
-        strategy=job.strategy,
-    )
-    return result if engine is None else None
-
-
-def _held(squares: list[Tensor], grads: list[Tensor | None]) -> BookKeeping:
-    return BookKeeping(squares, [grad for grad in grads if grad is not None])
-
-
-def _sq_norm_of(grads: list[Tensor | None], device: torch.device) -> Tensor:
-    sq = torch.zeros(1, dtype=torch.float64, device=device)
-    for grad in grads:
-        if grad is not None:
-            sq += sq_norm(grad.unsqueeze(0))
-    return sq
-
-
-def _example_gradient(state: ClipState, loss: Tensor, parameters: list[Tensor]) -> list[Tensor | None]:
-    """Gradients of one loss, without touching ``.grad``.
-
-    Raises:
-        ClippingError: an operation's own backward put a gradient into ``.grad`` under an engine.
-    """
-    previous, state.active = state.active, _Anything()
-    before = [p.grad for p in parameters]
-    for p in parameters:
-        p.grad = None
-    try:
-        if state.alone and may_accumulate(loss):
-            # What a backward inside of a backward computes can only be found in .grad.
-            torch.autograd.backward(loss)
-            return [p.grad for p in parameters]
-        grads: list[Tensor | None] = list(torch.autograd.grad(loss, parameters, allow_unused=True))
-        if any(p.grad is not None for p in parameters):
-            raise ClippingError(
-                "an operation in the model runs a backward of its own (a reentrant checkpoint, reversible layers), "
-                "whose gradients an engine would take for clipped. Use non-reentrant checkpointing, or one process."
-            )
-        return grads
-    finally:
-        state.active = previous
-        for p, grad in zip(parameters, before, strict=True):
-            p.grad = grad
-
-
-class _Anything(WeightedPass):
-    """Marks that a per-example backward is running; no site reports to it, since the strategy has no sites."""
-
-    def __init__(self) -> None:
-        super().__init__(RowWeights(torch.ones(1, dtype=torch.float64)))

@@ -1,7 +1,8 @@
 """Communication between the ranks of one training, other than gradients: counts, errors, consistency checks.
 
-Everything here is a collective: all ranks call it, in the same order. The only exchanged value that depends on the
-private data is the number of physical batches, whose maximum all ranks learn.
+Everything here is a collective: all ranks call it, in the same order. The only exchanged values that depend on the
+private data are the number of physical batches, whose maximum all ranks learn, and with ``adaptive_clip`` the number
+of clipped examples, whose total they learn; neither is written anywhere.
 """
 
 from __future__ import annotations

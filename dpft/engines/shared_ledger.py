@@ -10,7 +10,7 @@ from dpft.engines.ranks import Ranks
 from dpft.errors import LedgerError
 from dpft.privacy.accountant import Event, of_one_run
 from dpft.privacy.config import PrivacyConfig
-from dpft.privacy.ledger import Ledger, LedgerContent
+from dpft.privacy.ledger import Ledger, LedgerContent, resume_state
 from dpft.privacy.schedule import PrivacySchedule
 
 
@@ -37,6 +37,7 @@ class SharedLedger:
         self.path: Path = path
         self._content: LedgerContent = content
         self._released = 0
+        self._clip_norms = list(content.clip_norms)
 
     def _say(self) -> tuple[Path, LedgerContent] | None:
         return None if self._file is None else (self._file.path, Ledger.read(self._file.path))
@@ -59,21 +60,30 @@ class SharedLedger:
         """The content of the file, for a report."""
         *before, (mechanism, count) = self._content.events
         events = (*before, (mechanism, count + self._released))
-        return LedgerContent(self.run_id, self._content.header, events, self._content.torn, self._content.unterminated)
+        of_file, norms = self._content, tuple(self._clip_norms)
+        return LedgerContent(self.run_id, of_file.header, events, of_file.torn, of_file.unterminated, norms)
 
-    def record(self) -> int:
+    def clip_norm_after(self, count: int) -> float | None:
+        """As :meth:`Ledger.clip_norm_after`: the same on all ranks."""
+        return self._clip_norms[count - 1] if count else None
+
+    def record(self, next_clip_norm: float | None = None) -> int:
         """Write one release on rank 0; returns on every rank once it is on disk. A collective.
+
+        Args:
+            next_clip_norm: as :meth:`Ledger.record`; the same on all ranks.
 
         Raises:
             LedgerError: on all ranks; the release must not happen on any.
         """
-        self._ranks.together(lambda: self._file.record() if self._file is not None else None)
+        self._ranks.together(lambda: self._file.record(next_clip_norm) if self._file is not None else None)
         self._released += 1
+        self._clip_norms.append(next_clip_norm)
         return self.count
 
     def state_dict(self) -> dict[str, Any]:
         """As :meth:`Ledger.state_dict`."""
-        return {"run_id": self.run_id, "count": self.count}
+        return resume_state(self)
 
     def check_resume(self, state: dict[str, Any]) -> None:
         """As :meth:`Ledger.check_resume`, on all ranks together."""
@@ -122,6 +132,13 @@ def open_ledger(
             raise LedgerError(
                 f"the releases in the ledger {path} were paid from {payer or 'no account'}, and this run pays from "
                 f"{account or 'none'}. Pass the account=... of the run that wrote it, or choose another ledger_path."
+            )
+        adaptive = (content.header.get("config") or {}).get("adaptive_clip")
+        if adaptive != privacy.to_dict().get("adaptive_clip"):
+            raise LedgerError(
+                f"the ledger {path} was written with adaptive_clip={adaptive} and now it is {privacy.adaptive_clip}: "
+                "the clip norm could not go on from it. Resume with the configuration of the run that wrote it, or "
+                "choose another ledger_path."
             )
         item = (content.header.get("config") or {}).get("item")
         if item != privacy.item:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from dpft.clipping.clip_groups import ClipGroupsSpec
 from dpft.clipping.strategy_choice import free_memory
 from dpft.errors import UnsupportedModuleError
 from dpft.kernels.head import auto_chunk
@@ -47,6 +48,7 @@ def plan(
     sequence_parallel: int = 1,
     host_memory: int | None = None,
     sums_device: Literal["cpu"] | None = None,
+    clip_groups: ClipGroupsSpec | None = None,
 ) -> Plan:
     """Predict a private training step of a causal LM and choose its strategy, without running it.
 
@@ -76,6 +78,7 @@ def plan(
         host_memory: bytes of host memory that the offloaded tensors of all ranks have to fit into. None: whatever
             they take.
         sums_device: ``"cpu"``: clipped sums, float32 masters and the optimiser are in host memory, of one process.
+        clip_groups: as in :func:`dpft.wrap`.
 
     Raises:
         ValueError: an argument out of range, or :func:`dpft.long_context` refuses the model.
@@ -83,7 +86,7 @@ def plan(
     """
     predictor = _predictor(
         model, batch_size, seq_len, dtype, checkpointing, memory, engine, world_size, hardware, optimizer, loss_chunk,
-        long_context, sequence_parallel, host_memory, sums_device,
+        long_context, sequence_parallel, host_memory, sums_device, clip_groups,
     )  # fmt: skip
     size = predictor.best_batch_size() if batch_size == "auto" else batch_size
     return predictor.plan(size, type(model).__name__, optimizer)
@@ -105,6 +108,7 @@ def longest(
     optimizer: OptimizerName | None = "adamw",
     loss_chunk: int | Literal["auto"] | None = "auto",
     sums_device: Literal["cpu"] | None = None,
+    clip_groups: ClipGroupsSpec | None = None,
     most: int = 1 << 24,
 ) -> Longest:
     """Find the longest text of which a private training step fits, by plans of several lengths.
@@ -125,7 +129,7 @@ def longest(
         raise ValueError(f"most is {most!r}; expected a whole number of tokens >= {STEP}")
     predictor = _predictor(
         model, batch_size, STEP, dtype, checkpointing, memory, engine, world_size, hardware, optimizer, loss_chunk,
-        long_context, sequence_parallel, host_memory, sums_device,
+        long_context, sequence_parallel, host_memory, sums_device, clip_groups,
     )  # fmt: skip
     return find_longest(predictor, batch_size, most, type(model).__name__, optimizer)
 
@@ -146,10 +150,13 @@ def _predictor(
     sequence_parallel: int,
     host_memory: int | None,
     sums_device: Literal["cpu"] | None,
+    clip_groups: ClipGroupsSpec | None,
 ) -> Predictor:
     """Of arguments that are checked here."""
     sharding = _checked(model, batch_size, seq_len, memory, engine, world_size)
     sharding = _spread(model, sharding, batch_size, sequence_parallel, host_memory, sums_device)
+    if clip_groups is not None and sequence_parallel > 1:
+        raise ValueError("clip_groups with sequence_parallel above 1: it clips whole gradients; leave one of them out")
     if optimizer not in (None, *OPTIMIZERS):
         raise ValueError(f"optimizer is {optimizer!r}; expected one of {', '.join(map(repr, OPTIMIZERS))}, or None")
     device = next(p.device for p in model.parameters())
@@ -186,6 +193,7 @@ def _predictor(
         host=host_bytes(twin, sharding, optimizer, machine.asynchronous),
         host_memory=host_memory,
         by_shapes=long_context and not known and device.type == "meta",
+        clip_groups=clip_groups,
     )
 
 

@@ -10,6 +10,7 @@ from collections.abc import Hashable, Iterable
 import torch
 from torch import nn
 
+from dpft.clipping.clip_groups import ClipGroupsSpec
 from dpft.clipping.strategy_choice import (
     Choice,
     Strategy,
@@ -60,7 +61,9 @@ class Predictor:
         host: dict[str, int] | None = None,
         host_memory: int | None = None,
         by_shapes: bool = False,
+        clip_groups: ClipGroupsSpec | None = None,
     ) -> None:
+        self.clip_groups = clip_groups
         self.host, self.host_memory, self.by_shapes = host or {}, host_memory, by_shapes
         self.installed = find_long_context(twin)
         self.twin, self.seq_len, self.sharding, self.machine = twin, seq_len, sharding, machine
@@ -102,6 +105,7 @@ class Predictor:
                 gpu=self.machine.asynchronous,
                 costs=self._costs,
                 in_transit=IN_TRANSIT if self.machine.asynchronous and self.installed is not None else None,
+                clip_groups=self.clip_groups,
             )
         return self._simulated[key]
 
@@ -194,6 +198,8 @@ class Predictor:
             return Choice("per_example", f"per_example: one example at a time, the only way. {self.uncovered}")
         if self.sharding.sequence > 1:
             return Choice("one_pass", "one_pass: the only way for an example whose tokens are spread over ranks")
+        if self.clip_groups is not None:
+            return Choice("one_pass", "one_pass: a clip group is weighted as soon as its backward is complete")
         allowed = self.allowance(batch_size)
         if self.sharding.engine == "single":
             meta, elsewhere = torch.device("meta"), self.sharding.sums_on_host
@@ -201,6 +207,10 @@ class Predictor:
         return choose_for_all(
             self.uses, batch_size, self.itemsize, allowed, self.sharding.gradients, self.sharding.parameters
         )
+
+    def _has_a_choice(self) -> bool:
+        """Between one-pass and two-pass."""
+        return not self.uncovered and self.sharding.sequence == 1 and self.clip_groups is None
 
     def best_batch_size(self) -> int:
         """The smallest size that fits with a time per example within :data:`WORTH` of the least; 1 if none fits."""
@@ -223,6 +233,8 @@ class Predictor:
             strategies = STRATEGIES if alone else STRATEGIES[:2]
             if self.sharding.sequence > 1:
                 strategies = STRATEGIES[:1]
+            elif self.clip_groups is not None:
+                strategies = [s for s in strategies if s != "two_pass"]
         predictions = {s: self._predict(self.simulated(batch_size, s), plain) for s in strategies}
         choice = self._settle(self.choose(batch_size), predictions)
         return Plan(
@@ -235,7 +247,7 @@ class Predictor:
             plain=self._predict(plain, plain),
             predictions=predictions,
             layers=self._layers(choice.strategy, batch_size),
-            allowance=0 if self.uncovered or self.sharding.sequence > 1 else self.allowance(batch_size),
+            allowance=self.allowance(batch_size) if self._has_a_choice() else 0,
             memory=self.memory,
             resting=self.resting,
             hardware=self.machine,
@@ -314,7 +326,9 @@ class Predictor:
         for detail in use_details(self.uses, strategy, batch_size, self.seq_len, self.itemsize):
             name = re.sub(r"(?<=\.)\d+(?=\.)", "*", detail.key)
             sums = kinds.setdefault((name, detail.shape, detail.method), [0, 0, 0])
-            for i, value in enumerate((1, detail.flops, detail.kept)):
+            # A group keeps nothing, unless an engine that shards hides from the graph what belongs to it.
+            kept = detail.kept if self.clip_groups is None or self.sharding.parameters else 0
+            for i, value in enumerate((1, detail.flops, kept)):
                 sums[i] += value
         return [
             LayerPlan(name, count, shape, method, flops, kept)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpft.clipping.clip_groups import ClipGroupsSpec
 from dpft.clipping.strategy_choice import Strategy
 from dpft.errors import UnsupportedModuleError
 from dpft.kernels import impl
@@ -82,6 +83,7 @@ def _prepared(
     sharding: Sharding,
     batch_size: int,
     loss_chunk: int | Literal["auto"] | None,
+    clip_groups: ClipGroupsSpec | None,
 ) -> Iterator[None]:
     """A context in which the twin's steps use ``strategy`` (None: plain) on a rank of ``sharding``; then undone."""
     rank = None if sharding.engine == "single" and not sharding.sums_on_host else Rank(sharding, batch_size)
@@ -90,7 +92,7 @@ def _prepared(
     if plain_long:  # with the chunked head, too
         ready_on_meta(wrap(twin, clipping="none", loss_chunk=loss_chunk))
     if strategy is not None:
-        ready_on_meta(wrap(twin, strategy=strategy, loss_chunk=loss_chunk))
+        ready_on_meta(wrap(twin, strategy=strategy, loss_chunk=loss_chunk, clip_groups=clip_groups))
         get_state(twin).engine = rank
     elif rank is not None and sharding.gradients:
         named = [(name, p) for name, p in twin.named_parameters() if p.requires_grad]
@@ -116,6 +118,7 @@ def simulate(
     whole: bool = False,
     costs: dict[Hashable, Cost] | None = None,
     in_transit: int | None = None,
+    clip_groups: ClipGroupsSpec | None = None,
 ) -> Simulation:
     """Run two steps, ``model(input_ids=ids, labels=ids).loss.backward()``; the second accumulates onto the first.
 
@@ -131,11 +134,13 @@ def simulate(
         costs: what was counted once, shared by simulations of the same ``gpu``.
         in_transit: checkpoints' inputs go to host memory, and the device still holds so many whose copies have not
             ended: 2 on a GPU. None: they stay on the device. Of twins with long context.
+        clip_groups: as in :func:`dpft.wrap`.
 
     Raises:
         UnsupportedModuleError: the model cannot run on meta tensors, or ``strategy`` does not cover it.
     """
-    run = functools.partial(_run, twin, batch_size, seq_len, strategy, sharding or Sharding(), loss_chunk, gpu, costs)
+    shards = sharding or Sharding()
+    run = functools.partial(_run, twin, batch_size, seq_len, strategy, shards, loss_chunk, clip_groups, gpu, costs)
     blocks = None if whole else repeated_blocks(twin)
     found: list[_Step] = []
     if blocks is not None:
@@ -205,6 +210,7 @@ def _run(
     strategy: Strategy | None,
     sharding: Sharding,
     loss_chunk: int | Literal["auto"] | None,
+    clip_groups: ClipGroupsSpec | None,
     gpu: bool,
     costs: dict[Hashable, Cost] | None,
     in_transit: int | None,
@@ -221,7 +227,7 @@ def _run(
     with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore")  # the model's warnings: the real step will repeat them
         stack.enter_context(offloading(twin, host))
-        stack.enter_context(_prepared(twin, strategy, sharding, batch_size, loss_chunk))
+        stack.enter_context(_prepared(twin, strategy, sharding, batch_size, loss_chunk, clip_groups))
         meter = StepMeter([*twin.parameters(), *twin.buffers(), ids], costs, parts)
         stack.enter_context(meter)
         stack.enter_context(simulated(meter, gpu, meter, parts))

@@ -7,6 +7,7 @@ from dpft.privacy.account_events import Protects, PureRelease, Selection, Use
 from dpft.privacy.account_file import Entry
 from dpft.privacy.account_filter import PrivacyFilter
 from dpft.privacy.accountant import Event, check_supported, compose_epsilon, discretization, epsilon
+from dpft.privacy.adaptive_clip import AdaptiveClip
 from dpft.privacy.calibration import calibrate_noise_multiplier, max_steps_within
 from dpft.privacy.config import PrivacyConfig
 from dpft.privacy.correlated import Strategy
@@ -33,6 +34,7 @@ from dpft.privacy.schedule import PrivacySchedule
 
 __all__ = [
     "Account",
+    "AdaptiveClip",
     "BallsAndBinsSampler",
     "CyclicPoissonSampler",
     "Entry",

@@ -27,6 +27,7 @@ import numpy as np
 from dpft.errors import AccountingError, PrivacyConfigError
 from dpft.privacy import accountant as accounting
 from dpft.privacy.mechanism import AccountantName, AdjacencyName, Mechanism, UnitName
+from dpft.privacy.packages import import_package
 
 TrialsName = Literal["poisson", "negative_binomial"]
 
@@ -245,7 +246,7 @@ def _unit(unit: str, examples: int | None) -> str:
 # --------------------------------------------------------------------------------------------------- accounting
 def orders() -> tuple[float, ...]:
     """The Renyi orders at which :func:`rdp_curve` gives values: dp_accounting's default ones."""
-    return tuple(accounting._import("dp_accounting.rdp.rdp_privacy_accountant").DEFAULT_RDP_ORDERS)
+    return tuple(import_package("dp_accounting.rdp.rdp_privacy_accountant").DEFAULT_RDP_ORDERS)
 
 
 def rdp_curve(uses: Sequence[Use], protects: Protects) -> np.ndarray:
@@ -263,7 +264,7 @@ def _rdp_of_use(release: Release, count: int, protects: Protects) -> np.ndarray:
 
 @functools.lru_cache(maxsize=64)
 def _rdp_of_one(release: PureRelease | Selection, protects: Protects) -> tuple[float, ...]:
-    dp, events = accounting._import("dp_accounting"), accounting._import("dp_accounting.dp_event")
+    dp, events = import_package("dp_accounting"), import_package("dp_accounting.dp_event")
     if isinstance(release, PureRelease):
         # Two buckets that are told apart by a ratio of e^epsilon: the pair that dominates every epsilon-DP release.
         event = dp.RandomizedResponseDpEvent(noise_parameter=2 / (1 + math.exp(release.epsilon)), num_buckets=2)
@@ -273,13 +274,13 @@ def _rdp_of_one(release: PureRelease | Selection, protects: Protects) -> tuple[f
         inner = dp.ComposedDpEvent([_inner_event(*use) for use in release.trial])
         shape = math.inf if release.distribution == "poisson" else release.shape
         event = events.RepeatAndSelectDpEvent(inner, release.trials, shape)
-    accountant = accounting._import("dp_accounting.rdp").RdpAccountant(neighboring_relation=relation)
+    accountant = import_package("dp_accounting.rdp").RdpAccountant(neighboring_relation=relation)
     accountant.compose(event)
     return tuple(float(value) for value in accountant.rdp)
 
 
 def _inner_event(release: Mechanism | PureRelease, count: int) -> Any:
-    dp = accounting._import("dp_accounting")
+    dp = import_package("dp_accounting")
     if isinstance(release, PureRelease):
         return dp.SelfComposedDpEvent(dp.ZCDpEvent(rho=release.epsilon**2 / 2, xi=0.0), count)
     base, times = accounting._as_composition(release, count)
@@ -290,9 +291,7 @@ def epsilon_of_rdp(curve: np.ndarray, delta: float) -> float:
     """Epsilon at delta of an RDP curve: Canonne, Kamath, Steinke 2020 (arXiv 2004.00010), Proposition 12."""
     if not curve.any():
         return 0.0
-    return float(
-        accounting._import("dp_accounting.rdp.rdp_privacy_accountant").compute_epsilon(orders(), curve, delta)[0]
-    )
+    return float(import_package("dp_accounting.rdp.rdp_privacy_accountant").compute_epsilon(orders(), curve, delta)[0])
 
 
 def uses_epsilon(uses: Sequence[Use], delta: float, protects: Protects, composition: AccountantName) -> float:
@@ -324,8 +323,8 @@ def uses_epsilon(uses: Sequence[Use], delta: float, protects: Protects, composit
 @functools.lru_cache(maxsize=256)
 def _pld_epsilon(events: tuple[accounting.Event, ...], pure: tuple[tuple[float, int], ...], delta: float) -> float:
     accounting.compose_cached(events, delta, "pld")  # its checks of delta and of the events among themselves
-    module = accounting._import("dp_accounting.pld.privacy_loss_distribution")
-    common = accounting._import("dp_accounting.pld.common")
+    module = import_package("dp_accounting.pld.privacy_loss_distribution")
+    common = import_package("dp_accounting.pld.common")
     finest = min(epsilon for epsilon, _ in pure) / 16
     grid = [h for h in accounting._LADDER if h <= min(finest, accounting._LARGEST_FINE)] or [accounting._LADDER[0]]
     h = max([accounting.discretization(mechanism) for mechanism, _ in events], default=grid[-1])

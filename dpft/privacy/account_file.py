@@ -22,7 +22,7 @@ from typing import Any
 
 from dpft.errors import DPFTError, LedgerError
 from dpft.privacy.account_events import Use, use_from_json, use_to_json
-from dpft.privacy.ledger import _decode, _encode, _fsync_directory, _hour, _read_all, _write
+from dpft.privacy.ledger_file import decode, encode, fsync_directory, hour, read_all, write
 
 FORMAT = 1
 _TORN = b"#torn"
@@ -81,8 +81,8 @@ def create(file: Path, fields: dict[str, Any]) -> None:
     except OSError as error:
         raise LedgerError(f"cannot create the account {file}: {error}.") from error
     try:
-        _write(fd, _encode({"dpft_account": FORMAT, "created": _hour(), **fields}))
-        _fsync_directory(file)
+        write(fd, encode({"dpft_account": FORMAT, "created": hour(), **fields}))
+        fsync_directory(file)
     except OSError as error:
         raise LedgerError(f"cannot create the account {file}: {error}.") from error
     finally:
@@ -120,7 +120,7 @@ def locked(file: Path) -> Iterator[tuple[int, AccountContent]]:
             raise LedgerError(
                 f"the file system of the account {file} offers no locks ({error}); put it on a local disk."
             ) from error
-        yield fd, parse(_read_all(fd), file)
+        yield fd, parse(read_all(fd), file)
     finally:
         fcntl.flock(fd, fcntl.LOCK_UN)  # a child that was forked meanwhile has the descriptor, and would keep the lock
         os.close(fd)
@@ -132,13 +132,13 @@ def append(fd: int, content: AccountContent, file: Path, fields: dict[str, Any])
     Raises:
         LedgerError: it could not be written.
     """
-    line = _encode({"n": content.lines, **fields, "time": _hour()})
+    line = encode({"n": content.lines, **fields, "time": hour()})
     if content.tail:
-        line = (b"\n" if _decode(content.tail) else _TORN + b"\n") + line
+        line = (b"\n" if decode(content.tail) else _TORN + b"\n") + line
     try:
         if os.fstat(fd).st_nlink == 0:
             raise OSError("the file was deleted")
-        _write(fd, line)
+        write(fd, line)
     except OSError as error:
         raise LedgerError(
             f"nothing could be written to the account {file} ({error}); what asked for it must not happen. Free disk "
@@ -164,9 +164,9 @@ def parse(data: bytes, file: Path) -> AccountContent:
         LedgerError: damage other than a tail that was cut off.
     """
     *lines, tail = data.split(b"\n")
-    if tail and _decode(tail):
+    if tail and decode(tail):
         lines.append(tail)
-    header = _decode(lines[0]) if lines else None
+    header = decode(lines[0]) if lines else None
     if header is None or "dpft_account" not in header:
         raise LedgerError(
             f"{file} does not begin with a complete account header: it is no account, is damaged, or was being "
@@ -178,7 +178,7 @@ def parse(data: bytes, file: Path) -> AccountContent:
     count = 1
     try:
         for number, raw in enumerate(lines[1:], start=2):
-            line = _decode(raw)
+            line = decode(raw)
             if line is None and raw.endswith(_TORN):
                 continue
             if line is None or line["n"] != count:

@@ -6,36 +6,20 @@ import dataclasses
 import hashlib
 import json
 import math
-import numbers
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 from dpft.errors import MissingPackageError, PrivacyConfigError
 from dpft.privacy.accountant import check_supported, epsilon
+from dpft.privacy.adaptive_clip import AdaptiveClip
 from dpft.privacy.calibration import calibrate_noise_multiplier
+from dpft.privacy.config_checks import ClipFunctionName, ClipGroupsSpec, MechanismName, check, in_one_form, number
 from dpft.privacy.correlated import Strategy
 from dpft.privacy.correlated_optimum import best_banded, best_blt
 from dpft.privacy.mechanism import RATED, STRATEGY_OF, WITHOUT_N, AccountantName, Mechanism, SamplerName, UnitName
 from dpft.privacy.schedule import PrivacySchedule
-
-ClipFunctionName = Literal["abadi", "automatic"]
-MechanismName = Literal["dp_sgd", "bandmf", "blt"]
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "sampler": get_args(SamplerName),
-    "clip_function": get_args(ClipFunctionName),
-    "accountant": get_args(AccountantName),
-    "unit": get_args(UnitName),
-    "mechanism": get_args(MechanismName),
-}
-_REALS = (
-    *("target_delta", "expected_batch_size", "target_epsilon", "noise_multiplier", "num_epochs"),
-    *("max_grad_norm", "sample_rate", "clip_gamma"),
-)
-_WHOLE = ("num_steps", "max_batch_size", "examples_per_user", "bands", "buffers")
-_MAY_BE_ZERO = ("noise_multiplier",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +35,10 @@ class PrivacyConfig:
         noise_multiplier: sigma; noise has standard deviation sigma * ``max_grad_norm``. 0: not private, for debugging.
         num_steps: logical batches.
         num_epochs: passes over the data in expectation.
-        max_grad_norm: clip norm C, over all trainable parameters together.
+        max_grad_norm: clip norm C, over all trainable parameters together; with ``adaptive_clip`` the first one.
+        clip_groups: parameters that are clipped apart, as :func:`dpft.wrap`: ``"layer"``, or a weight for each
+            beginning of parameters' names. The squares of the groups' norms add up to C^2: the sensitivity stays C.
+        adaptive_clip: an :class:`AdaptiveClip`: C follows a quantile of the norms, within the same epsilon.
         sample_rate: a declared constant q for the Poisson samplers; None: ``expected_batch_size / len(dataset)``,
             which treats the number of examples as public; the report says so.
         sampler: ``poisson``, ``truncated_poisson`` (with ``max_batch_size``), ``fixed_size`` (with
@@ -85,6 +72,8 @@ class PrivacyConfig:
     num_steps: int | None = None
     num_epochs: float | None = None
     max_grad_norm: float = 1.0
+    clip_groups: ClipGroupsSpec | None = None
+    adaptive_clip: AdaptiveClip | None = None
     sample_rate: float | None = None
     sampler: SamplerName = "poisson"
     max_batch_size: int | None = None
@@ -100,94 +89,16 @@ class PrivacyConfig:
     buffers: int | None = None
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) is None and field.default is not None:
-                raise PrivacyConfigError(f"{field.name}=None; give it a value ({field.type}).")
-        for name in _REALS + _WHOLE:
-            if getattr(self, name) is not None:
-                # Normalised, so that 1 and 1.0, numpy's and Python's, give one fingerprint; the dataclass is frozen.
-                object.__setattr__(self, name, _number(name, getattr(self, name), whole=name in _WHOLE))
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise PrivacyConfigError(f"{name}={getattr(self, name)!r}; expected one of {', '.join(choices)}.")
-        if not isinstance(self.secure_rng, bool):
-            raise PrivacyConfigError(f"secure_rng={self.secure_rng!r}; expected True or False.")
-        self._check_ranges()
-        self._check_combinations()
-
-    def _check_ranges(self) -> None:
-        if self.target_delta >= 1:
-            raise PrivacyConfigError(f"target_delta={self.target_delta!r}; expected a number in (0, 1), such as 1e-6.")
-        if self.sample_rate is not None and self.sample_rate > 1:
-            raise PrivacyConfigError(f"sample_rate={self.sample_rate!r}; expected a probability in (0, 1].")
-
-    def _check_combinations(self) -> None:
-        for one, other in (("target_epsilon", "noise_multiplier"), ("num_steps", "num_epochs")):
-            a, b = getattr(self, one), getattr(self, other)
-            if (a is None) == (b is None):
-                came = "neither" if a is None else f"both ({a!r} and {b!r})"
-                raise PrivacyConfigError(f"{one} and {other}: got {came}; give exactly one of them.")
-        if (self.sampler == "truncated_poisson") != (self.max_batch_size is not None):
-            raise PrivacyConfigError(
-                f"sampler={self.sampler!r} with max_batch_size={self.max_batch_size!r}; max_batch_size is the cap of "
-                "sampler='truncated_poisson': give both or neither."
-            )
-        self._check_mechanism()
-        if self.sampler not in ("poisson", "truncated_poisson", "cyclic_poisson"):
-            if self.sample_rate is not None:
-                raise PrivacyConfigError(
-                    f"sample_rate={self.sample_rate!r} with sampler={self.sampler!r}, which has no sample rate; leave "
-                    "sample_rate out, or use sampler='poisson'."
-                )
-            if not isinstance(self.expected_batch_size, int):
-                raise PrivacyConfigError(
-                    f"expected_batch_size={self.expected_batch_size!r} with sampler={self.sampler!r}, whose batches "
-                    "have that size, or have it on average; expected a whole number."
-                )
-        if (self.unit == "user") != (self.examples_per_user is not None):
-            raise PrivacyConfigError(
-                f"unit={self.unit!r} with examples_per_user={self.examples_per_user!r}; give examples_per_user (an "
-                "upper bound that the data really keeps) exactly when unit='user'."
-            )
-        if self.item is not None and (type(self.item) is not str or not self.item.strip() or "\n" in self.item):
-            raise PrivacyConfigError(f"item={self.item!r}; expected a few words on one line: what an example is.")
-        if self.item is not None and self.unit != "example":
-            raise PrivacyConfigError(
-                f"item={self.item!r} with unit={self.unit!r}; item says what an example is, and the unit is another. "
-                "Leave one of them out."
-            )
-
-    def _check_mechanism(self) -> None:
-        for name, mechanism in (("bands", "bandmf"), ("buffers", "blt")):
-            if (getattr(self, name) is not None) != (self.mechanism == mechanism):
-                raise PrivacyConfigError(
-                    f"mechanism={self.mechanism!r} with {name}={getattr(self, name)!r}; give {name} exactly with "
-                    f"mechanism={mechanism!r}."
-                )
-        needs = {kind: sampler for sampler, kind in STRATEGY_OF.items()}.get(self.mechanism)
-        if self.sampler != needs and (needs is not None or self.sampler in STRATEGY_OF):
-            raise PrivacyConfigError(
-                f"mechanism={self.mechanism!r} with sampler={self.sampler!r}: no theorem is implemented for them "
-                "together; expected bandmf with cyclic_poisson, blt with fixed_order, dp_sgd with another sampler."
-            )
-        if needs is None:
-            return
-        if self.sample_rate is not None:
-            raise PrivacyConfigError(
-                f"sample_rate={self.sample_rate!r} with mechanism={self.mechanism!r}, which takes the number of "
-                "examples for public: which steps an example can be in follows from it. Leave sample_rate out."
-            )
-        if self.secure_rng:
-            raise PrivacyConfigError(
-                f"secure_rng=True with mechanism={self.mechanism!r}: a resume draws the earlier noise again, from a "
-                "secret that is kept beside the ledger, which secure_rng has none of. Leave one of them out."
-            )
+        for name, value in in_one_form(self).items():
+            object.__setattr__(self, name, value)  # the dataclass is frozen
+        check(self)
 
     # ------------------------------------------------------------------------------------------ as data
     def to_dict(self) -> dict[str, Any]:
-        """Every field, JSON-serialisable; ``item`` and those of ``mechanism`` only where they are given."""
+        """Every field, JSON-serialisable; later ones, such as ``item`` or ``mechanism``, only where they are given."""
         # Without them the fingerprint is that of the versions before them.
         later = {"item": None, "mechanism": "dp_sgd", "bands": None, "buffers": None}
+        later |= {"adaptive_clip": None, "clip_groups": None}
         values = dataclasses.asdict(self)
         return {name: value for name, value in values.items() if name not in later or value != later[name]}
 
@@ -203,6 +114,9 @@ class PrivacyConfig:
             raise PrivacyConfigError(f"unknown privacy settings {unknown}; expected some of {sorted(known)}.")
         if missing := sorted({"target_delta", "expected_batch_size"} - set(values)):
             raise PrivacyConfigError(f"privacy settings lack {missing}; give them.")
+        values = dict(values)
+        if isinstance(values.get("adaptive_clip"), Mapping):
+            values["adaptive_clip"] = AdaptiveClip.from_dict(values["adaptive_clip"])
         return cls(**values)
 
     def fingerprint(self) -> str:
@@ -240,7 +154,7 @@ class PrivacyConfig:
             MissingPackageError: ``target_epsilon`` is given, and the accountant's packages are not installed. If
                 ``noise_multiplier`` is given instead, this warns, and reading the schedule's epsilon raises.
         """
-        n = _number("dataset_size", dataset_size, whole=True)
+        n = number("dataset_size", dataset_size, whole=True)
         if self.target_delta >= 1 / n:
             warnings.warn(
                 f"target_delta={self.target_delta:g} is not below 1/N = {1 / n:.3g} (N={n}): publishing one "
@@ -278,6 +192,8 @@ class PrivacyConfig:
             sigma = calibrate_noise_multiplier(
                 shape, steps, self.target_epsilon, self.target_delta, accountant=self.accountant
             )
+        if self.adaptive_clip is not None:
+            self.adaptive_clip.sum_noise_multiplier(sigma, self.expected_batch_size)  # raises where there is none
         spent: float | None
         try:
             spent = epsilon(shape.with_noise(sigma), steps, self.target_delta, accountant=self.accountant)
@@ -292,6 +208,8 @@ class PrivacyConfig:
             num_steps=steps,
             expected_batch_size=self.expected_batch_size,
             max_grad_norm=self.max_grad_norm,
+            clip_groups=self.clip_groups,
+            adaptive_clip=self.adaptive_clip,
             target_delta=self.target_delta,
             target_epsilon=self.target_epsilon,
             computed_epsilon=spent,
@@ -356,6 +274,11 @@ class PrivacyConfig:
                 "the number of examples is public: the sample rate was taken from it (strictly, neighbouring datasets "
                 "then differ in one example whose gradient is replaced by zero; the epsilon is the same)"
             )
+        if self.adaptive_clip is not None:
+            lines.append(
+                "the clip norms are public: each follows from noised counts of clipped examples, which are part of "
+                "the releases (where a gradient is replaced by zero, its example is not counted either)"
+            )
         if self.unit == "user":
             lines.append(f"no user has more than {self.examples_per_user} examples")
         lines.append(
@@ -364,22 +287,3 @@ class PrivacyConfig:
         )
         lines.append("which examples were drawn, and how many, stays secret; so do the seeds")
         return lines
-
-
-def _number(name: str, value: Any, *, whole: bool) -> Any:
-    """A plain Python number > 0 (or >= 0 where 0 is meaningful).
-
-    Raises:
-        PrivacyConfigError: anything else, including booleans and NaN.
-    """
-    zero = name in _MAY_BE_ZERO
-    expected = f"a {'whole' if whole else 'finite'} number {'>=' if zero else '>'} 0"
-    kind = numbers.Integral if whole else numbers.Real
-    if isinstance(value, bool) or not isinstance(value, kind):
-        raise PrivacyConfigError(f"{name}={value!r} ({type(value).__name__}); expected {expected}.")
-    number = int(value) if isinstance(value, numbers.Integral) else float(value)
-    if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
-        raise PrivacyConfigError(f"{name}={value!r}; expected {expected}.")
-    if name == "expected_batch_size":
-        return int(number) if number == int(number) else number
-    return number if whole else float(number)

@@ -8,25 +8,22 @@ The file holds JSON lines, each with a CRC-32 of itself:
 
 - the header: format, run id, configuration and schedule, and the mechanism of segment 0;
 - ``segment``: every resume begins one, with the mechanism from there on;
-- ``release``: its number, 1, 2, 3, ... without gaps, and its segment;
+- ``release``: its number, 1, 2, 3, ... without gaps, and its segment; under ``adaptive_clip`` also the clip norm of
+  the next release, which follows from the noised counts up to this one;
 - ``torn``: written at the next start, after a last line that a crash truncated. A torn line counts as a release.
 
 A line that is damaged anywhere else, or a number out of order, is a :class:`~dpft.errors.LedgerError`: the count
 cannot be known, so training does not continue. The CRC detects accidental damage, not tampering.
 
-Nothing that depends on the data is written: no losses, norms or sizes of drawn batches. Times are
+Nothing else that depends on the data is written: no losses, norms or sizes of drawn batches. Times are
 truncated to the hour, because the time between two releases reveals how large the drawn batch was.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
-import time
 import uuid
 import weakref
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -34,6 +31,7 @@ from typing import Any, Literal
 
 from dpft.errors import DPFTError, LedgerError
 from dpft.privacy.accountant import Event, of_one_run
+from dpft.privacy.ledger_file import decode, encode, fsync_directory, hour, lock, read_all, write
 from dpft.privacy.mechanism import Mechanism
 
 FORMAT = 1
@@ -49,6 +47,8 @@ class LedgerContent:
         events: mechanism and number of releases of each segment, in order; segments without releases included.
         torn: number of truncated lines at the end that are not marked as torn yet; they are counted in ``events``.
         unterminated: whether the last line lacks its newline.
+        clip_norms: for each release, the clip norm of the next one; None before one was recorded. A torn line keeps
+            the one before: the releases that follow it were made with it, or were not made.
     """
 
     run_id: str
@@ -56,11 +56,16 @@ class LedgerContent:
     events: tuple[Event, ...]
     torn: int
     unterminated: bool
+    clip_norms: tuple[float | None, ...] = ()
 
     @property
     def count(self) -> int:
         """Releases, including torn lines."""
         return sum(count for _, count in self.events)
+
+    def clip_norm_after(self, count: int) -> float | None:
+        """As :meth:`Ledger.clip_norm_after`."""
+        return self.clip_norms[count - 1] if count else None
 
 
 class Ledger:
@@ -77,6 +82,7 @@ class Ledger:
         self._pid = os.getpid()
         self._run_id = content.run_id
         self._events = list(content.events)
+        self._clip_norms = list(content.clip_norms)
         self._failed = False
         self._finalizer = weakref.finalize(self, os.close, fd)
         _OPEN.add(self)
@@ -126,7 +132,7 @@ class Ledger:
         except OSError as error:
             raise LedgerError(f"cannot open the ledger {file}: {error}.") from error
         try:
-            _lock(fd, file)
+            lock(fd, file)
             content = _start_new(fd, file, fields) if mode == "new" else _start_again(fd, file, fields)
         except BaseException:
             os.close(fd)
@@ -158,8 +164,11 @@ class Ledger:
         self.close()
 
     # ------------------------------------------------------------------------------------------ the releases
-    def record(self) -> int:
+    def record(self, next_clip_norm: float | None = None) -> int:
         """Writes one release, and returns once it is on disk. Call it *before* the parameters change.
+
+        Args:
+            next_clip_norm: under ``adaptive_clip``, the clip norm of the release after this one.
 
         Returns:
             The number of the release, from 1.
@@ -177,11 +186,12 @@ class Ledger:
                 f"writing to the ledger {self.path} failed before; end the run, free disk space, and resume."
             )
         number = self.count + 1
-        line = _encode({"release": number, "segment": len(self._events) - 1, "time": _hour()})
+        clip = {} if next_clip_norm is None else {"next_clip_norm": next_clip_norm}
+        line = encode({"release": number, "segment": len(self._events) - 1, "time": hour(), **clip})
         try:
             if os.fstat(self._fd).st_nlink == 0:
                 raise OSError("the file was deleted while the run went on")
-            _write(self._fd, line)
+            write(self._fd, line)
         except BaseException as error:
             # Whatever the error (even a signal), part of a line may be in the file.
             self._failed = True
@@ -193,6 +203,7 @@ class Ledger:
             ) from error
         mechanism, count = self._events[-1]
         self._events[-1] = (mechanism, count + 1)
+        self._clip_norms.append(next_clip_norm)
         return number
 
     @property
@@ -205,6 +216,10 @@ class Ledger:
         """UUID of the run, the same over all resumes."""
         return self._run_id
 
+    def clip_norm_after(self, count: int) -> float | None:
+        """The clip norm after ``count`` releases; None where none was recorded."""
+        return self._clip_norms[count - 1] if count else None
+
     def events(self) -> list[Event]:
         """Mechanism and count of each segment, for :func:`~dpft.privacy.accountant.compose_epsilon`.
 
@@ -215,8 +230,8 @@ class Ledger:
 
     # ------------------------------------------------------------------------------------------ checkpoints
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint: the run id and the count. No secret, no random state."""
-        return {"run_id": self.run_id, "count": self.count}
+        """For a checkpoint: the run id, the count and a clip norm that adapts. No secret, no random state."""
+        return resume_state(self)
 
     def check_resume(self, state: dict[str, Any]) -> None:
         """Checks that a checkpoint belongs to this ledger. A checkpoint that is behind the ledger is accepted.
@@ -241,6 +256,17 @@ class Ledger:
                 f"the checkpoint counts {count} releases and the ledger {self.path} only {self.count}: it is an old "
                 "copy, or was truncated; give the ledger that was written with the checkpoint."
             )
+        if (norm := self.clip_norm_after(count)) != state.get("clip_norm"):
+            raise LedgerError(
+                f"the checkpoint has the clip norm {state.get('clip_norm')} after {count} releases, and the ledger "
+                f"{self.path} has {norm}; give the ledger that was written with the checkpoint."
+            )
+
+
+def resume_state(ledger: Any) -> dict[str, Any]:
+    """What a checkpoint has of a :class:`Ledger`, or of one that is shared by several processes."""
+    norm = ledger.clip_norm_after(ledger.count)
+    return {"run_id": ledger.run_id, "count": ledger.count} | ({} if norm is None else {"clip_norm": norm})
 
 
 # A forked child (a DataLoader's worker) would share the lock, and hold it after its parent died.
@@ -256,48 +282,34 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 # ------------------------------------------------------------------------------------------------- the file
-def _lock(fd: int, file: Path) -> None:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise LedgerError(
-            "another process, or a run of this one that was not closed (loader.privacy.close()), has the "
-            f"ledger {file} open; two runs cannot share one. Wait for it, or end it."
-        ) from error
-    except OSError as error:
-        raise LedgerError(
-            f"the file system of {file} offers no locks ({error}); put the ledger on a local disk."
-        ) from error
-
-
 def _start_new(fd: int, file: Path, fields: dict[str, Any]) -> LedgerContent:
-    data = _read_all(fd)
+    data = read_all(fd)
     if data and (count := _parse(data, file).count):
         raise LedgerError(
             f"the ledger {file} has {count} releases already. To continue that run, open it with mode='resume'; for "
             "a new run choose another path. Deleting it makes the epsilon that was spent on these data unknown."
         )
-    header = {"dpft_ledger": FORMAT, "run_id": str(uuid.uuid4()), "created": _hour(), **fields}
+    header = {"dpft_ledger": FORMAT, "run_id": str(uuid.uuid4()), "created": hour(), **fields}
     try:
         os.ftruncate(fd, 0)
-        _write(fd, _encode(header))
-        _fsync_directory(file)
+        write(fd, encode(header))
+        fsync_directory(file)
     except OSError as error:
         raise LedgerError(f"cannot write the ledger {file}: {error}.") from error
-    return _parse(_read_all(fd), file)
+    return _parse(read_all(fd), file)
 
 
 def _start_again(fd: int, file: Path, fields: dict[str, Any]) -> LedgerContent:
-    content = _parse(_read_all(fd), file)
+    content = _parse(read_all(fd), file)
     repair = b"\n" if content.unterminated else b""
     if content.torn:
-        repair += _encode({"torn": content.torn})
+        repair += encode({"torn": content.torn})
     try:
-        _write(fd, repair + _encode({"segment": len(content.events), "time": _hour(), **fields}))
-        _fsync_directory(file)
+        write(fd, repair + encode({"segment": len(content.events), "time": hour(), **fields}))
+        fsync_directory(file)
     except OSError as error:
         raise LedgerError(f"cannot write the ledger {file}: {error}.") from error
-    return _parse(_read_all(fd), file)
+    return _parse(read_all(fd), file)
 
 
 def _parse(data: bytes, file: Path) -> LedgerContent:
@@ -306,7 +318,7 @@ def _parse(data: bytes, file: Path) -> LedgerContent:
     unterminated = bool(lines.pop())  # what follows the last newline: nothing, in a whole file
     if unterminated:
         lines.append(data[data.rfind(b"\n") + 1 :])
-    header = _decode(lines[0]) if lines else None
+    header = decode(lines[0]) if lines else None
     if header is None or "dpft_ledger" not in header:
         raise LedgerError(
             f"{file} does not begin with a complete ledger header: it is not a ledger, is damaged, or its run died "
@@ -316,11 +328,13 @@ def _parse(data: bytes, file: Path) -> LedgerContent:
         raise LedgerError(f"{file} has ledger format {header['dpft_ledger']!r}; this dpft reads {FORMAT}.")
     try:
         mechanisms, counts, torn = [Mechanism.from_dict(header["mechanism"])], [0], 0
+        norms: list[float | None] = []
         for number, raw in enumerate(lines[1:], start=2):
-            line = _decode(raw)
+            line = decode(raw)
             if line is None:
                 torn += 1
                 counts[-1] += 1
+                norms.append(norms[-1] if norms else None)
             elif "torn" in line:
                 if line["torn"] != torn:
                     raise LedgerError(_damaged(file, number, f"marks {line['torn']} torn lines, and {torn} are there"))
@@ -334,6 +348,7 @@ def _parse(data: bytes, file: Path) -> LedgerContent:
                         _damaged(file, number, f"{came}, expected {sum(counts) + 1} of {len(counts) - 1}")
                     )
                 counts[-1] += 1
+                norms.append(_clip_norm(line, file, number))
             elif line.get("segment") == len(counts):
                 mechanisms.append(Mechanism.from_dict(line["mechanism"]))
                 counts.append(0)
@@ -344,54 +359,16 @@ def _parse(data: bytes, file: Path) -> LedgerContent:
         raise
     except (DPFTError, KeyError, TypeError, AttributeError) as error:
         raise LedgerError(f"the ledger {file} is damaged: {error!r}. Restore it from a backup.") from error
-    return LedgerContent(run_id, header, tuple(zip(mechanisms, counts, strict=True)), torn, unterminated)
+    events = tuple(zip(mechanisms, counts, strict=True))
+    return LedgerContent(run_id, header, events, torn, unterminated, tuple(norms))
+
+
+def _clip_norm(line: dict[str, Any], file: Path, number: int) -> float | None:
+    norm = line.get("next_clip_norm")
+    if norm is not None and not (isinstance(norm, (int, float)) and norm > 0):
+        raise LedgerError(_damaged(file, number, f"has the clip norm {norm!r}"))
+    return norm
 
 
 def _damaged(file: Path, number: int, what: str) -> str:
     return f"the ledger {file} is damaged: line {number} {what}. What was spent is unknown; restore it from a backup."
-
-
-def _encode(fields: dict[str, Any]) -> bytes:
-    text = json.dumps(fields, separators=(",", ":"), allow_nan=False)
-    return f'{text[:-1]},"crc":"{zlib.crc32(text.encode()):08x}"}}\n'.encode()
-
-
-def _decode(raw: bytes) -> dict[str, Any] | None:
-    """The fields of a line; None if it is incomplete or damaged."""
-    body, mark, crc = raw.rpartition(b',"crc":"')
-    if not mark or crc != f'{zlib.crc32(body + b"}"):08x}"}}'.encode():
-        return None
-    try:
-        fields = json.loads(body + b"}")
-    except ValueError:
-        return None
-    return fields if isinstance(fields, dict) else None
-
-
-def _write(fd: int, data: bytes) -> None:
-    """Writes all of it; it is on disk when this returns."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
-    os.fsync(fd)
-
-
-def _read_all(fd: int) -> bytes:
-    os.lseek(fd, 0, os.SEEK_SET)
-    parts = []
-    while part := os.read(fd, 1 << 20):
-        parts.append(part)
-    return b"".join(parts)
-
-
-def _fsync_directory(file: Path) -> None:
-    """Without this, a power failure may lose the name of a new file, and the file with it."""
-    fd = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _hour() -> str:
-    return time.strftime("%Y-%m-%dT%H:00Z", time.gmtime())

@@ -8,6 +8,15 @@ One example changes the sum by at most ``max_grad_norm`` =: C when it is added o
 Abadi's ``min(1, C / n) * n <= C`` and the automatic ``C / (n + gamma) * n < C`` (n: the norm of its gradient). When it
 is *replaced* the sum can change by 2 C.
 
+Neither of the two options of the clip norm changes the mechanism; what each asks of the noise and why is in one place:
+
+- ``adaptive_clip`` (:mod:`dpft.privacy.adaptive_clip`): the sum has the noise multiplier
+  ``schedule.sum_noise_multiplier`` and a count the deviation ``schedule.count_noise``; together they are one Gaussian
+  mechanism of ``noise_multiplier`` on vectors of one dimension more (Andrew et al. 2021, arXiv 1905.03871, Theorem 1).
+  For every row below but ``unit user`` and ``shuffle``, where it is refused.
+- ``clip_groups`` (``dpft/clipping/clip_groups.py``): parts of a gradient are clipped to C_g with ``sum C_g^2 = C^2``,
+  so that the sensitivity is C in every row; all parts get the same noise (McMahan et al. 2018, arXiv 1710.06963).
+
 ===================  ==================  ===========  ================================================================
 sampler              adjacency           sensitivity  theorem
 ===================  ==================  ===========  ================================================================

@@ -21,7 +21,7 @@ from typing import Any
 
 from dpft.errors import LedgerError
 from dpft.privacy.correlated import Strategy
-from dpft.privacy.ledger import _decode, _encode, _fsync_directory, _read_all, _write
+from dpft.privacy.ledger_file import decode, encode, fsync_directory, read_all, write
 
 FORMAT = 1
 
@@ -88,8 +88,8 @@ def begin(
         os.fchmod(fd, 0o600)
         earlier = _earlier(fd, path, header, count) if count else ()
         line = {"first": count, "secret": secret.hex()}
-        _write(fd, (b"" if count else _encode(header)) + _encode(line))
-        _fsync_directory(path)
+        write(fd, (b"" if count else encode(header)) + encode(line))
+        fsync_directory(path)
     except OSError as error:
         raise LedgerError(f"cannot write the secrets of the noise {path}: {error}.") from error
     finally:
@@ -98,11 +98,11 @@ def begin(
 
 
 def _earlier(fd: int, path: Path, header: dict[str, Any], count: int) -> tuple[NoiseSecret, ...]:
-    data = _read_all(fd)
+    data = read_all(fd)
     *lines, torn = data.split(b"\n")
     if torn:
         os.ftruncate(fd, len(data) - len(torn))
-    found = [_decode(line) for line in lines]
+    found = [decode(line) for line in lines]
     if not found or any(fields is None for fields in found):
         raise LedgerError(
             f"the secrets of the noise {path} are damaged: the earlier noise cannot be drawn again. Restore the file; "

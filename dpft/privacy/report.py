@@ -7,6 +7,7 @@ from importlib import metadata
 from typing import Any
 
 from dpft.privacy.accountant import Event, compose_epsilon, discretization, of_one_run, rounded_up
+from dpft.privacy.adaptive_clip import THEOREM
 from dpft.privacy.correlated import Strategy
 from dpft.privacy.ledger import Ledger, LedgerContent
 from dpft.privacy.schedule import PrivacySchedule
@@ -22,6 +23,7 @@ _MECHANISM = {
     "cyclic_poisson": "banded matrix factorisation (correlated Gaussian noise), amplified by cyclic Poisson sampling",
     "fixed_order": "BLT matrix factorisation (correlated Gaussian noise), no amplification claimed",
 }
+GROUPS = "sensitivity C, the same noise on every parameter (McMahan et al. 2018, arXiv 1710.06963)"
 _LIBRARIES = ("dpft", "dp-accounting", "numpy", "scipy", "torch", "accelerate", "transformers")
 
 
@@ -93,6 +95,9 @@ def privacy_report(
         "sample_rate": schedule.sample_rate if mechanism.sample_rate is not None else None,
         "noise_multiplier": schedule.noise_multiplier,
         "max_grad_norm": schedule.max_grad_norm,
+        "clip_groups": None if schedule.clip_groups is None else schedule.described_groups(),
+        "adaptive_clip": None if schedule.adaptive_clip is None else schedule.described_adaptation(),
+        "next_clip_norm": _next_clip_norm(schedule, ledger),
         "sensitivity": mechanism.sensitivity,
         "clip_function": schedule.clip_function,
         "clip_gamma": schedule.clip_gamma if schedule.clip_function == "automatic" else None,
@@ -140,7 +145,11 @@ def privacy_statement_markdown(report: dict[str, Any]) -> str:
         ]
     rate = report["sample_rate"]
     cap = "" if report["max_batch_size"] is None else f", capped at {report['max_batch_size']}"
-    gamma = "" if report["clip_gamma"] is None else f", gamma {report['clip_gamma']:g}"
+    gamma = "" if report["clip_gamma"] is None else f", gamma {report['clip_gamma']:g}: C n / (n + gamma) < C"
+    clip = f"{report['max_grad_norm']:g} (sensitivity {report['sensitivity']})"
+    if report.get("adaptive_clip") is not None:
+        now = "" if report["next_clip_norm"] is None else f", {report['next_clip_norm']:.4g} at the end"
+        clip = f"{report['max_grad_norm']:g} at first{now}, each in the ledger (sensitivity {report['sensitivity']})"
     grid = "" if report["discretization"] is None else f", discretisation {report['discretization']:g}, pessimistic"
     rows = [
         ("Epsilon spent", _show(report["epsilon_spent"], "unknown")),
@@ -154,7 +163,9 @@ def privacy_statement_markdown(report: dict[str, Any]) -> str:
         ("Sampler", report["sampler"] + ("" if rate is None else f", sample rate {rate:.6g}")),
         ("Expected logical batch", f"{report['expected_batch_size']:g}{cap}"),
         ("Noise multiplier", f"{report['noise_multiplier']:.6g}"),
-        ("Clip norm C", f"{report['max_grad_norm']:g} (sensitivity {report['sensitivity']})"),
+        ("Clip norm C", clip),
+        *([("Clip groups", f"{report['clip_groups']}; {GROUPS}")] if report.get("clip_groups") else []),
+        *([("Adaptive clip norm", f"{report['adaptive_clip']}; {THEOREM}")] if report.get("adaptive_clip") else []),
         ("Clip function", report["clip_function"] + gamma),
         ("Clipping", report["clipping"] or "not stated"),
         ("Steps released / planned", f"{_show(report['steps_released'], 'unknown')} / {report['steps_planned']}"),
@@ -208,6 +219,13 @@ def _events(schedule: PrivacySchedule, ledger: Ledger | LedgerContent | int | No
         return [(schedule.mechanism, ledger)]
     events = ledger.events() if isinstance(ledger, Ledger) else ledger.events
     return [event for event in events if event[1] > 0]
+
+
+def _next_clip_norm(schedule: PrivacySchedule, ledger: Ledger | LedgerContent | int | None) -> float | None:
+    """Under ``adaptive_clip``, the clip norm after the last release, where a ledger has it."""
+    if schedule.adaptive_clip is None or not isinstance(ledger, (Ledger, LedgerContent)) or not ledger.count:
+        return None
+    return ledger.clip_norm_after(ledger.count)
 
 
 def _noise_rng(schedule: PrivacySchedule, seed_known: bool) -> str:

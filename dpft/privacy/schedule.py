@@ -10,6 +10,7 @@ from typing import Any
 
 from dpft.errors import MissingPackageError, PrivacyConfigError
 from dpft.privacy.accountant import Event, discretization, epsilon, rounded_up
+from dpft.privacy.adaptive_clip import AdaptiveClip
 from dpft.privacy.correlated import Strategy
 from dpft.privacy.epsilon_meter import EpsilonMeter
 from dpft.privacy.mechanism import RATED, WITHOUT_N, AccountantName, Mechanism, SamplerName, UnitName
@@ -19,9 +20,10 @@ from dpft.privacy.mechanism import RATED, WITHOUT_N, AccountantName, Mechanism, 
 class PrivacySchedule:
     """A resolved :class:`~dpft.privacy.config.PrivacyConfig`. Create it with ``config.resolve(len(dataset))``.
 
-    The optimiser adds noise of standard deviation ``noise_multiplier * max_grad_norm`` to the clipped sum, once per
-    logical batch, and divides by ``expected_batch_size``. With a ``strategy`` the noise is correlated over the steps:
-    ``C^{-1} z``, with independent z of standard deviation ``noise_multiplier * max_grad_norm * strategy.scale``.
+    The optimiser adds noise of standard deviation ``sum_noise_multiplier * max_grad_norm`` to the clipped sum, once
+    per logical batch, and divides by ``expected_batch_size``. With a ``strategy`` the noise is correlated over the
+    steps: ``C^{-1} z``, with independent z of standard deviation ``noise_multiplier * max_grad_norm *
+    strategy.scale``.
 
     Attributes:
         noise_multiplier: sigma, given or calibrated; 0 means not private.
@@ -29,7 +31,7 @@ class PrivacySchedule:
             batch size / N, for information only).
         num_steps: number of logical batches, and so of releases.
         expected_batch_size: the constant divisor b.
-        max_grad_norm: the clip norm C.
+        max_grad_norm: the clip norm C; with ``adaptive_clip`` that of the first release.
         target_delta: delta.
         target_epsilon: the budget; None where the noise was given.
         computed_epsilon: what :attr:`epsilon` returns; None where it could not be computed when the configuration was
@@ -38,6 +40,8 @@ class PrivacySchedule:
         assumptions: of the epsilon, in words.
         config_fingerprint: of the configuration that this schedule came from.
         item: what an example is, in words, where it is not one record.
+        clip_groups: which parameters are clipped apart; None: all together.
+        adaptive_clip: how the clip norm follows the gradients; None: it is constant.
         strategy: of correlated noise; None: the noise of each step is independent of the others.
     """
 
@@ -62,6 +66,25 @@ class PrivacySchedule:
     config_fingerprint: str
     item: str | None = None
     strategy: Strategy | None = None
+    adaptive_clip: AdaptiveClip | None = None
+    clip_groups: Any = None
+
+    @property
+    def sum_noise_multiplier(self) -> float:
+        """Standard deviation of the noise on the clipped sum, over its clip norm.
+
+        It is ``noise_multiplier``, which is what the accountant composes; or more, where a count has a part of it.
+        """
+        if self.adaptive_clip is None:
+            return self.noise_multiplier
+        return self.adaptive_clip.sum_noise_multiplier(self.noise_multiplier, self.expected_batch_size)
+
+    @property
+    def count_noise(self) -> float | None:
+        """Standard deviation of the noise on the count of clipped examples; None without ``adaptive_clip``."""
+        if self.adaptive_clip is None:
+            return None
+        return self.adaptive_clip.count_std(self.noise_multiplier, self.expected_batch_size)
 
     @property
     def epsilon(self) -> float:
@@ -125,7 +148,7 @@ class PrivacySchedule:
         shown = "NOT COMPUTED (pip install dp-accounting scipy)" if planned is None else rounded_up(planned)
         target = "none given" if self.target_epsilon is None else f"{self.target_epsilon:g}"
         scale = 1.0 if self.strategy is None else self.strategy.scale
-        noise = self.noise_multiplier * self.max_grad_norm * scale
+        noise, adaptive = self.sum_noise_multiplier * self.max_grad_norm * scale, self.adaptive_clip
         where = "on the clipped sum" if self.strategy is None else "of z, C x + z"
         cap = "" if self.max_batch_size is None else f", at most {self.max_batch_size}"
         unit = (
@@ -136,6 +159,8 @@ class PrivacySchedule:
             f"delta              {self.target_delta:g}",
             f"noise multiplier   {self.noise_multiplier:.6g} (standard deviation {noise:.6g} {where})",
             f"clip norm          {self.max_grad_norm:g}, clip function {self.clip_function}",
+            *([] if self.clip_groups is None else [f"clip groups        {self.described_groups()}"]),
+            *([] if adaptive is None else [f"adaptive clip      {self.described_adaptation()}"]),
             f"sampler            {self.sampler}, sample rate {self.sample_rate:.6g}",
             f"logical batch      {self.expected_batch_size:g} expected{cap}",
             f"adjacency          {self.mechanism.adjacency}, sensitivity {self.mechanism.sensitivity}",
@@ -151,6 +176,22 @@ class PrivacySchedule:
         if planned == math.inf:
             lines.insert(0, "NOT PRIVATE: no noise is added (noise_multiplier = 0); epsilon is infinite.")
         return "\n".join(lines)
+
+    def described_adaptation(self) -> str:
+        """In words: how the clip norm adapts, and what noise its count and the sum get."""
+        assert self.adaptive_clip is not None
+        return (
+            f"C follows the {self.adaptive_clip.quantile:g}-quantile of the norms (learning rate "
+            f"{self.adaptive_clip.learning_rate:g}); noise multiplier {self.sum_noise_multiplier:.6g} on the sum, "
+            f"standard deviation {self.count_noise:.6g} on the count, together {self.noise_multiplier:.6g}"
+        )
+
+    def described_groups(self) -> str:
+        """In words: how the clip norm is divided among groups of parameters."""
+        if self.clip_groups == "layer":
+            return "each module's parameters to C / sqrt(number of modules), so that all together are clipped to C"
+        parts = ", ".join(f"{name or 'others'}: {weight:g}" for name, weight in self.clip_groups)
+        return f"apart, with norms proportional to {parts}, whose squares add up to C^2"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable. An infinite ``epsilon`` is the string ``inf`` (strict JSON has no number for it)."""
@@ -170,6 +211,10 @@ class PrivacySchedule:
         """
         try:
             rest = dict(values)
+            if isinstance(rest.get("clip_groups"), list):
+                rest["clip_groups"] = tuple((name, weight) for name, weight in rest["clip_groups"])
+            if rest.get("adaptive_clip") is not None:
+                rest["adaptive_clip"] = AdaptiveClip.from_dict(rest["adaptive_clip"])
             epsilon, assumptions = rest.pop("epsilon"), tuple(rest.pop("assumptions"))
             if rest.get("strategy") is not None:
                 rest["strategy"] = Strategy.from_dict(rest["strategy"])

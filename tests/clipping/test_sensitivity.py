@@ -6,6 +6,7 @@ float32; their difference is taken in float64.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import hypothesis
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dpft
+from dpft.errors import PrivacyConfigError
 from tests import oracle, zoo
 from tests.clipping.against_oracle import (
     FLOAT32_LIMIT,
@@ -34,6 +36,7 @@ CLIPS: tuple[dict[str, Any], ...] = (
     {"clip_function": "abadi"},
     {"clip_function": "automatic", "clip_gamma": 0.01},
     {"clip_function": "automatic", "clip_gamma": 1e-6},
+    {"clip_function": "automatic", "clip_gamma": 1e-16},  # near the smallest: factors of up to 1e18
 )
 
 
@@ -65,6 +68,34 @@ def test_random_examples(entry: zoo.Entry, strategy: str, clip: dict[str, Any]) 
         alone = clipped(entry, oracle.row(batch, 4), **wrap)
         assert distance(with_it, without) <= bound * (1 + SLACK)
         assert norm(alone) <= bound * (1 + SLACK)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_automatic_is_below_c_by_its_definition(strategy: str) -> None:
+    """A gradient of norm n contributes C n / (n + gamma): of a bias, n is the scale of the loss."""
+    entry = replace(ADVERSARY, build=zoo.seeded(lambda a: nn.Linear(4, 1)), losses=scaled_outputs)
+    for scale in (0.0, 1e-20, 1e-12, 1e-3, 1.0, 1e6):
+        batch = {"x": torch.zeros(1, 4), "scale": torch.tensor([scale])}
+        for gamma in (1e-16, 0.01, 3.0):
+            clip = {"clip_function": "automatic", "clip_gamma": gamma, "max_grad_norm": 2.0}
+            alone = norm(clipped(entry, batch, strategy=strategy, **clip))
+            assert alone == pytest.approx(2.0 * scale / (scale + gamma), rel=1e-6)
+            assert alone <= 2.0 * (1 + SLACK)
+
+
+@pytest.mark.parametrize(("gamma", "bound"), [(1e-45, 1.0), (1e-19, 1.0), (1e-16, 1e3)])
+def test_a_gamma_that_leaves_float32_s_range_is_refused(gamma: float, bound: float) -> None:
+    """Before it was, the contribution of a gradient of norm 0 was NaN at 1e-45, and infinite at norm 1e-38."""
+    clip: dict[str, Any] = {"clip_function": "automatic", "clip_gamma": gamma, "max_grad_norm": bound}
+    with pytest.raises(ValueError, match="would leave float32's range"):
+        dpft.wrap(Adversary(), **clip)
+    with pytest.raises(PrivacyConfigError, match="would leave float32's range"):
+        dpft.PrivacyConfig(target_delta=1e-5, expected_batch_size=4, noise_multiplier=1, num_steps=1, **clip)
+    dpft.wrap(Adversary(), clip_gamma=gamma, max_grad_norm=bound)  # not used
+
+
+def scaled_outputs(model: nn.Module, batch: oracle.Batch) -> Tensor:
+    return model(batch["x"]).sum(-1) * batch["scale"]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

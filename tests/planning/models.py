@@ -73,10 +73,12 @@ def built(name: str, checkpointing: bool = False, dtype: torch.dtype = torch.flo
     return built_model
 
 
-def measured(model: nn.Module, strategy: Any, batch_size: int, seq_len: int) -> tuple[int, int, int]:
+def measured(
+    model: nn.Module, strategy: Any, batch_size: int, seq_len: int, clip_groups: Any = None
+) -> tuple[int, int, int]:
     """Bytes at the peak of a real step and of one more onto its gradient, and FLOPs; the model is used up."""
     if strategy is not None:
-        dpft.wrap(model, strategy=strategy)
+        dpft.wrap(model, strategy=strategy, clip_groups=clip_groups)
     ids = torch.randint(0, VOCAB, (batch_size, seq_len), generator=torch.Generator().manual_seed(1))
     warm = ids[:, :8]
     # The isolation check of a batch runs at backward 1, 2, 4, 8: the steps measured are 5 to 7.

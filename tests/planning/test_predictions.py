@@ -63,6 +63,35 @@ def test_peak_and_flops_are_those_of_the_real_step(
         assert (predicted.flops() > flops) == (name != "llama-eager")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("examples", "tokens"), [(1, 160), (4, 96)])
+def test_a_step_in_clip_groups(examples: int, tokens: int) -> None:
+    """As the real one; it computes what one-pass does, and keeps less."""
+    name, options = "llama", {"loss_chunk": CPU_CHUNK, "clip_groups": "layer"}
+    twin = make_twin(built(name, True), None, None)
+    predicted = simulate(twin, examples, tokens, "one_pass", **options)
+    first, second, flops = measured(built(name, True), "one_pass", examples, tokens, "layer")
+    assert (predicted.peak, predicted.accumulating_peak) == pytest.approx((first, second), rel=0.005)
+    assert predicted.flops(attention=False) == flops
+    whole = simulate(twin, examples, tokens, "one_pass", loss_chunk=CPU_CHUNK)
+    assert whole.flops() == predicted.flops() and whole.accumulating_peak > predicted.accumulating_peak
+    found = plan(built(name, True), examples, tokens, hardware=CPU, clip_groups="layer")
+    assert found.choice == "one_pass" and "two_pass" not in found.predictions and found.allowance == 0
+    assert all(layer.kept_bytes == 0 for layer in found.layers) and "clip group" in found.reason
+    assert found.predictions["one_pass"].accumulating_peak_bytes == predicted.accumulating_peak
+    with pytest.raises(ValueError, match="clip_groups with sequence_parallel"):
+        plan(
+            built(name),
+            1,
+            tokens,
+            hardware=CPU,
+            engine="fsdp2",
+            world_size=2,
+            sequence_parallel=2,
+            clip_groups="layer",
+        )
+
+
 def test_a_plan_is_of_the_dtype_and_checkpointing_asked_for() -> None:
     """And says what was measured."""
     there = built("llama-wide-vocabulary", checkpointing=True)

@@ -18,6 +18,7 @@ import pytest
 import dpft.privacy.ledger as module
 from dpft.errors import LedgerError
 from dpft.privacy import Ledger, Mechanism, PrivacyConfig, compose_epsilon
+from dpft.privacy.ledger_file import encode
 
 A = Mechanism(sampler="poisson", noise_multiplier=1.0, sample_rate=0.02)
 B = Mechanism(sampler="poisson", noise_multiplier=2.0, sample_rate=0.02)
@@ -186,7 +187,7 @@ def test_missing_foreign_and_newer_files_are_refused(path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(LedgerError, match="header"):
             resume(path)
-    path.write_bytes(module._encode({"dpft_ledger": 99, "run_id": "x", "mechanism": A.to_dict()}))
+    path.write_bytes(encode({"dpft_ledger": 99, "run_id": "x", "mechanism": A.to_dict()}))
     with pytest.raises(LedgerError, match="format 99"):
         resume(path)
     with pytest.raises(LedgerError, match="mode"):

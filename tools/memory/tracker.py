@@ -42,7 +42,7 @@ _ONLY_STARTS = frozenset(
     {
         ("dpft.clipping.strategies", "traverse"),
         ("dpft.clipping.strategies", "run_plain"),
-        ("dpft.clipping.strategies", "_example_gradient"),
+        ("dpft.clipping.one_by_one", "_example_gradient"),
         ("dpft.clipping.boundary", "backward"),
         ("dpft.optimizer", "step"),
         ("opacus.optimizers.optimizer", "step"),

@@ -19,7 +19,8 @@ ESCAPES = ("tests/clipping/test_escapes.py",)
 _OPTIMIZER, _NOISE, _LOADER = "dpft/optimizer.py", "dpft/noise.py", "dpft/loader.py"
 _SECURE = "dpft/secure_noise.py"
 _RUN, _PREPARE, _SAMPLER = "dpft/run.py", "dpft/prepare.py", "dpft/privacy/sampler.py"
-_ACCOUNTANT, _LEDGER, _ISOLATION = "dpft/privacy/accountant.py", "dpft/privacy/ledger.py", "dpft/models/isolation.py"
+_ACCOUNTANT, _ISOLATION = "dpft/privacy/accountant.py", "dpft/models/isolation.py"
+_LEDGER, _LEDGER_FILE = "dpft/privacy/ledger.py", "dpft/privacy/ledger_file.py"
 
 MECHANISM_MUTATIONS = (
     # noise and release
@@ -252,7 +253,7 @@ MECHANISM_MUTATIONS = (
     Mutation(
         "not_on_disk",
         "a release is not synced before it happens",
-        _LEDGER,
+        _LEDGER_FILE,
         "        view = view[os.write(fd, view) :]\n    os.fsync(fd)",
         "        view = view[os.write(fd, view) :]",
         LEDGER,
@@ -268,7 +269,7 @@ MECHANISM_MUTATIONS = (
     Mutation(
         "two_writers",
         "two runs can write one ledger",
-        _LEDGER,
+        _LEDGER_FILE,
         "fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)",
         "pass",
         LEDGER,
@@ -318,8 +319,8 @@ MECHANISM_MUTATIONS = (
         "abandoned_sum",
         "what a loop that ended left goes into the next batch",
         _RUN,
-        "            self.optimizer.discard()\n        self._backwards",
-        "        self._backwards",
+        "            self.optimizer.discard()\n",
+        "",
         PREPARE,
     ),
     Mutation(

@@ -104,7 +104,7 @@ RULE_MUTATIONS = (
     Mutation(
         "backward_inside_a_backward",
         "what it accumulates is not clipped",
-        "dpft/clipping/strategies.py",
+        "dpft/clipping/one_by_one.py",
         "        if state.alone and may_accumulate(loss):",
         "        if False:",
         ("tests/clipping/test_escapes.py",),
