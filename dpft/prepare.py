@@ -21,9 +21,10 @@ from dpft.engines.host import check_sums_device
 from dpft.engines.ranks import Ranks
 from dpft.engines.requirements import check_accelerator, check_model, check_prepared, watch
 from dpft.engines.sequence import SequenceGroup, check_spread, sequence_size
+from dpft.engines.settings import check_batches, check_clipping, check_whole
 from dpft.engines.shared_account import SharedAccount
 from dpft.engines.shared_ledger import SharedLedger, open_ledger
-from dpft.errors import EngineError, PrivacyConfigError
+from dpft.errors import PrivacyConfigError
 from dpft.loader import PrivateDataLoader, check_dataset
 from dpft.noise import GaussianNoise
 from dpft.optimizer import DPOptimizer, Noise
@@ -126,49 +127,16 @@ def prepare(
         check_model(accelerator, kind, model, optimizer)
         check_dataset(dataset)
         check_sums_device(sums_device, kind, clipping, optimizer)
-        if max_physical_batch_size != "auto":
-            _check_whole("max_physical_batch_size", max_physical_batch_size, 1)
-        elif clipping != "flash" or strategy != "auto":
-            raise PrivacyConfigError(
-                f"max_physical_batch_size='auto' plans clipping='flash' with strategy='auto'; got {clipping!r} and "
-                f"{strategy!r}. Give a number."
-            )
-        elif seq_len is None:
-            raise PrivacyConfigError(
-                "max_physical_batch_size='auto' needs seq_len, the tokens of the longest example: it decides what fits"
-            )
+        check_batches(max_physical_batch_size, clipping, strategy, seq_len)
         if test_seed is not None:
-            _check_whole("test_seed", test_seed, 0)
+            check_whole("test_seed", test_seed, 0)
             if account is not None:
                 raise PrivacyConfigError(
                     "test_seed with an account: a run whose noise is known is not private, and no account can pay for "
                     "it; leave one of them out."
                 )
         check_correlated(privacy, kind)
-        if clipping == "none" and privacy.noise_multiplier != 0:
-            raise PrivacyConfigError(
-                "clipping='none' bounds nothing, so no noise makes it private; pass noise_multiplier=0 to say that "
-                "this run is not private, or choose another clipping."
-            )
-        if (size := sequence_size(accelerator)) != 1 and (
-            clipping != "flash" or strategy not in ("auto", "one_pass") or max_physical_batch_size not in (1, "auto")
-        ):
-            raise EngineError(
-                f"sp_size is {size}, where a backward is one-pass, of one example; got clipping={clipping!r}, "
-                f"strategy={strategy!r}, max_physical_batch_size={max_physical_batch_size!r}. Use 'flash', 'auto', 1."
-            )
-        if privacy.adaptive_clip is not None and (clipping == "none" or size != 1):
-            raise PrivacyConfigError(
-                f"adaptive_clip with clipping={clipping!r}, sp_size={size}: clipped examples are counted where each "
-                "is clipped, on one rank. Use another clipping, without sp_size, or leave adaptive_clip out."
-            )
-        if privacy.clip_groups is not None and size != 1:
-            raise EngineError(
-                f"clip_groups with sp_size={size}: where the tokens of an example are spread over ranks, its gradient "
-                "is clipped as a whole. Leave clip_groups out, or train without sp_size."
-            )
-        if clipping == "none" and kind != "single":
-            raise EngineError("clipping='none' runs in one process; to compare on several, train without dpft.")
+        check_clipping(privacy, kind, sequence_size(accelerator), clipping, strategy, max_physical_batch_size)
         return kind
 
     kind = ranks.together(check)
@@ -206,7 +174,7 @@ def prepare(
     if max_physical_batch_size == "auto" and sequence is not None:
         max_physical_batch_size = 1
     if max_physical_batch_size == "auto":
-        _check_whole("seq_len", seq_len, 1)
+        check_whole("seq_len", seq_len, 1)
         assert seq_len is not None
         largest = math.ceil(schedule.expected_batch_size / ranks.world)  # more would be padding
         on_host = sums_device == "cpu"
@@ -415,8 +383,3 @@ def _noise(
 def _test_secret(seed: int, run: PrivacyRun) -> bytes:
     # It includes the count, so that a resumed test does not repeat the noise of the run that it resumes.
     return seed.to_bytes(16, "big", signed=True) + run.steps.to_bytes(8, "big")
-
-
-def _check_whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise PrivacyConfigError(f"{name} is {value!r}; expected a whole number >= {least}")
