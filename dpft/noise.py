@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,20 @@ from torch import Tensor
 from dpft.secure_noise import SecureNoise, widened
 
 _CHUNK = 1 << 20
+
+
+class Place(NamedTuple):
+    """Where elements lie in the whole model, however it is sharded.
+
+    Attributes:
+        number: of their parameter, in an order that does not change.
+        start: the first of them, in the parameter flattened.
+        size: number of elements of the whole parameter.
+    """
+
+    number: int
+    start: int
+    size: int
 
 
 class GaussianNoise:
@@ -68,12 +83,13 @@ class GaussianNoise:
     def _sequence(self, *purpose: int) -> np.random.SeedSequence:
         return np.random.SeedSequence(self._entropy, spawn_key=(self._stream, *purpose))
 
-    def add_(self, tensor: Tensor, std: float) -> Tensor:
+    def add_(self, tensor: Tensor, std: float, place: Place | None = None) -> Tensor:
         """Add independent draws of N(0, std^2) to ``tensor`` in place.
 
         Args:
             tensor: float32 or float64, any shape, on any device.
             std: standard deviation >= 0, in the tensor's units.
+            place: of no importance here: every draw is new.
 
         Returns:
             ``tensor``.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dpft.errors import WrapError
-from dpft.noise import GaussianNoise
+from dpft.noise import GaussianNoise, Place
 
 _GUARD = "_dpft_guard"
 
@@ -27,8 +27,11 @@ class Noise(Protocol):
         """The std to pass to :meth:`add_`: ``std``, or more where the sum is rounded."""
         ...
 
-    def add_(self, tensor: Tensor, std: float) -> Tensor:
-        """Add noise of standard deviation ``std`` (of z, where it is correlated) in place."""
+    def add_(self, tensor: Tensor, std: float, place: Place | None = None) -> Tensor:
+        """Add noise of standard deviation ``std`` (of z, where it is correlated) in place.
+
+        ``place`` is that of a shard's elements; None: the whole of the next parameter.
+        """
         ...
 
 

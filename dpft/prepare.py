@@ -15,7 +15,7 @@ from torch import nn
 from dpft.clipping.state import Clipping, ClipState, Isolation
 from dpft.clipping.strategy_choice import Choice, Strategy, allowance, choose_for_all, free_memory
 from dpft.engines.agreement import dataset_mark, described, mark, versions, weights
-from dpft.engines.correlated import check_correlated, correlated_noise
+from dpft.engines.correlated import correlated_noise, sums_device_of
 from dpft.engines.engine import SENDS_AT_ONCE, Kind, launch
 from dpft.engines.host import check_sums_device
 from dpft.engines.ranks import Ranks
@@ -135,7 +135,6 @@ def prepare(
                     "test_seed with an account: a run whose noise is known is not private, and no account can pay for "
                     "it; leave one of them out."
                 )
-        check_correlated(privacy, kind)
         check_clipping(privacy, kind, sequence_size(accelerator), clipping, strategy, max_physical_batch_size)
         return kind
 
@@ -222,7 +221,9 @@ def prepare(
             run,
             sequence=sequence,
             on_host=sums_device == "cpu",
-            noise=_noise(run, ranks, model, optimizer, f"{kind} {sums_device or ''}".strip(), test_seed),
+            noise=_noise(
+                run, ranks, model, optimizer, kind, sums_device_of(accelerator, kind, sums_device), test_seed
+            ),
             batches=PhysicalBatchSampler(
                 make_sampler(
                     schedule,
@@ -372,11 +373,17 @@ def _agreed_strategy(state: ClipState, kind: Kind, ranks: Ranks, max_batch_size:
 
 
 def _noise(
-    run: PrivacyRun, ranks: Ranks, model: nn.Module, optimizer: torch.optim.Optimizer, where: str, seed: int | None
+    run: PrivacyRun,
+    ranks: Ranks,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    kind: Kind,
+    device: torch.device,
+    seed: int | None,
 ) -> Noise:
     secret = None if seed is None else _test_secret(seed, run)
     if run.schedule.strategy is not None:
-        return correlated_noise(run.schedule.strategy, ranks, run.ledger, model, optimizer, where, secret)
+        return correlated_noise(run.schedule.strategy, ranks, run.ledger, model, optimizer, kind, device, secret)
     return GaussianNoise(secret=secret, stream=ranks.rank, secure=run.schedule.secure_rng)
 
 

@@ -6,6 +6,7 @@ The secrets are fixed, so every statistic is the same on every run.
 from __future__ import annotations
 
 import copy
+import math
 import os
 import pickle
 from collections.abc import Sequence
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 import dpft
 from dpft import LedgerError, WrapError
-from dpft.correlated_noise import CorrelatedNoise
+from dpft.correlated_noise import BLOCK_ON_HOST, CorrelatedNoise
+from dpft.noise import Place
 from dpft.privacy.correlated import Strategy
 from dpft.privacy.noise_secrets import NoiseSecret, begin, secrets_path
 
@@ -77,10 +79,14 @@ def test_covariance_over_the_steps(strategy: Strategy) -> None:
 
 
 @strategies
-def test_values_tensors_and_processes_are_independent(strategy: Strategy) -> None:
-    shapes = [(30_000,), (30_000,)]
-    one, other = (CorrelatedNoise(strategy, [secret(0)], stream) for stream in range(2))
-    drawn = [[*release(one, shapes), *release(other, shapes)] for _ in range(STEPS)]
+def test_values_tensors_shards_and_starts_are_independent(strategy: Strategy) -> None:
+    one, other = CorrelatedNoise(strategy, [secret(0)]), CorrelatedNoise(strategy, [secret(0, 1)])
+    parts = [Place(0, 0, 60_000), Place(0, 30_000, 60_000), Place(1, 0, 30_000)]
+    drawn = []
+    for _ in range(STEPS):
+        with one.release():
+            shards = [one.add_(torch.zeros(30_000), 1.0, place) for place in parts]
+        drawn.append([*shards, *release(other, [(30_000,)])])
     series = torch.stack([torch.stack(parts) for parts in drawn]).double().numpy()  # [steps, 4, values]
     flat = series.transpose(1, 0, 2).reshape(4 * STEPS, -1)
     correlation = np.corrcoef(flat).reshape(4, STEPS, 4, STEPS)
@@ -107,10 +113,45 @@ def test_a_resume_has_the_noise_of_the_steps_before_it(strategy: Strategy) -> No
     before, after = states[1], CorrelatedNoise(strategy, [*secrets[:-1], secret(5, 9)])
     with after.release():
         for index, shape in enumerate(shapes):
-            again = after._earlier(index, torch.zeros(shape))
+            again = after._earlier(Place(index, 0, math.prod(shape)), torch.zeros(shape))
             kept = list(zip(before._tensors[index]._kept, again._kept, strict=True))
             assert all(a.equal(b) for a, b in kept) and len(kept) == min(5, strategy.memory)
             after.add_(torch.zeros(shape), 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_noise_does_not_depend_on_the_shards(dtype: torch.dtype) -> None:
+    """Two parameters of several blocks: whole, and cut at places that no block ends at, resumed with other cuts."""
+    sizes = [2 * BLOCK_ON_HOST + 100, 3 * BLOCK_ON_HOST]
+    cuts = {
+        3: [[0, 5, BLOCK_ON_HOST - 1, 2 * BLOCK_ON_HOST + 3], [0, 0, BLOCK_ON_HOST + 1, 3 * BLOCK_ON_HOST]],
+        STEPS: [[0, 2 * BLOCK_ON_HOST], [0, BLOCK_ON_HOST, BLOCK_ON_HOST + 7]],
+    }
+    strategy, secrets, first = STRATEGIES[0], [secret(0)], 0
+    whole = CorrelatedNoise(strategy, secrets)
+    for last, starts in cuts.items():
+        owners = [CorrelatedNoise(strategy, secrets) for _ in range(max(map(len, starts)))]
+        if first:
+            whole = CorrelatedNoise(strategy, secrets)
+        for _ in range(first, last):
+            with whole.release():
+                expected = [whole.add_(torch.zeros(size, dtype=dtype), 0.5) for size in sizes]
+            found = [torch.zeros(size, dtype=dtype) for size in sizes]
+            for rank, owner in enumerate(owners):
+                with owner.release():
+                    for number, bounds in enumerate(starts):
+                        if rank < len(bounds):
+                            begin, end = [*bounds, sizes[number]][rank : rank + 2]
+                            owner.add_(found[number][begin:end], 0.5, Place(number, begin, sizes[number]))
+            assert all(a.equal(b) and (a != 0).all() for a, b in zip(found, expected, strict=True))
+        secrets, first = [*secrets, secret(last)], last
+
+
+def test_a_child_that_was_forked_does_not_repeat_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise = CorrelatedNoise(STRATEGIES[0], [secret(0)])
+    monkeypatch.setattr(noise, "_pid", os.getpid() + 1)
+    with pytest.raises(RuntimeError, match="would repeat its draws"), noise.release():
+        noise.add_(torch.zeros(2), 1.0)
 
 
 @strategies
@@ -146,8 +187,15 @@ def test_steps_are_kept_apart_and_complete() -> None:
             release(other, wrong)
         with pytest.raises(WrapError, match="was not finished"):
             release(other, [(2,), (3,)])
+    noise = CorrelatedNoise(strategy, [secret(0)])
+    with pytest.raises(ValueError, match="expected a finite number >= 0"), noise.release():
+        noise.add_(torch.zeros(2), -1.0)
+    noise = CorrelatedNoise(strategy, [secret(0)], torch.device("meta"))
+    with pytest.raises(WrapError, match="drawn on cpu, and the file of secrets says meta"), noise.release():
+        noise.add_(torch.zeros(2), 1.0)
+    noise = CorrelatedNoise(strategy, [secret(0)])
     with pytest.raises(ValueError, match="which would round it"), noise.release():
-        CorrelatedNoise(strategy, [secret(0)])._earlier(0, torch.zeros(2, dtype=torch.bfloat16)).step()
+        noise.add_(torch.zeros(2, dtype=torch.bfloat16), 1.0)
     for copier in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="cannot be copied"):
             copier(noise)

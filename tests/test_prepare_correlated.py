@@ -21,8 +21,7 @@ import pytest
 import torch
 
 import dpft
-from dpft import EngineError, LedgerError
-from dpft.engines.correlated import check_correlated
+from dpft import LedgerError
 from dpft.privacy import Ledger
 from tests.training import EXAMPLES, Training, collate, config, examples, new_accelerator, values
 
@@ -189,14 +188,6 @@ def test_a_parameter_that_is_frozen_midway_ends_the_run(tmp_path: Path) -> None:
                 before = values(training.model)
                 next(training.model.parameters()).requires_grad_(False)
     assert before is not None and values(training.model).equal(before)
-
-
-@pytest.mark.parametrize("kind", ["fsdp2", "zero1", "zero2", "zero3"])
-def test_engines_that_shard_are_refused(kind: Any) -> None:
-    with pytest.raises(EngineError, match=f"under {kind}: correlated noise is implemented for one process"):
-        check_correlated(config(**BANDMF), kind)
-    check_correlated(config(), kind)
-    check_correlated(config(**BLT), "ddp")
 
 
 def test_an_audit_refuses() -> None:

@@ -1,36 +1,40 @@
-"""Correlated noise under the engines: the secrets of a run on all ranks, and what a resume must have in common."""
+"""Correlated noise under the engines: the secrets of a run on all ranks, and what a resume must have in common.
+
+Each owner of a shard draws the noise of its elements, which depends on their place in the model and not on the
+sharding (:mod:`dpft.correlated_noise`): the number of processes may change.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from typing import Any
 
 import torch
 from torch import nn
 
 from dpft.correlated_noise import CorrelatedNoise
 from dpft.engines.agreement import described, versions
+from dpft.engines.deepspeed_config import offloads_optimizer
 from dpft.engines.engine import Kind
 from dpft.engines.ranks import Ranks
 from dpft.engines.shared_ledger import SharedLedger
 from dpft.errors import EngineError
-from dpft.privacy.config import PrivacyConfig
 from dpft.privacy.correlated import Strategy
 from dpft.privacy.noise_secrets import NoiseSecret, begin
 
 
-def check_correlated(privacy: PrivacyConfig, kind: Kind) -> None:
-    """Refuse engines that shard the parameters, whose shards would each have to keep their own earlier noise.
+def sums_device_of(accelerator: Any, kind: Kind, sums_device: str | None) -> torch.device:
+    """Where the sums of this rank are, and their noise is drawn."""
+    offloads = sums_device == "cpu"
+    if kind == "fsdp2":
+        from torch.distributed.fsdp import CPUOffloadPolicy
 
-    Raises:
-        EngineError: FSDP2 or DeepSpeed.
-    """
-    if privacy.mechanism != "dp_sgd" and kind not in ("single", "ddp"):
-        raise EngineError(
-            f"mechanism={privacy.mechanism!r} under {kind}: correlated noise is implemented for one process and for "
-            "DDP; use one of them, or mechanism='dp_sgd'."
-        )
+        offloads = isinstance(accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
+    elif kind.startswith("zero"):
+        offloads = offloads_optimizer(accelerator.state.deepspeed_plugin.deepspeed_config)
+    return torch.device("cpu") if offloads else torch.device(accelerator.device)
 
 
 def correlated_noise(
@@ -39,7 +43,8 @@ def correlated_noise(
     ledger: SharedLedger,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    where: str,
+    kind: Kind,
+    device: torch.device,
     secret: bytes | None = None,
 ) -> CorrelatedNoise:
     """The noise of a run, new or resumed; its secret is on disk when this returns. A collective.
@@ -50,14 +55,21 @@ def correlated_noise(
         ledger: open.
         model: with its parameters where they are trained.
         optimizer: of the model's parameters, in whose order they get noise.
-        where: the engine, and where the sums are.
+        kind: the engine.
+        device: from :func:`sums_device_of`.
         secret: a known one, for tests only; None: from the operating system.
 
     Raises:
+        EngineError: GPUs of several kinds.
         LedgerError: see :func:`dpft.privacy.noise_secrets.begin`.
     """
-    environment = _environment(ranks, model, optimizer, where)
-
+    kinds = sorted(set(ranks.gather(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)))
+    if len(kinds) > 1:  # which element a number goes to depends on the GPU, and on another resume it is another's
+        raise EngineError(
+            f"the ranks draw correlated noise on {', '.join(kinds)}; expected one kind of device, on which a resume "
+            "can draw it again. Launch on equal GPUs, or use mechanism='dp_sgd'."
+        )
+    environment = _environment(model, optimizer, kind, kinds[0])
     fresh = os.urandom(32) if secret is None else secret
 
     def write() -> tuple[NoiseSecret, ...]:
@@ -65,20 +77,18 @@ def correlated_noise(
             return ()  # it gets rank 0's
         return begin(ledger.path, ledger.run_id, ledger.count, strategy, environment, fresh)
 
-    return CorrelatedNoise(strategy, ranks.from_first(ranks.together(write)), stream=ranks.rank)
+    return CorrelatedNoise(strategy, ranks.from_first(ranks.together(write)), device)
 
 
-def _environment(ranks: Ranks, model: nn.Module, optimizer: torch.optim.Optimizer, where: str) -> dict[str, str]:
+def _environment(model: nn.Module, optimizer: torch.optim.Optimizer, kind: Kind, device: str) -> dict[str, str]:
     """What the numbers that a generator draws depend on, and which of them go to which element."""
     names = {id(p): name for name, p in model.named_parameters()}
     order = [names.get(id(p)) for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     trained = [entry for entry in described(model) if entry[3]]
     parameters = hashlib.sha256(json.dumps([order, trained]).encode()).hexdigest()
-    device = ranks.device
     return {
-        "the number of processes": str(ranks.world),
-        "the engine": where,
-        "the device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "the engine": kind,
+        "the device of the noise": device,
         **{name: version for name, version in versions().items() if name.split()[-1] in ("dpft", "numpy", "torch")},
         "the digest of the trained parameters, their order, shapes and dtypes,": parameters[:16],
     }

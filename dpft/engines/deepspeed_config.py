@@ -231,8 +231,13 @@ def check_engine(engine: Any, stage: int, world: int) -> None:
 
 def replaces_optimizer(config: dict[str, Any]) -> bool:
     """Whether Accelerate replaces the user's optimiser by DeepSpeed's own Adam."""
+    return offloads_optimizer(config) and bool(config.get("zero_force_ds_cpu_optimizer", True))
+
+
+def offloads_optimizer(config: dict[str, Any]) -> bool:
+    """Whether the optimiser, and with it the sums, are in host memory."""
     device = _section(_section(config.get("zero_optimization")).get("offload_optimizer")).get("device", "none")
-    return device not in ("none", None) and bool(config.get("zero_force_ds_cpu_optimizer", True))
+    return device not in ("none", None)
 
 
 def _section(value: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 import functools
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dpft.engines.ranks import Ranks
 from dpft.errors import EngineError
+from dpft.noise import Place
 from dpft.optimizer import Noise
 from dpft.rules.base import full_shape
 
@@ -67,6 +68,7 @@ class ClippedSums(abc.ABC):
         self.parameters, self.ranks = parameters, ranks
         self.shapes = {name: full_shape(p) for name, p in parameters.items()}
         self.total = sum(shape.numel() for shape in self.shapes.values())
+        self._numbers = {name: number for number, name in enumerate(parameters)}
         self.owned = 0
         self._released = False  # the buffers hold a release: nothing may be added to it
         self._travelling: deque[tuple[Any, Callable[[], None]]] = deque()
@@ -101,6 +103,10 @@ class ClippedSums(abc.ABC):
     def pieces(self, name: str) -> Sequence[Piece]:
         """The elements of one parameter by their owner, where the parts are not equal."""
         raise NotImplementedError
+
+    def place(self, name: str, start: int) -> Place:
+        """Of the elements of one parameter from ``start`` on."""
+        return Place(self._numbers[name], start, self.shapes[name].numel())
 
     def accumulate(self, name: str, own: Tensor) -> None:
         """Add to this rank's part of the sum, from its first element on; there may be padding after the last."""
@@ -196,6 +202,16 @@ class ReplicatedSums(ClippedSums):
         part = -(-numel // self.ranks.world)
         return part, max(0, min(part, numel - self.ranks.rank * part))
 
+    def _parts(self, names: list[str], first: int, end: int) -> Iterator[tuple[str, int, int]]:
+        """Of the elements ``first`` to ``end`` of a bucket: their parameters, and in each the first and the number."""
+        before = 0
+        for name in names:
+            numel = self.shapes[name].numel()
+            start, stop = max(0, first - before), min(numel, end - before)
+            if start < stop:
+                yield name, start, stop - start
+            before += numel
+
     def add(self, name: str, grad: Tensor) -> None:
         self.check_new(name, grad)
         if name in self._sums:
@@ -209,9 +225,11 @@ class ReplicatedSums(ClippedSums):
 
         def finish(names: list[str], flat: Tensor, own: Tensor) -> None:
             nonlocal noised
-            mine = self._mine(names)[1]
-            noise.add_(own[:mine], std)
-            noised += mine
+            first, done = self.ranks.rank * own.numel(), 0
+            for name, start, count in self._parts(names, first, first + self._mine(names)[1]):
+                noise.add_(own[done : done + count], std, self.place(name, start))
+                done += count
+            noised += done
             own.div_(divisor)
             dist.all_gather_into_tensor(flat, own)
             start = 0
@@ -262,6 +280,7 @@ class ShardedSums(ClippedSums):
         super().__init__(parameters, ranks)
         self._sums: dict[str, Tensor] = {}
         self._replicas: dict[str, list[Any]] = {}  # the groups along which a parameter is replicated
+        self._starts: dict[str, int] = {}  # the first element of this rank's shard
         owned = 0
         for name, p in parameters.items():
             given: Any = p
@@ -270,12 +289,21 @@ class ShardedSums(ClippedSums):
                     f"{name!r} is trainable and FSDP2 has not sharded it (ignored_modules?): its gradient would not "
                     "be summed over ranks. Remove it from ignored_modules, or freeze it."
                 )
-            strange = [placement for placement in given.placements if not isinstance(placement, Replicate | Shard)]
-            if strange or any(isinstance(pl, Shard) and type(pl) is not Shard for pl in given.placements):
-                raise EngineError(f"{name!r} has placements {given.placements}; expected Shard and Replicate only.")
+            replicated = [i for i, placement in enumerate(given.placements) if isinstance(placement, Replicate)]
+            sharded = [i for i, placement in enumerate(given.placements) if i not in replicated]
+            rows = [
+                i
+                for i, pl in enumerate(given.placements)
+                if isinstance(pl, Shard) and type(pl) is Shard and pl.dim == 0
+            ]
+            if len(sharded) > 1 or rows != sharded:
+                raise EngineError(f"{name!r} has placements {given.placements}; expected one Shard(0), and Replicate.")
             coordinate = given.device_mesh.get_coordinate()
             assert coordinate is not None
-            replicated = [i for i, placement in enumerate(given.placements) if isinstance(placement, Replicate)]
+            first = 0
+            for i in sharded:  # rows as torch.chunk divides them
+                first = -(-given.shape[0] // given.device_mesh.size(i)) * coordinate[i]
+            self._starts[name] = min(first, given.shape[0]) * (given.numel() // max(1, given.shape[0]))
             self._replicas[name] = [given.device_mesh.get_group(i) for i in replicated]
             if all(coordinate[i] == 0 for i in replicated):
                 owned += given.to_local().numel()
@@ -330,7 +358,7 @@ class ShardedSums(ClippedSums):
                 local = self._sums[name] = torch.zeros_like(given.to_local(), dtype=dtype)
             groups = self._replicas[name]
             if all(dist.get_rank(group) == 0 for group in groups):
-                noise.add_(local, std)
+                noise.add_(local, std, self.place(name, self._starts[name]))
                 noised += local.numel()
             for group in groups:
                 sent = local.to(self.ranks.device)  # where the group sends, if FSDP2 keeps the shard on the CPU

@@ -94,7 +94,8 @@ class ZeroSums(ClippedSums):
         for name in self.parameters:
             own = self._own(name)
             if own is not None:
-                noise.add_(own, std)
+                start = next(f.start for f in self.layout.fragments[name] if f.rank == self.ranks.rank)
+                noise.add_(own, std, self.place(name, start))
                 own.div_(divisor)
                 noised += own.numel()
         self._check_noised(noised)
@@ -177,9 +178,9 @@ class ZeroOptimizer(DPOptimizer):
                 "configuration, and take the batches from dpft's loader."
             )
         self._before_release()
-        self._zero_sums.release(
-            self.noise, self.noise_std(self._zero_sums.parameters.values()), self.expected_batch_size
-        )
+        std = self.noise_std(self._zero_sums.parameters.values())
+        with self.noise.release():
+            self._zero_sums.release(self.noise, std, self.expected_batch_size)
         self._pending = set(range(len(self._zero_sums.layout.flats)))
         self.releases += 1
         self._spent = True

@@ -1,85 +1,83 @@
-"""A training with correlated noise under DDP, on each rank; ``test_correlated.py`` launches it, twice for each run.
+"""A run with correlated noise under one engine, over two starts; ``engine_worker.py`` runs it.
 
-    correlated_worker.py FOLDER MECHANISM STEPS
+    correlated_worker.py OUTPUT_FOLDER
 
-Writes what was released in these steps, times the divisor, as ``FOLDER/MECHANISM-RANK-FIRST.npy``.
+run by itself is a third start, with another number of processes, of the runs in that folder.
+
+The examples have no gradient and every start begins with weights of zero, so that these are what was released.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState, GradientState
 
-import dpft
-from tests import zoo
-from tests.engines.on_cpu import make_accelerator
+from tests.engines.matrix_worker import CLIP, Bench, Examples, full_parameters, plain_llama
 
-STEPS, BATCH = 7, 3
-MECHANISMS: dict[str, Any] = {
-    "bandmf": {"mechanism": "bandmf", "bands": 3, "sampler": "cyclic_poisson"},
-    "blt": {"mechanism": "blt", "buffers": 2, "sampler": "fixed_order"},
+BATCH, SIGMA, NUMBER = 3, 1.5, 9
+STARTS = (3, 2, 2)  # the steps of each
+STEPS = sum(STARTS)
+_PLAN: dict[str, Any] = {
+    **{"noise_multiplier": SIGMA, "expected_batch_size": BATCH, "num_steps": STEPS, "sample_rate": None},
+    **{"max_grad_norm": CLIP, "target_delta": 1e-3},
+}
+MECHANISMS: dict[str, dict[str, Any]] = {
+    "bandmf": {**_PLAN, "mechanism": "bandmf", "bands": 3, "sampler": "cyclic_poisson"},
+    "blt": {**_PLAN, "mechanism": "blt", "buffers": 2, "sampler": "fixed_order"},
 }
 
 
-def privacy(mechanism: str) -> dpft.PrivacyConfig:
-    """sigma = 1, C = 1."""
-    return dpft.PrivacyConfig(
-        noise_multiplier=1.0, target_delta=1e-3, num_steps=STEPS, expected_batch_size=BATCH, **MECHANISMS[mechanism]
-    )
-
-
-class Silent:
-    """Nine examples without a gradient."""
-
-    def __init__(self) -> None:
-        self.batch = zoo.token_batch(9, 5)
-        self.batch["labels"] = torch.full_like(self.batch["labels"], -100)
-
-    def __len__(self) -> int:
-        return 9
-
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        return {name: value[i] for name, value in self.batch.items()}
-
-
-def main(folder: Path, mechanism: str, steps: int) -> None:
-    """Some steps of a run, new or resumed."""
-    accelerator = make_accelerator()
-    model = zoo.seeded(lambda attention: zoo.llama(attention, num_hidden_layers=1))("sdpa")
-    inner = torch.optim.SGD(model.parameters(), lr=1.0)
-    ledger = folder / f"{mechanism}.jsonl"
-    model, optimizer, loader = dpft.prepare(
-        accelerator,
+def start(bench: Bench, mechanism: str, number: int, title: str) -> None:
+    """One start of a run; rank r writes the weights after each step into ``correlated_TITLE_START_r.pt``."""
+    model, examples = plain_llama(), Examples(NUMBER)
+    examples.batch["labels"] = torch.full_like(examples.batch["labels"], -100)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    accelerator, prepared, optimizer, loader = bench.private(
         model,
-        inner,
-        Silent(),
-        privacy(mechanism),
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        examples,
+        privacy=MECHANISMS[mechanism],
         max_physical_batch_size=2,
-        ledger_path=ledger,
-        continue_ledger=ledger.exists(),
+        ledger_path=bench.output / f"correlated_{title}.jsonl",
+        continue_ledger=number > 0,
     )
-    first, rows = loader.privacy.steps, []
+    rows: list[dict[str, torch.Tensor]] = []
     for batch in loader:
-        accelerator.backward(model(**batch).loss)
+        accelerator.backward(prepared(**batch).loss)
         optimizer.step()
-        if loader.is_last:
-            parts = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-            rows.append(torch.cat(parts).double().numpy() * BATCH)
-            if len(rows) == steps:
-                break
+        last = loader.is_last
         optimizer.zero_grad()
-    np.save(folder / f"{mechanism}-{accelerator.process_index}-{first}.npy", np.array(rows))
-    AcceleratorState._reset_state()  # for the next training in the same process group
-    GradientState._reset_state()
+        if last:
+            rows.append(full_parameters(accelerator, prepared))
+            if len(rows) == STARTS[number]:
+                break
+    loader.privacy.close()
+    torch.save(rows, bench.output / f"correlated_{title}_{number}_{os.environ.get('RANK', '0')}.pt")
+
+
+def run(bench: Bench) -> None:
+    """The first two starts of each run."""
+    for mechanism in MECHANISMS:
+        for number in range(2):
+            start(bench, mechanism, number, mechanism)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not bench.hybrid:
+        bench.offload = True
+        for number in range(2):
+            start(bench, "bandmf", number, "offloaded")
+        bench.offload = False
 
 
 if __name__ == "__main__":
-    for name in sys.argv[2].split(","):
-        main(Path(sys.argv[1]), name, int(sys.argv[3]))
-    dist.destroy_process_group()
+    folder = Bench(Path(sys.argv[1]))
+    for kind in MECHANISMS:
+        start(folder, kind, 2, kind)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

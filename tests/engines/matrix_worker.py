@@ -182,13 +182,13 @@ class Bench:
             options["max_physical_batch_size"] = 1
         accelerator = self.accelerator(precision)
         self._count += 1
+        options.setdefault("ledger_path", self.output / f"ledger_{self._count}.jsonl")
         prepared = dpft.prepare(
             accelerator,
             model,
             optimizer,
             examples,
             dpft.PrivacyConfig(**settings),
-            ledger_path=self.output / f"ledger_{self._count}.jsonl",
             **options,
         )
         self._last = prepared[0]
