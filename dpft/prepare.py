@@ -178,7 +178,7 @@ def prepare(
         largest = math.ceil(schedule.expected_batch_size / ranks.world)  # more would be padding
         on_host = sums_device == "cpu"
         planned = ranks.together(
-            lambda: _planned_batch(model, optimizer, seq_len, kind, ranks, loss_chunk, on_host, privacy.clip_groups)
+            lambda: _planned_batch(model, optimizer, seq_len, kind, ranks, loss_chunk, on_host, privacy)
         )
         max_physical_batch_size = int(ranks.minimum(min(planned.batch_size, largest)))
         memory = planned.allowance if memory is None else memory  # so that the strategy is the planned one
@@ -334,7 +334,7 @@ def _planned_batch(
     ranks: Ranks,
     loss_chunk: Any,
     on_host: bool,
-    clip_groups: Any,
+    privacy: PrivacyConfig,
 ) -> Plan:
     """The plan of the physical batch with the least predicted time per example that fits where training will run.
 
@@ -356,7 +356,8 @@ def _planned_batch(
         loss_chunk=loss_chunk,
         hardware=measure(ranks.device),
         memory=memory,
-        clip_groups=clip_groups,
+        clip_groups=privacy.clip_groups,
+        privacy=privacy,
     )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,6 +39,7 @@ class Hardware:
         asynchronous: whether the device runs while the host launches further operations.
         source: of the figures.
         link: bytes/s between page-locked host memory and the device, in one direction.
+        host_draw: seconds of a Gaussian value on the host, one thread.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Hardware:
     asynchronous: bool
     source: str
     link: float = 25e9
+    host_draw: float = 10e-9
 
     def seconds(self, operations: Mapping[Operation, int]) -> float:
         """Predicted seconds of a step that runs each of ``operations`` the given number of times."""
@@ -100,7 +103,8 @@ def _measure(device: torch.device, threads: int) -> Hardware:
     main = torch.bfloat16 if gpu else torch.float32
     block = torch.zeros(2**26 if gpu else 2**21, device=device)
     one = torch.zeros(1, device=device)
-    repeats = 200
+    repeats, count = 200, 1 << 18
+    generator = np.random.Generator(np.random.Philox(0))
 
     def small() -> None:
         for _ in range(repeats):
@@ -117,6 +121,7 @@ def _measure(device: torch.device, threads: int) -> Hardware:
         asynchronous=gpu,
         source="measured here",
         link=_link_rate(device) if gpu else 8 * block.numel() / _best_of(lambda: block + 1, device),
+        host_draw=_best_of(lambda: generator.standard_normal(count, np.float32), torch.device("cpu")) / count,
     )
 
 

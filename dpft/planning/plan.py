@@ -22,10 +22,12 @@ from dpft.planning.hardware import HARDWARE, Hardware, measure
 from dpft.planning.long_text import find_long_context, install_on_meta
 from dpft.planning.longest import STEP, Longest, find_longest
 from dpft.planning.memory import OPTIMIZERS, OptimizerName, host_bytes, resting_bytes
+from dpft.planning.noise import EARLIER, noise_cost
 from dpft.planning.predictor import Predictor
 from dpft.planning.result import Plan
 from dpft.planning.simulate import ENGINES, EngineName, Sharding
 from dpft.planning.twin import make_twin
+from dpft.privacy.config import PrivacyConfig
 
 __all__ = ["longest", "plan"]
 
@@ -49,6 +51,7 @@ def plan(
     host_memory: int | None = None,
     sums_device: Literal["cpu"] | None = None,
     clip_groups: ClipGroupsSpec | None = None,
+    privacy: PrivacyConfig | None = None,
 ) -> Plan:
     """Predict a private training step of a causal LM and choose its strategy, without running it.
 
@@ -79,6 +82,8 @@ def plan(
             they take.
         sums_device: ``"cpu"``: clipped sums, float32 masters and the optimiser are in host memory, of one process.
         clip_groups: as in :func:`dpft.wrap`.
+        privacy: whose noise is counted: the vectors that ``bandmf`` and ``blt`` keep, and the time of drawing. None
+            counts neither.
 
     Raises:
         ValueError: an argument out of range, or :func:`dpft.long_context` refuses the model.
@@ -86,7 +91,7 @@ def plan(
     """
     predictor = _predictor(
         model, batch_size, seq_len, dtype, checkpointing, memory, engine, world_size, hardware, optimizer, loss_chunk,
-        long_context, sequence_parallel, host_memory, sums_device, clip_groups,
+        long_context, sequence_parallel, host_memory, sums_device, clip_groups, privacy,
     )  # fmt: skip
     size = predictor.best_batch_size() if batch_size == "auto" else batch_size
     return predictor.plan(size, type(model).__name__, optimizer)
@@ -109,6 +114,7 @@ def longest(
     loss_chunk: int | Literal["auto"] | None = "auto",
     sums_device: Literal["cpu"] | None = None,
     clip_groups: ClipGroupsSpec | None = None,
+    privacy: PrivacyConfig | None = None,
     most: int = 1 << 24,
 ) -> Longest:
     """Find the longest text of which a private training step fits, by plans of several lengths.
@@ -129,7 +135,7 @@ def longest(
         raise ValueError(f"most is {most!r}; expected a whole number of tokens >= {STEP}")
     predictor = _predictor(
         model, batch_size, STEP, dtype, checkpointing, memory, engine, world_size, hardware, optimizer, loss_chunk,
-        long_context, sequence_parallel, host_memory, sums_device, clip_groups,
+        long_context, sequence_parallel, host_memory, sums_device, clip_groups, privacy,
     )  # fmt: skip
     return find_longest(predictor, batch_size, most, type(model).__name__, optimizer)
 
@@ -151,6 +157,7 @@ def _predictor(
     host_memory: int | None,
     sums_device: Literal["cpu"] | None,
     clip_groups: ClipGroupsSpec | None,
+    privacy: PrivacyConfig | None,
 ) -> Predictor:
     """Of arguments that are checked here."""
     sharding = _checked(model, batch_size, seq_len, memory, engine, world_size)
@@ -182,18 +189,24 @@ def _predictor(
         limit = machine.memory if device.type == "meta" or isinstance(hardware, str) else _whole_memory(model, device)
     if loss_chunk == "auto":  # as on the planned device, not on meta
         loss_chunk = auto_chunk(torch.device("cuda" if machine.asynchronous else "cpu"))
+    resting = resting_bytes(twin, sharding, optimizer)
+    host = host_bytes(twin, sharding, optimizer, machine.asynchronous)
+    noise = None if privacy is None else noise_cost(twin, sharding, machine, privacy)
+    if noise is not None and noise.kept_bytes:
+        (host if noise.on_host else resting)[EARLIER] = noise.kept_bytes
     return Predictor(
         twin,
         seq_len,
         sharding,
         machine,
         limit,
-        resting_bytes(twin, sharding, optimizer),
+        resting,
         loss_chunk,
-        host=host_bytes(twin, sharding, optimizer, machine.asynchronous),
+        host=host,
         host_memory=host_memory,
         by_shapes=long_context and not known and device.type == "meta",
         clip_groups=clip_groups,
+        noise=noise,
     )
 
 

@@ -24,6 +24,7 @@ from dpft.errors import DPFTError, UnsupportedModuleError
 from dpft.planning.hardware import Hardware
 from dpft.planning.long_text import IN_TRANSIT, find_long_context, page_locked_bytes, total_bytes
 from dpft.planning.memory import OptimizerName
+from dpft.planning.noise import NoiseCost
 from dpft.planning.result import LayerPlan, LongText, Plan, Prediction, Transfer, named
 from dpft.planning.simulate import Sharding, Simulation, simulate
 from dpft.planning.step_meter import Cost
@@ -62,8 +63,9 @@ class Predictor:
         host_memory: int | None = None,
         by_shapes: bool = False,
         clip_groups: ClipGroupsSpec | None = None,
+        noise: NoiseCost | None = None,
     ) -> None:
-        self.clip_groups = clip_groups
+        self.clip_groups, self.noise = clip_groups, noise
         self.host, self.host_memory, self.by_shapes = host or {}, host_memory, by_shapes
         self.installed = find_long_context(twin)
         self.twin, self.seq_len, self.sharding, self.machine = twin, seq_len, sharding, machine
@@ -255,6 +257,7 @@ class Predictor:
             world_size=self.sharding.world_size,
             notes=self._notes(optimizer, batch_size),
             long=self._long(batch_size, choice.strategy),
+            noise=self.noise,
         )
 
     def _long(self, batch_size: int, strategy: Strategy) -> LongText | None:

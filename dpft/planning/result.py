@@ -9,6 +9,7 @@ from typing import Any
 
 from dpft.clipping.strategy_choice import Strategy
 from dpft.planning.hardware import Hardware
+from dpft.planning.noise import NoiseCost
 from dpft.planning.simulate import EngineName
 
 __all__ = ["LayerPlan", "LongText", "Plan", "Prediction", "Transfer", "aligned", "named"]
@@ -142,6 +143,7 @@ class Plan:
         world_size: its number of ranks.
         notes: what the figures do not include.
         long: tiles, host memory and sequence parallelism; None where there is none of them.
+        noise: of a logical batch; None where no ``privacy`` was given.
     """
 
     model: str
@@ -161,6 +163,7 @@ class Plan:
     world_size: int
     notes: list[str]
     long: LongText | None = None
+    noise: NoiseCost | None = None
 
     @property
     def fits(self) -> bool:
@@ -217,6 +220,7 @@ def _table(plan: Plan) -> str:
         ]
     )
     lines += _long_lines(plan)
+    lines += [] if plan.noise is None else ["", str(plan.noise)]
     lines += ["", f"* {plan.reason}", *(f"- {note}" for note in plan.notes)]
     return "\n".join(lines)
 
