@@ -56,6 +56,7 @@ INSIDE_TOOLS = {
     "tools.engines.worker": frozenset({"engines"}),
     "tools.measure_long_context": frozenset({"long_context"}),
     "tools.memory.simulate": frozenset({"kernels", "long_context", "planning"}),
+    "tools.plan_noise": frozenset({"planning"}),
     "tools.auditing.plants": frozenset({"clipping", "loader", "noise", "optimizer", "privacy", "run"}),
 }
 

@@ -274,6 +274,14 @@ SECTIONS = (
         planned,
     ),
     Section(
+        "noise_planned.json",
+        "Noise, planned",
+        "What `dpft.plan(privacy=...)` counts of the noise of one logical batch, and did not run: earlier noise that "
+        "is kept, and bytes moved over an H100's bandwidth. `python tools/plan_noise.py`, explained in "
+        "[howto/correlated_noise.md](howto/correlated_noise.md#what-it-takes).",
+        flat,
+    ),
+    Section(
         "long_context_*.json",
         "Long context, counted",
         "One checkpointed step on one long text. Peaks are the allocator's, above the parameters; copies that stand "

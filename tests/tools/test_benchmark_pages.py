@@ -62,6 +62,7 @@ def test_every_file_has_a_section_with_its_commit() -> None:
         ("sequence_cpu_2.json", ("results", "zero2", 0, "wire_ratio"), 77.125, "77.12 x"),
         ("long_context_cpu.json", ("results", 0, "peak_of_plain"), 77.125, "77.125 x"),
         ("long_context_planned.json", ("rows", 0, "seconds"), 7712.0, "7,712"),
+        ("noise_planned.json", ("rows", 0, "ms for a logical batch"), 77.125, "77.125"),
         ("audit/audit.json", ("audits", -1, "epsilon_lower"), 77.125, "77.12"),
     ],
 )
