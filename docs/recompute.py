@@ -81,7 +81,11 @@ def balls_and_bins(m: dict[str, Any], steps: int, h: float, extra: int) -> Any:
     reach = 6.8  # deviations beyond which the loss counts as infinite: 5e-12
     deviation = math.sqrt(math.expm1(1 / sigma**2))
     highest = math.exp(reach / sigma + 1 / (2 * sigma**2))
-    g = max(0.05 * deviation, highest / 2**24)
+    # Fine for the sum's deviation; and few batches seldom have a sum of the grid's first points.
+    lowest = math.exp(float(special.ndtri(1e-10 ** (1 / batches))) / sigma - 1 / (2 * sigma**2))
+    g = max(min(0.05 * deviation, lowest / 4), highest / 2**24)
+    if g > lowest:
+        raise ValueError(f"balls_and_bins with noise multiplier {sigma}: too little noise for a uniform grid")
     edges = g * np.arange(math.ceil(highest / g) + 1)
     with np.errstate(divide="ignore"):
         z = sigma * np.log(edges) + 1 / (2 * sigma)
@@ -199,6 +203,8 @@ def epsilon(segments: Segments, delta: float, accountant: str, h: float = 1e-4) 
         for mechanism, count in segments:
             account.compose(*rdp_event(mechanism, count))
         return float(account.get_epsilon(delta))
+    if any(m["sampler"] == "balls_and_bins" for m, _ in segments):
+        h /= 10  # losses are rounded up to multiples of h here, and not spread over two of them
     found = []
     for extra in (0, 1) if any(m["sampler"] == "truncated_poisson" for m, _ in segments) else (0,):
         total = pld.identity(value_discretization_interval=h)

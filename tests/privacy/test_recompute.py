@@ -84,8 +84,9 @@ def test_every_statement(name: str, script: ModuleType, tmp_path: Path, capsys: 
     for file in ("privacy_report.json", "README.md"):
         assert script.main(tmp_path / file) == 0, capsys.readouterr().out
     for stated, found in (script.of_report(report), script.of_card((tmp_path / "README.md").read_text())):
-        assert found == pytest.approx(stated, rel=4e-3)
-    # A statement that is too good by 3 % does not pass, nor one whose noise was larger than stated.
+        # That of balls-and-bins is another bound on the same loss; a card has four digits.
+        assert found == pytest.approx(stated, rel=6e-3 if "balls" in name else 5e-4)
+    # A statement that is too good by 3 % does not pass.
     report["epsilon_spent"] *= 0.97
     (tmp_path / "privacy_report.json").write_text(json.dumps(report))
     assert script.main(tmp_path / "privacy_report.json") == 1
@@ -114,5 +115,8 @@ def test_noise_that_no_theorem_covers_is_refused(script: ModuleType) -> None:
     strategy = {"steps": 20, "min_separation": 10, "weights": [1.0, 0.5], "decays": [0.9, 0.5]}
     with pytest.raises(ValueError, match="negative or increases"):
         script.epsilon([({**buffered, "strategy": strategy}, 20)], 1e-5, "pld")
+    with pytest.raises(ValueError, match="too little noise"):
+        m = {"sampler": "balls_and_bins", "noise_multiplier": 0.4, "dataset_size": 100, "batch_size": 20}
+        script.epsilon([(m, 5)], 1e-5, "pld")
     with pytest.raises(ValueError, match="come round earlier"):
         script.epsilon([({**buffered, "strategy": {**strategy, "min_separation": 11}}, 20)], 1e-5, "pld")
