@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tools.mutations.accounts import ACCOUNT_MUTATIONS
 from tools.mutations.clip_norms import CLIP_NORM_MUTATIONS
+from tools.mutations.correlated import CORRELATED_MUTATIONS
 from tools.mutations.gradients import GRADIENT_MUTATIONS
 from tools.mutations.host import HOST_MUTATIONS
 from tools.mutations.long_context import LONG_CONTEXT_MUTATIONS
@@ -15,6 +16,7 @@ from tools.mutations.trainers import TRAINER_MUTATIONS
 MUTATIONS = (
     *ACCOUNT_MUTATIONS,
     *CLIP_NORM_MUTATIONS,
+    *CORRELATED_MUTATIONS,
     *GRADIENT_MUTATIONS,
     *LONG_CONTEXT_MUTATIONS,
     *MECHANISM_MUTATIONS,
