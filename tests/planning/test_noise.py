@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dpft
 from dpft.planning.hardware import HARDWARE, Hardware, measure
@@ -15,15 +17,17 @@ from dpft.planning.noise import EARLIER, NoiseCost, noise_cost
 from dpft.planning.plan import plan
 from dpft.planning.simulate import ENGINES, EngineName, Sharding
 from tests.planning.models import llama
+from tests.training import Training
 
 FP32 = torch.float32
 PLAN: dict[str, Any] = {"noise_multiplier": 1.0, "target_delta": 1e-5, "expected_batch_size": 2, "num_steps": 20}
-CONFIGS = {
-    "dp_sgd": dpft.PrivacyConfig(**PLAN),
-    "secure": dpft.PrivacyConfig(**PLAN, secure_rng=True),
-    "bandmf": dpft.PrivacyConfig(**PLAN, mechanism="bandmf", bands=5, sampler="cyclic_poisson"),
-    "blt": dpft.PrivacyConfig(**PLAN, mechanism="blt", buffers=3, sampler="fixed_order"),
+CHANGES: dict[str, dict[str, Any]] = {
+    "dp_sgd": {},
+    "secure": {"secure_rng": True},
+    "bandmf": {"mechanism": "bandmf", "bands": 5, "sampler": "cyclic_poisson"},
+    "blt": {"mechanism": "blt", "buffers": 3, "sampler": "fixed_order"},
 }
+CONFIGS = {name: dpft.PrivacyConfig(**PLAN, **changes) for name, changes in CHANGES.items()}
 # A value takes a second to draw on the host, and a byte one to move.
 SLOW_CPU = Hardware("cpu", 2**40, {FP32: 1e9}, 0.5, 1.0, 1.0, False, "made up", host_draw=1.0)
 SLOW_GPU = Hardware("gpu", 2**40, {FP32: 1e9}, 0.5, 1.0, 1.0, True, "made up", link=0.5, host_draw=1.0)
@@ -93,3 +97,33 @@ def test_with_the_sums_they_are_in_host_memory() -> None:
 
 def test_the_hosts_draws_are_measured() -> None:
     assert 1e-10 < measure(torch.device("cpu")).host_draw < 1e-6
+
+
+class Bytes(TorchDispatchMode):
+    """Counts what the operations on values read and write."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        name = func.overloadpacket.__name__
+        if name in ("zeros", "copy_", "add_", "sub_", "mul_"):
+            read = tensors[1:] if name == "copy_" else tensors
+            self.total += sum(t.numel() * t.element_size() for t in [*read, out])
+        elif name not in ("slice", "view", "detach", "alias", "lift_fresh"):
+            raise AssertionError(f"an operation that is not counted: {name}")
+        return out
+
+
+@pytest.mark.parametrize("name", ["bandmf", "blt", "dp_sgd"])
+def test_bytes_of_a_value_are_those_of_the_operations(name: str, tmp_path: Path) -> None:
+    """On the host numpy writes the draws, 4 bytes of each; the rest is torch's."""
+    training = Training(tmp_path / "ledger", changes={**PLAN, **CHANGES[name]}, test_seed=None)
+    noise, values = training.optimizer.optimizer.noise, torch.zeros(1000)
+    for _ in range(6):
+        counted = Bytes()
+        with noise.release(), counted:
+            noise.add_(values, 1.0)
+    training.close()
+    assert (counted.total + 4 * 1000) / 1000 == cost(name).seconds / 90
