@@ -21,8 +21,10 @@ from torch import Tensor
 
 from dpft.privacy.sampler import FixedSizeSampler
 from tests.engines.conftest import SITUATIONS, WORKER
+from tests.engines.correlated_worker import MECHANISMS
 from tests.engines.launching import ENGINES, launch, succeed
 from tests.engines.matrix_worker import ADAM, CLIP, STEPS, Examples, plain_llama
+from tests.engines.test_correlated import check_same
 from tests.oracle import oracle, plain_error, rows, trainable
 
 pytestmark = pytest.mark.slow
@@ -141,6 +143,8 @@ def test_hybrid_sharding(tmp_path: Path) -> None:
         wrong = [t for t, facts in results.items() if "error" in facts and not facts["error"] <= facts["limit"]]
         assert not wrong
     check_noise(output, 4, every[0])
+    for mechanism in MECHANISMS:
+        check_same(output, mechanism, mechanism, 2, [4, 4])
 
 
 @pytest.mark.parametrize("engine", ENGINES)
