@@ -221,9 +221,7 @@ def prepare(
             run,
             sequence=sequence,
             on_host=sums_device == "cpu",
-            noise=_noise(
-                run, ranks, model, optimizer, kind, sums_device_of(accelerator, kind, sums_device), test_seed
-            ),
+            noise=_noise(run, ranks, accelerator, kind, model, optimizer, sums_device, test_seed),
             batches=PhysicalBatchSampler(
                 make_sampler(
                     schedule,
@@ -374,17 +372,12 @@ def _agreed_strategy(state: ClipState, kind: Kind, ranks: Ranks, max_batch_size:
 
 
 def _noise(
-    run: PrivacyRun,
-    ranks: Ranks,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    kind: Kind,
-    device: torch.device,
-    seed: int | None,
+    run: PrivacyRun, ranks: Ranks, accelerator: Any, kind: Kind, model: nn.Module, optimizer: Any, sums: Any, seed: Any
 ) -> Noise:
     secret = None if seed is None else _test_secret(seed, run)
     if run.schedule.strategy is not None:
-        return correlated_noise(run.schedule.strategy, ranks, run.ledger, model, optimizer, kind, device, secret)
+        engine, device = f"{kind} {sums or ''}".strip(), sums_device_of(accelerator, kind, sums)
+        return correlated_noise(run.schedule.strategy, ranks, run.ledger, model, optimizer, engine, device, secret)
     return GaussianNoise(secret=secret, stream=ranks.rank, secure=run.schedule.secure_rng)
 
 

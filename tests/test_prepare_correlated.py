@@ -174,6 +174,13 @@ def test_a_resume_of_another_model_ends(tmp_path: Path) -> None:
         )
 
 
+def test_a_resume_with_the_sums_elsewhere_ends(tmp_path: Path) -> None:
+    """Parameters would get noise in the order of the model, not of the optimiser."""
+    train(tmp_path / "ledger", BANDMF, 2)[0].close()
+    with pytest.raises(LedgerError, match="the engine was 'single' when the run began and is 'single cpu'"):
+        train(tmp_path / "ledger", BANDMF, 1, continue_ledger=True, sums_device="cpu", make=adamless)
+
+
 def test_without_correlated_noise_there_is_no_file(tmp_path: Path) -> None:
     train(tmp_path / "ledger", {"num_steps": 1, "expected_batch_size": 2})[0].close()
     assert [path.name for path in tmp_path.iterdir()] == ["ledger"]

@@ -43,7 +43,7 @@ def correlated_noise(
     ledger: SharedLedger,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    kind: Kind,
+    engine: str,
     device: torch.device,
     secret: bytes | None = None,
 ) -> CorrelatedNoise:
@@ -55,7 +55,7 @@ def correlated_noise(
         ledger: open.
         model: with its parameters where they are trained.
         optimizer: of the model's parameters, in whose order they get noise.
-        kind: the engine.
+        engine: its name, and what else decides in which order parameters get noise.
         device: from :func:`sums_device_of`.
         secret: a known one, for tests only; None: from the operating system.
 
@@ -69,7 +69,7 @@ def correlated_noise(
             f"the ranks draw correlated noise on {', '.join(kinds)}; expected one kind of device, on which a resume "
             "can draw it again. Launch on equal GPUs, or use mechanism='dp_sgd'."
         )
-    environment = _environment(model, optimizer, kind, kinds[0])
+    environment = _environment(model, optimizer, engine, kinds[0])
     fresh = os.urandom(32) if secret is None else secret
 
     def write() -> tuple[NoiseSecret, ...]:
@@ -80,14 +80,14 @@ def correlated_noise(
     return CorrelatedNoise(strategy, ranks.from_first(ranks.together(write)), device)
 
 
-def _environment(model: nn.Module, optimizer: torch.optim.Optimizer, kind: Kind, device: str) -> dict[str, str]:
+def _environment(model: nn.Module, optimizer: torch.optim.Optimizer, engine: str, device: str) -> dict[str, str]:
     """What the numbers that a generator draws depend on, and which of them go to which element."""
     names = {id(p): name for name, p in model.named_parameters()}
     order = [names.get(id(p)) for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     trained = [entry for entry in described(model) if entry[3]]
     parameters = hashlib.sha256(json.dumps([order, trained]).encode()).hexdigest()
     return {
-        "the engine": kind,
+        "the engine": engine,
         "the device of the noise": device,
         **{name: version for name, version in versions().items() if name.split()[-1] in ("dpft", "numpy", "torch")},
         "the digest of the trained parameters, their order, shapes and dtypes,": parameters[:16],
