@@ -65,9 +65,6 @@ ORACLE = "dpft.kernels.reference"
 ORACLE_IMPORTERS = {"dpft.kernels", "dpft.kernels.reference"}
 
 
-# Reading imports
-
-
 def module_name(path: Path) -> str:
     """Dotted name of a file below the project's root: ``dpft/rules/linear.py`` is ``dpft.rules.linear``."""
     parts = list(path.relative_to(ROOT).with_suffix("").parts)
@@ -310,9 +307,6 @@ def test_no_path_of_one_machine() -> None:
     files = project_files()
     assert ROOT / "setup.cfg" in files
     report([c for p in files for c in path_complaints(p.read_text(errors="replace"), str(p.relative_to(ROOT)))])
-
-
-# The checkers themselves
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,11 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from dpft.errors import PrivacyConfigError
 from dpft.privacy.adaptive_clip import AdaptiveClip
 from dpft.privacy.mechanism import STRATEGY_OF, AccountantName, SamplerName, UnitName
-
-if TYPE_CHECKING:
-    from dpft.privacy.config import PrivacyConfig
 
 ClipFunctionName = Literal["abadi", "automatic"]
 MechanismName = Literal["dp_sgd", "bandmf", "blt"]
@@ -38,7 +35,7 @@ _SMALLEST_GAMMA = 2.0**-60  # of "automatic"; times C, the largest factor of a g
 _COUNTED = ("poisson", "truncated_poisson", "fixed_size")
 
 
-def in_one_form(config: PrivacyConfig) -> dict[str, Any]:
+def in_one_form(config: Any) -> dict[str, Any]:
     """Numbers and clip groups so that 1 and 1.0, numpy's and Python's, give one fingerprint.
 
     Raises:
@@ -52,7 +49,7 @@ def in_one_form(config: PrivacyConfig) -> dict[str, Any]:
     return numbers | {"clip_groups": clip_groups(config.clip_groups)}
 
 
-def check(config: PrivacyConfig) -> None:
+def check(config: Any) -> None:
     """Refuse what is out of range, or does not go together.
 
     Raises:
@@ -71,7 +68,7 @@ def check(config: PrivacyConfig) -> None:
     _check_combinations(config)
 
 
-def _check_ranges(config: PrivacyConfig) -> None:
+def _check_ranges(config: Any) -> None:
     if config.target_delta >= 1:
         raise PrivacyConfigError(f"target_delta={config.target_delta!r}; expected a number in (0, 1), such as 1e-6.")
     if config.clip_function == "automatic" and config.clip_gamma < max(1.0, config.max_grad_norm) * _SMALLEST_GAMMA:
@@ -83,7 +80,7 @@ def _check_ranges(config: PrivacyConfig) -> None:
         raise PrivacyConfigError(f"sample_rate={config.sample_rate!r}; expected a probability in (0, 1].")
 
 
-def _check_combinations(config: PrivacyConfig) -> None:
+def _check_combinations(config: Any) -> None:
     for one, other in (("target_epsilon", "noise_multiplier"), ("num_steps", "num_epochs")):
         a, b = getattr(config, one), getattr(config, other)
         if (a is None) == (b is None):
@@ -132,7 +129,7 @@ def _check_combinations(config: PrivacyConfig) -> None:
         )
 
 
-def _check_mechanism(config: PrivacyConfig) -> None:
+def _check_mechanism(config: Any) -> None:
     for name, mechanism in (("bands", "bandmf"), ("buffers", "blt")):
         if (getattr(config, name) is not None) != (config.mechanism == mechanism):
             raise PrivacyConfigError(
