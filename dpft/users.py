@@ -59,7 +59,7 @@ def by_user(dataset: Any, users: Iterable[Any], *, rows: int, reduce: Literal["m
             to the same norm: with ``sum`` users with more rows weigh more, up to C.
 
     Returns:
-        The dataset of users.
+        The dataset of users, in the order of their names.
 
     Raises:
         PrivacyConfigError: an argument out of range; another number of users than of rows; users that are not all
@@ -83,8 +83,8 @@ def by_user(dataset: Any, users: Iterable[Any], *, rows: int, reduce: Literal["m
             f"the user of row {wrong} is of type {type(names[wrong]).__name__} and that of row 0 of {kind.__name__}; "
             "expected all texts or all whole numbers: a person under two names would be two users."
         )
-    codes: dict[Any, int] = {}
-    owner = np.fromiter((codes.setdefault(name, len(codes)) for name in names), np.int64, len(names))
+    codes = {name: code for code, name in enumerate(sorted(set(names)))}
+    owner = np.fromiter((codes[name] for name in names), np.int64, len(names))
     order = np.argsort(owner, kind="stable")
     starts = np.searchsorted(owner[order], np.arange(len(codes) + 1))
     return UserDataset(dataset, [order[a:b] for a, b in itertools.pairwise(starts)], rows, reduce)

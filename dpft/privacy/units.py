@@ -97,8 +97,8 @@ class UnitComparison:
         why = {
             "users": "users, whatever their rows are: even if those of a user are all alike",
             "rows": f"rows, whatever they are: users would need a gain of {needed}, and have at most {at_most}",
-            "either": f"users, if a row's gradient is typically {needed} times as long as the mean of a user's rows or "
-            f"longer (1: alike; {at_most}: nearly nothing in common); else rows. Measure it on public data",
+            "either": f"users, if a row's gradient is typically at least {needed} times as long as the mean of those "
+            f"of a user (1: alike; {at_most}: little in common); else rows. Measure it on public data of the kind",
         }[self.better]
         lines = [
             "NOT FOR PUBLICATION: computed from how many rows each user has",
