@@ -81,7 +81,8 @@ def prepare(
         model: a causal LM, or another module (then use :func:`dpft.clipped_loss` in the loop).
         optimizer: any torch optimiser on the model's trainable parameters.
         dataset: anything with ``len`` and indexing; one item is one privacy unit's example. Not a DataLoader. Of
-            :func:`dpft.by_user`: the unit is the user.
+            :func:`dpft.by_user`: the unit is the user. Where items are random, ranks compare those of ``undrawn``, if
+            there is such an attribute.
         privacy: everything that affects the privacy guarantee.
         collate_fn: list of items -> dictionary of tensors with one row per item (of users: one for each of their
             rows). None: torch's default.

@@ -155,7 +155,7 @@ class UserDataset:
     @property
     def undrawn(self) -> Undrawn:
         """What ranks compare, as their draws differ."""
-        return Undrawn(self.dataset, self._numbers)
+        return Undrawn(self.dataset, self._numbers, self.reduce)
 
     def configured(self, privacy: PrivacyConfig) -> PrivacyConfig:
         """The configuration with the user named as its unit.
@@ -198,7 +198,7 @@ def of_users(
             :meth:`UserDataset.configured`.
     """
     if not isinstance(dataset, UserDataset):
-        return privacy, collate_fn, dataset
+        return privacy, collate_fn, getattr(dataset, "undrawn", dataset)
     if sequence > 1:
         raise PrivacyConfigError(
             f"a dataset of users with sp_size {sequence}: the ranks that share the tokens of one example would each "
@@ -227,17 +227,17 @@ def check_forwards(dataset: Any, strategy: str, sends_at_once: bool) -> None:
 
 
 class Undrawn:
-    """For each user the numbers of all rows, and the first row."""
+    """For each user the numbers of all rows, the first row, and what the loss is of theirs."""
 
-    def __init__(self, dataset: Any, numbers: Sequence[Numbers]) -> None:
-        self._dataset, self._numbers = dataset, numbers
+    def __init__(self, dataset: Any, numbers: Sequence[Numbers], reduce: str) -> None:
+        self._dataset, self._numbers, self._reduce = dataset, numbers, reduce
 
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def __getitem__(self, user: int) -> tuple[list[int], Any]:
+    def __getitem__(self, user: int) -> tuple[list[int], Any, str]:
         owned = self._numbers[user]
-        return owned.tolist(), self._dataset[int(owned[0])]
+        return owned.tolist(), self._dataset[int(owned[0])], self._reduce
 
 
 class _CollateUsers:

@@ -24,7 +24,7 @@ from tests.oracle import Grads, oracle, relative_error, trainable
 from tests.training import Training, examples, tiny_llama
 
 OWNERS = ["b", "a", "c", "b", "b", "d", "c", "b", "b", "e", "c", "c"]  # b has 5 rows, c 4, the others 1
-PLACES = {name: [i for i, owner in enumerate(OWNERS) if owner == name] for name in "bacde"}
+PLACES = {name: [i for i, owner in enumerate(OWNERS) if owner == name] for name in "abcde"}
 Change = list[Tensor]
 
 
@@ -35,7 +35,7 @@ def numbered(rows: int = 3, **options: Any) -> UserDataset:
 
 @pytest.mark.parametrize("kind", ["list", "datasets", "array"])
 def test_users_and_their_rows(kind: str) -> None:
-    """In the order of their first rows; all rows where there are no more than k, and k of them where there are."""
+    """In the order of their names; all rows where there are no more than k, and k of them where there are."""
     table = datasets.Dataset.from_dict(
         {"row": list(range(len(OWNERS))), "who": OWNERS, "number": list(map(ord, OWNERS))}
     )
@@ -44,13 +44,13 @@ def test_users_and_their_rows(kind: str) -> None:
         "datasets": lambda: dpft.by_user(table, table["who"], rows=4),
         "array": lambda: dpft.by_user(table, torch.tensor(table["number"][:]), rows=4),
     }[kind]()
-    assert len(users) == 5 and users.counts.tolist() == [5, 1, 4, 1, 1]
+    assert len(users) == 5 and users.counts.tolist() == [1, 5, 4, 1, 1]
     drawn = [[item["row"] for item in items] for items in users.__getitems__([0, 1, 2, 3, 4])]
-    assert drawn[1:] == [PLACES[name] for name in "acde"]
-    assert len(drawn[0]) == 4 and sorted(drawn[0]) == drawn[0] and set(drawn[0]) < set(PLACES["b"])
-    assert [len(items) for items in users] == [4, 1, 4, 1, 1]  # an iteration ends
+    assert [drawn[0], *drawn[2:]] == [PLACES[name] for name in "acde"]
+    assert len(drawn[1]) == 4 and sorted(drawn[1]) == drawn[1] and set(drawn[1]) < set(PLACES["b"])
+    assert [len(items) for items in users] == [1, 4, 4, 1, 1]  # an iteration ends
     tokens = [10, 20, 30, 11, 12, 5, 31, 13, 14, 6, 32, 33]
-    assert users.lengths(tokens).tolist() == [4 * 14, 20, 4 * 33, 5, 6]
+    assert users.lengths(tokens).tolist() == [20, 4 * 14, 4 * 33, 5, 6]
     for wrong in (-1, 5):
         with pytest.raises(IndexError):
             users[wrong]
@@ -63,14 +63,14 @@ def chi_squared(found: Counter[Any], cells: int) -> float:
 
 def test_every_subset_of_a_users_rows_is_as_likely() -> None:
     users = numbered(rows=2)
-    found = Counter(tuple(users[0]) for _ in range(4000))
+    found = Counter(tuple(users[1]) for _ in range(4000))
     assert chi_squared(found, 10) < 55  # of 9 degrees of freedom: exceeded with probability 1e-8
 
 
 def test_draws_of_users_and_of_steps_are_independent() -> None:
     """Of b and c in one batch, and of b in two batches: all pairs are as likely."""
     users = numbered(rows=1)
-    batches = [users.__getitems__([0, 2]) for _ in range(4001)]
+    batches = [users.__getitems__([1, 2]) for _ in range(4001)]
     together = Counter((b[0], c[0]) for b, c in batches)
     assert chi_squared(together, 20) < 80  # 19 degrees of freedom: 1e-9
     after = Counter((one[0][0], two[0][0]) for one, two in itertools.pairwise(batches))
@@ -231,11 +231,17 @@ def numbered_texts(rows: int = 2) -> UserDataset:
 
 
 def test_what_ranks_compare_is_not_drawn() -> None:
-    """Equal for equal data; other with other users of the rows, or in another order."""
+    """Equal for equal data, whatever is drawn."""
     users, again = numbered(rows=1), numbered(rows=1)
     marks = [users.undrawn[i] for i in range(5)]
-    assert marks == [again.undrawn[i] for i in range(5)] == [(PLACES[name], PLACES[name][0]) for name in "bacde"]
+    assert (
+        marks == [again.undrawn[i] for i in range(5)] == [(PLACES[name], PLACES[name][0], "mean") for name in "abcde"]
+    )
     assert len(users.undrawn) == 5
+    given = dpft.PrivacyConfig(**CONFIG)
+    wrapped = mock.Mock(undrawn=users.undrawn)  # a dataset that draws from users
+    assert of_users(wrapped, given, None, 1) == (given, None, users.undrawn)
+    assert of_users([1], given, None, 2) == (given, None, [1])
 
 
 # ------------------------------------------------------------------------------------------------------ refusals

@@ -59,7 +59,7 @@ class UnitComparison:
         noise_users: noise multiplier where users are sampled.
         noise_rows: where rows are sampled, for the same epsilon, ``epsilon_users``; up to 3 % too large.
         gain_needed: so many times as much of the signal must a user's clipped mean have as a row's, on average, that
-            users are the better choice at the same epsilon.
+            users are the better choice at the same epsilon; up to 3 % too small.
         gain_possible: that is at most so much: the mean of sqrt(rows of a user).
     """
 
@@ -97,8 +97,8 @@ class UnitComparison:
         why = {
             "users": "users, whatever their rows are: even if those of a user are all alike",
             "rows": f"rows, whatever they are: users would need a gain of {needed}, and have at most {at_most}",
-            "either": f"users, if a row's gradient is typically at least {needed} times as long as the mean of those "
-            f"of a user (1: alike; {at_most}: little in common); else rows. Measure it on public data of the kind",
+            "either": f"users, if rows' gradients are typically {needed} times as long as their mean over a user, or "
+            f"longer\n(1: all alike; {at_most}: hardly anything in common); else rows. Measure it on public data",
         }[self.better]
         lines = [
             "NOT FOR PUBLICATION: computed from how many rows each user has",
@@ -130,8 +130,8 @@ def compare_units(
 ) -> UnitComparison:
     """Compare users as examples (:func:`dpft.by_user`) with rows as examples (``unit="user"``), before any training.
 
-    Both protect a user. Both read the same number of rows in a step, in expectation, with the same rate. Some 10 to 60
-    seconds, as rows need mixtures of Gaussians.
+    Both protect a user. Both read the same number of rows in a step, in expectation, with the same rate. Takes 3 to 15
+    seconds of one core, as rows need mixtures of Gaussians.
 
     Args:
         counts: how many rows each user has, >= 1. Private, and so is what follows from them.

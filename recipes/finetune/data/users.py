@@ -3,8 +3,8 @@
 A user's example is at most K of their records, each of them one row. Its loss is one number of all these rows: the
 mean over their tokens (``document_losses``) or over the records (:func:`mean_of_users`); its gradient is clipped once.
 Which records are used follows from the seed and from that user's own records, whatever their order: who else is in the
-data, or leaves it, changes nothing about it. Or they are drawn afresh each time by :func:`dpft.by_user`, which says why
-that costs no privacy.
+data, or leaves it, changes nothing about it. Or they are drawn afresh each time by :func:`dpft.by_user`, which says
+why that costs no privacy.
 """
 
 from __future__ import annotations
@@ -68,6 +68,11 @@ class Users:
         if self.drawn is not None:
             return {"records": self.drawn[user]}
         return {"records": [self.records[number] for number in self.numbers[user].tolist()]}
+
+    @property
+    def undrawn(self) -> Any:
+        """What ranks compare of these users: as their draws differ, it is not those."""
+        return self if self.drawn is None else self.drawn.undrawn
 
     @property
     def lengths(self) -> list[int]:
