@@ -120,7 +120,7 @@ class UserDataset:
     def _draw(self, user: int) -> list[int]:
         """The numbers of the rows of a user for one participation: a uniform subset, from the operating system."""
         if not 0 <= user < len(self):  # an IndexError is what ends an iteration
-            raise IndexError(f"user {user} of {len(self)}")
+            raise IndexError
         owned = self._numbers[user]
         if len(owned) <= self.rows:
             return [int(number) for number in owned]
