@@ -55,7 +55,7 @@ FILES: list[tuple[str, str | bytes | None, str, list[str]]] = [
     ("empty.parquet", "", "is empty (0 bytes)", []),
     ("blank.jsonl", "\n \n", "white space only", []),
     ("blank.csv", "\n\n", "white space only", []),
-    ("broken.jsonl", GOOD + '{"text": "secret\n' + GOOD, "line 41 is not JSON: Invalid control character at", []),
+    ("broken.jsonl", GOOD + '{"text": "secret\n' + GOOD, "line 41 is not JSON: Unterminated string starting at", []),
     ("quotes.jsonl", GOOD + "{'text': 'secret'}\n", "line 41 is not JSON: Expecting property name", []),
     ("comma.jsonl", GOOD.replace("}\n", "},\n"), "line 1 is not JSON: Extra data (column 33)", []),
     ("cut.jsonl", GOOD + '{"text":\n' + GOOD, "line 41 is not JSON: Expecting value (column 9)", []),
