@@ -35,7 +35,7 @@ from dpft.privacy.account import Payer
 from dpft.privacy.config import PrivacyConfig
 from dpft.privacy.sampler import Lengths, PhysicalBatchSampler, checked_lengths, draw_seed, make_sampler
 from dpft.run import LoopGuard, PrivacyRun, check_optimizer
-from dpft.users import check_forwards, of_users
+from dpft.users import check_forwards, most_rows, of_users
 from dpft.wrap import get_state, unwrap, wrap
 
 
@@ -189,7 +189,8 @@ def prepare(
         planned = ranks.together(
             lambda: _planned_batch(model, optimizer, seq_len, kind, ranks, loss_chunk, on_host, privacy.clip_groups)
         )
-        max_physical_batch_size = int(ranks.minimum(min(planned.batch_size, largest)))
+        fitting = max(1, planned.batch_size // most_rows(dataset))
+        max_physical_batch_size = int(ranks.minimum(min(fitting, largest)))
         memory = planned.allowance if memory is None else memory  # so that the strategy is the planned one
     wrap(
         model,

@@ -44,8 +44,10 @@ def by_user(dataset: Any, users: Iterable[Any], *, rows: int, reduce: Literal["m
 
     ::
 
-        data = dpft.by_user(rows_of_all, rows_of_all["user"], rows=4)
-        dpft.prepare(accelerator, model, optimizer, data, privacy, collate_fn=collate_rows)
+        users = dpft.by_user(dataset, names, rows=4)
+        model, optimizer, loader = dpft.prepare(
+            accelerator, model, optimizer, users, privacy, collate_fn=collate
+        )
 
     ``expected_batch_size``, ``max_physical_batch_size`` and the number of examples then count users. A user without
     rows is no user: nobody is in the dataset without a row.
@@ -205,6 +207,11 @@ def of_users(
             "draw other rows of the user. Use sp_size 1."
         )
     return dataset.configured(privacy), dataset.collate(collate_fn), dataset.undrawn
+
+
+def most_rows(dataset: Any) -> int:
+    """How many rows of the model an example of a dataset can have: 1, unless it is one of users."""
+    return min(dataset.rows, int(dataset.counts.max())) if isinstance(dataset, UserDataset) else 1
 
 
 def check_forwards(dataset: Any, strategy: str, sends_at_once: bool) -> None:

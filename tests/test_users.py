@@ -238,6 +238,28 @@ def numbered_texts(rows: int = 2) -> UserDataset:
     return dpft.by_user(examples(len(OWNERS)), OWNERS, rows=rows)
 
 
+def test_memory_is_planned_for_the_rows_of_users(tmp_path: Path) -> None:
+    """`max_physical_batch_size="auto"`: so many rows as fit, and not so many users."""
+    sizes = {}
+    for name, dataset in {
+        "rows": examples(48),
+        "users": dpft.by_user(examples(48), list(range(12)) * 4, rows=3),
+    }.items():
+        with mock.patch.dict(
+            dpft.prepare.__globals__, {"_planned_batch": lambda *_: mock.Mock(batch_size=7, allowance=0)}
+        ):
+            training = Training(
+                tmp_path / name,
+                dataset=dataset,
+                max_physical_batch_size="auto",
+                seq_len=6,
+                changes={"sample_rate": 1.0, "expected_batch_size": 12},
+            )
+        sizes[name] = len(next(iter(training.loader))["example_weight"])
+        training.close()
+    assert sizes == {"rows": 7, "users": 2}
+
+
 def test_what_ranks_compare_is_not_drawn() -> None:
     """Equal for equal data, whatever is drawn."""
     users, again = numbered(rows=1), numbered(rows=1)
