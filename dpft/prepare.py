@@ -146,7 +146,7 @@ def prepare(
     kind = ranks.together(check)
     unnamed, of_rows = privacy, collate_fn
     privacy, collate_fn, compared = ranks.together(
-        lambda: of_users(dataset, unnamed, of_rows, sequence_size(accelerator))
+        lambda: of_users(dataset, unnamed, of_rows, sequence_size(accelerator), account is not None)
     )
     sizes = ranks.together(lambda: None if lengths is None else checked_lengths(lengths, len(dataset)))
     key = ranks.from_first(os.urandom(16))

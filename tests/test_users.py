@@ -270,8 +270,8 @@ def test_what_ranks_compare_is_not_drawn() -> None:
     assert len(users.undrawn) == 5
     given = dpft.PrivacyConfig(**CONFIG)
     wrapped = mock.Mock(undrawn=marks)  # a dataset that draws from users
-    assert of_users(wrapped, given, None, 1) == (given, None, marks)
-    assert of_users([1], given, None, 2) == (given, None, [1])
+    assert of_users(wrapped, given, None, 1, True) == (given, None, marks)
+    assert of_users([1], given, None, 2, True) == (given, None, [1])
 
 
 # ------------------------------------------------------------------------------------------------------ refusals
@@ -308,7 +308,10 @@ def test_what_does_not_go_with_users_is_refused(tmp_path: Path) -> None:
         next(iter(training.loader))
     training.close()
     with pytest.raises(PrivacyConfigError, match="Use sp_size 1"):
-        of_users(numbered(), dpft.PrivacyConfig(**CONFIG), None, 2)
+        of_users(numbered(), dpft.PrivacyConfig(**CONFIG), None, 2, False)
+    account = dpft.Account.create(tmp_path / "account.jsonl", epsilon=8.0, delta=1e-3)
+    with pytest.raises(PrivacyConfigError, match="cannot tell users from rows"):
+        Training(tmp_path / "c.jsonl", dataset=numbered_texts(), account=account, test_seed=None)
     with pytest.raises(PrivacyConfigError, match="different numbers of rows"):
         check_forwards(numbered(), "per_example", True)
     for fine in (("one_pass", True), ("per_example", False)):
