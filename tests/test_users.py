@@ -260,6 +260,26 @@ def test_memory_is_planned_for_the_rows_of_users(tmp_path: Path) -> None:
     assert sizes == {"rows": 7, "users": 2}
 
 
+@pytest.mark.slow  # the import of Trainer
+def test_trainer_takes_users(tmp_path: Path) -> None:
+    arguments = dpft.DPTrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        noise_multiplier=1.0,
+        target_delta=1e-3,
+        expected_batch_size=4,
+        max_grad_norm=1.0,
+        per_device_train_batch_size=2,
+        report_to="none",
+        use_cpu=True,
+    )
+    users = dpft.by_user(examples(48), list(range(12)) * 4, rows=3)
+    trainer = dpft.DPTrainer(model=tiny_llama(), args=arguments, train_dataset=users)
+    trainer.train()
+    schedule = trainer.private_loader.privacy.schedule
+    assert schedule.item == users.item and schedule.sample_rate == 4 / 12
+
+
 def test_what_ranks_compare_is_not_drawn() -> None:
     """Equal for equal data, whatever is drawn."""
     users, again = numbered(rows=1), numbered(rows=1)
