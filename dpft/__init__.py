@@ -36,11 +36,14 @@ from dpft.privacy import (
     AdaptiveClip,
     PrivacyConfig,
     PrivacySchedule,
+    UnitComparison,
+    compare_units,
     privacy_report,
     privacy_statement_markdown,
 )
 from dpft.run import PrivacyRun
 from dpft.tuning import Trial, Tuned, tune
+from dpft.users import UserDataset, by_user
 from dpft.wrap import book_keeping, clipped_loss, explain, stats, unwrap, wrap
 
 if TYPE_CHECKING:
@@ -78,13 +81,17 @@ __all__ = [
     "PrivateMean",
     "Trial",
     "Tuned",
+    "UnitComparison",
     "UnsupportedModuleError",
+    "UserDataset",
     "WrapError",
     "advise",
     "audit",
     "book_keeping",
+    "by_user",
     "check_rule",
     "clipped_loss",
+    "compare_units",
     "explain",
     "long_context",
     "longest",

@@ -35,6 +35,7 @@ from dpft.privacy.account import Payer
 from dpft.privacy.config import PrivacyConfig
 from dpft.privacy.sampler import Lengths, PhysicalBatchSampler, checked_lengths, draw_seed, make_sampler
 from dpft.run import LoopGuard, PrivacyRun, check_optimizer
+from dpft.users import check_forwards, most_rows, of_users
 from dpft.wrap import get_state, unwrap, wrap
 
 
@@ -79,9 +80,12 @@ def prepare(
         accelerator: an ``accelerate.Accelerator`` that has prepared nothing of this training yet.
         model: a causal LM, or another module (then use :func:`dpft.clipped_loss` in the loop).
         optimizer: any torch optimiser on the model's trainable parameters.
-        dataset: anything with ``len`` and indexing; one item is one privacy unit's example. Not a DataLoader.
+        dataset: anything with ``len`` and indexing; one item is one privacy unit's example. Not a DataLoader. Of
+            :func:`dpft.by_user`: the unit is the user. Where items are random, ranks compare those of ``undrawn``, if
+            there is such an attribute.
         privacy: everything that affects the privacy guarantee.
-        collate_fn: list of items -> dictionary of tensors with one row per item. None: torch's default.
+        collate_fn: list of items -> dictionary of tensors with one row per item (of users: one for each of their
+            rows). None: torch's default.
         max_physical_batch_size: maximum number of rows per forward pass; does not change the result. ``"auto"`` takes
             the one that :func:`dpft.plan` predicts to be fastest per example in the free memory.
         seq_len: tokens of the longest example, for ``"auto"``.
@@ -139,6 +143,10 @@ def prepare(
         return kind
 
     kind = ranks.together(check)
+    unnamed, of_rows = privacy, collate_fn
+    privacy, collate_fn, compared = ranks.together(
+        lambda: of_users(dataset, unnamed, of_rows, sequence_size(accelerator), account is not None)
+    )
     sizes = ranks.together(lambda: None if lengths is None else checked_lengths(lengths, len(dataset)))
     key = ranks.from_first(os.urandom(16))
     ranks.agree(
@@ -158,7 +166,7 @@ def prepare(
             "test_seed": test_seed,
             "pays from an account": account is not None,
             "number of examples": len(dataset),
-            "order of the examples": ranks.together(lambda: dataset_mark(dataset, key)) if ranks.world > 1 else "",
+            "order of the examples": ranks.together(lambda: dataset_mark(compared, key)) if ranks.world > 1 else "",
             # the ranks of one sequence must have the same example in each physical batch
             "lengths": None if sizes is None else mark(key, sizes.tobytes()),
             "parameters": described(model),
@@ -180,7 +188,8 @@ def prepare(
         planned = ranks.together(
             lambda: _planned_batch(model, optimizer, seq_len, kind, ranks, loss_chunk, on_host, privacy)
         )
-        max_physical_batch_size = int(ranks.minimum(min(planned.batch_size, largest)))
+        fitting = max(1, planned.batch_size // most_rows(dataset))
+        max_physical_batch_size = int(ranks.minimum(min(fitting, largest)))
         memory = planned.allowance if memory is None else memory  # so that the strategy is the planned one
     wrap(
         model,
@@ -206,6 +215,7 @@ def prepare(
     run: PrivacyRun | None = None
     try:
         ranks.together(lambda: check_optimizer(optimizer.param_groups, get_state(model)))
+        ranks.together(lambda: check_forwards(dataset, state.strategy, kind in SENDS_AT_ONCE))
         path = Path(ledger_path or Path(accelerator.project_dir or ".") / "privacy_ledger.jsonl")
         payer = None if account is None else SharedAccount(ranks, account)
         payer_id = None if payer is None else payer.account_id

@@ -41,9 +41,10 @@ LAYERS: dict[str, set[str]] = {
     "tuning": _LOW | {"privacy", "evaluation"},
     "workers": _LOW,
     "loader": _LOW | {"privacy", "workers"},
+    "users": _LOW | {"privacy"},
     "engines": _GRADIENT | _MECHANISM,
     "run": _GRADIENT | _MECHANISM | {"engines"},
-    "prepare": _GRADIENT | _MECHANISM | {"engines", "run", "planning"},
+    "prepare": _GRADIENT | _MECHANISM | {"engines", "run", "planning", "users"},
     "trainer": _LOW | {"privacy", "loader", "wrap", "prepare"},
     "audit": _LOW | {"privacy", "prepare"},  # it shares no code with the gradients and the mechanism that it judges
 }

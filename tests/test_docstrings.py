@@ -20,6 +20,10 @@ BEFORE = {
     "dpft.prepare": """
 privacy = dpft.PrivacyConfig(target_epsilon=8.0, target_delta=1e-5, expected_batch_size=8, num_steps=2)
 """,
+    "dpft.by_user": """
+names = [number % 40 for number in range(len(dataset))]
+privacy = dpft.PrivacyConfig(target_epsilon=8.0, target_delta=1e-5, expected_batch_size=8, num_steps=2)
+""",
     "dpft.private_trainer": """
 pytest.importorskip("trl", reason="TRL needs Python 3.11")
 from trl import SFTConfig, SFTTrainer

@@ -37,7 +37,8 @@ def clipped_forward(
         model: the wrapped model.
         plain: its forward as it was before wrapping.
         args: of the call.
-        kwargs: of the call; ``example_weight [B]``, ``example_ids [R]`` and ``rows_per_example`` are removed.
+        kwargs: of the call; ``example_weight [B]``, ``example_ids [R]``, ``rows_per_example`` and ``row_reduction``
+            are removed.
 
     Raises:
         WrapError: the trainable parameters changed since ``wrap``.
@@ -338,7 +339,7 @@ def _forward_each(
 ) -> Any:
     """One forward per row, so that no architecture can mix them; the logits are concatenated, detached.
 
-    The loss of an example of several rows is the sum of theirs.
+    The loss of an example of several rows is the sum of theirs, or their mean.
     """
     losses: list[Tensor] = []
     logits: dict[Any, list[Tensor]] = {}
@@ -369,7 +370,7 @@ def _forward_each(
         for name, found in _logits_of(out):
             logits.setdefault(name, []).append(found.detach())  # lazy ones stay lazy
     if groups is not None:
-        losses = [torch.stack([losses[r] for r in groups.of_example(i)]).sum() for i in range(groups.examples)]
+        losses = [groups.loss_of(i, losses) for i in range(groups.examples)]
     loss = clip_boundary(state, losses, weights, "per_example")
     together = {name: joined(rows) for name, rows in logits.items() if len(rows) == batch}
     if isinstance(out, tuple):

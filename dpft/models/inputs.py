@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +16,19 @@ def take_groups(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Groups | None:
     """The rows of each example, where the call says that one has several.
 
     Raises:
-        ClippingError: ids or a number that do not fit the rows.
+        ClippingError: ids or a number that do not fit the rows, or a reduction of the rows' losses that there is not.
     """
     ids, each = kwargs.pop("example_ids", None), kwargs.pop("rows_per_example", None)
+    reduction = kwargs.pop("row_reduction", "sum")
+    if reduction not in ("sum", "mean"):
+        raise ClippingError(
+            f"row_reduction is {reduction!r}; expected 'sum' or 'mean': what the loss of an example is of its rows'"
+        )
+    groups = _groups(args, kwargs, ids, each)
+    return groups if groups is None else replace(groups, mean=reduction == "mean")
+
+
+def _groups(args: tuple[Any, ...], kwargs: dict[str, Any], ids: Any, each: Any) -> Groups | None:
     shape = batch_shape(args, kwargs)
     if shape is None or (ids is None and each is None):
         return None

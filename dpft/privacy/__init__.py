@@ -31,6 +31,7 @@ from dpft.privacy.sampler import (
     physical_batches,
 )
 from dpft.privacy.schedule import PrivacySchedule
+from dpft.privacy.units import UnitComparison, compare_units
 
 __all__ = [
     "Account",
@@ -58,9 +59,11 @@ __all__ = [
     "ShuffleSampler",
     "Strategy",
     "TruncatedPoissonSampler",
+    "UnitComparison",
     "Use",
     "calibrate_noise_multiplier",
     "check_supported",
+    "compare_units",
     "compose_epsilon",
     "discretization",
     "draw_seed",

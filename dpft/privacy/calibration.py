@@ -23,6 +23,7 @@ def calibrate_noise_multiplier(
     accountant: AccountantName = "pld",
     history: Sequence[Event] = (),
     rel_tol: float = 1e-3,
+    coarse: bool = False,
 ) -> float:
     """The smallest noise multiplier, to ``rel_tol``, whose epsilon is at most ``target_epsilon``.
 
@@ -34,6 +35,8 @@ def calibrate_noise_multiplier(
         accountant: ``pld`` or ``rdp``.
         history: earlier releases on the same data.
         rel_tol: how far above the smallest noise multiplier the result may be, relative.
+        coarse: end with the coarse grid of :func:`dpft.privacy.discretization`, in a tenth of the time: up to some 3 %
+            more noise than is needed.
 
     Returns:
         The noise multiplier; never too small: its :func:`epsilon` is at most the target.
@@ -47,7 +50,9 @@ def calibrate_noise_multiplier(
     if not (math.isfinite(target_epsilon) and target_epsilon > 0):
         raise PrivacyConfigError(f"target_epsilon={target_epsilon!r}; expected a finite number > 0.")
     past = tuple(merged(history))
-    return _calibrate(mechanism.with_noise(1.0), steps, float(target_epsilon), float(delta), accountant, past, rel_tol)
+    return _calibrate(
+        mechanism.with_noise(1.0), steps, float(target_epsilon), float(delta), accountant, past, rel_tol, coarse
+    )
 
 
 def max_steps_within(
@@ -105,10 +110,11 @@ def _calibrate(
     accountant: AccountantName,
     past: tuple[Event, ...],
     rel_tol: float,
+    coarse: bool,
 ) -> float:
-    def excess(sigma: float, coarse: bool) -> float:
+    def excess(sigma: float, on_coarse: bool) -> float:
         """ln(epsilon / target): at most 0 is within the budget."""
-        value = compose_cached((*past, (mechanism.with_noise(sigma), steps)), delta, accountant, coarse)
+        value = compose_cached((*past, (mechanism.with_noise(sigma), steps)), delta, accountant, on_coarse)
         return math.log(value / target) if value > 0 else -math.inf
 
     # A coarse search first: its epsilon is an upper bound too, so it errs on the safe side, by a few per cent at most.
@@ -130,6 +136,8 @@ def _calibrate(
                 "nothing; lower target_epsilon, or set noise_multiplier yourself."
             )
     high = _narrow(lambda sigma: excess(sigma, True), low, high, 0.02)[1]
+    if coarse:
+        return high
     low = high / 1.03
     # The fine epsilon is lower or equal, up to discretisation: widen until the bracket holds for it, then narrow.
     while excess(high, False) > 0:

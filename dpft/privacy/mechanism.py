@@ -8,6 +8,10 @@ One example changes the sum by at most ``max_grad_norm`` =: C when it is added o
 Abadi's ``min(1, C / n) * n <= C`` and the automatic ``C / (n + gamma) * n < C`` (n: the norm of its gradient). When it
 is *replaced* the sum can change by 2 C.
 
+An example may have several rows, and a user with all of them may be one (:mod:`dpft.users`): what is clipped is the
+gradient of the whole. Which of its rows are used may be drawn afresh at each step, independently of everything else:
+every theorem below holds with these draws fixed, and so without them.
+
 Neither of the two options of the clip norm changes the mechanism; what each asks of the noise and why is in one place:
 
 - ``adaptive_clip`` (:mod:`dpft.privacy.adaptive_clip`): the sum has the noise multiplier

@@ -6,6 +6,7 @@ its tokens: the gradient of a weight is a sum over both, so norms and sums need 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ class Groups:
         index: ``[U, k]`` int64, the rows of each example; anything where it has fewer than k.
         present: ``[U, k]`` bool, where ``index`` is a row; None if everywhere.
         in_order: the rows of an example are next to each other, k of each, in the examples' order.
+        mean: the loss of an example is the mean of its rows' losses, not their sum.
     """
 
     rows: int
@@ -31,6 +33,7 @@ class Groups:
     index: Tensor
     present: Tensor | None
     in_order: bool
+    mean: bool = False
 
     @property
     def most(self) -> int:
@@ -55,8 +58,19 @@ class Groups:
         return torch.empty(self.rows, dtype=torch.long).scatter_(0, *kept)
 
     def total(self, losses: Tensor) -> Tensor:
-        """``[R]`` losses of rows -> ``[U]``, of examples: their sums."""
-        return self.join(losses.unsqueeze(1)).sum(1)
+        """``[R]`` losses of rows -> ``[U]``, of examples: their sums, or means."""
+        sums = self.join(losses.unsqueeze(1)).sum(1)
+        return sums / self.counts.to(sums.device) if self.mean else sums
+
+    @property
+    def counts(self) -> Tensor:
+        """``[U]`` int64: how many rows an example has."""
+        return torch.full((self.examples,), self.most) if self.present is None else self.present.sum(1)
+
+    def loss_of(self, example: int, losses: Sequence[Tensor]) -> Tensor:
+        """``[]``: the loss of one example, from the R losses of rows with a graph each."""
+        own = torch.stack([losses[row] for row in self.of_example(example)])
+        return own.mean() if self.mean else own.sum()
 
     def of_example(self, i: int) -> list[int]:
         """The rows of example ``i``."""

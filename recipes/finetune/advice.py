@@ -6,26 +6,30 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 import dpft
 from accelerate import Accelerator
 from finetune.data.progress import timed
-from finetune.data.users import user_words
+from finetune.data.users import Users, unit_of
 from finetune.output import OUTPUTS
 
 COLUMN = 19
 
 
-def give_advice(name: str, options: Any, model: nn.Module, examples: int, accelerator: Accelerator) -> None:
-    """--advise: print the advice, and draw it in the folder of outputs. Nothing is read but the number of examples.
+def give_advice(name: str, options: Any, model: nn.Module, train: Any, accelerator: Accelerator) -> None:
+    """--advise: print the advice, and draw it in the folder of outputs.
+
+    Nothing is read but the number of examples; of users, also how many records each has: that part is not for
+    publication.
 
     Raises:
         ValueError: there is no target epsilon, or none can be advised for.
     """
     if options.target_epsilon is None:
         raise ValueError("--advise is for a --target-epsilon; leave --noise-multiplier out.")
-    tokens = options.example_tokens * options.rows_of_user
+    examples, tokens = len(train), options.example_tokens * options.rows_of_user
     with timed(accelerator, "calibrating the noise of some fifty settings"):
         advice = dpft.advise(
             model,
@@ -36,8 +40,19 @@ def give_advice(name: str, options: Any, model: nn.Module, examples: int, accele
             token_budget=None if options.num_epochs is None else options.num_epochs * examples * tokens,
         )
     accelerator.print("\n".join(lines(advice)))
-    if options.user_column:
-        accelerator.print(f"note: an example is one {user_words(options.user_column, options.records_per_user)}")
+    if isinstance(train, Users):
+        accelerator.print(f"note: an example is one {unit_of(options)}")
+        with timed(accelerator, "comparing users with records as examples"):
+            rows = float(np.minimum(train.owned, train.at_most).mean())
+            compared = dpft.compare_units(
+                train.owned,
+                rows=train.at_most,
+                batch=advice.batch * rows,
+                steps=advice.steps,
+                delta=options.target_delta,
+                target_epsilon=options.target_epsilon,
+            )
+        accelerator.print(compared)
     if accelerator.is_main_process:
         OUTPUTS.mkdir(exist_ok=True)
         picture(advice, OUTPUTS / f"{name}_advice.png")

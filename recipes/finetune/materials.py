@@ -84,8 +84,9 @@ def by_user(
     if options.user_column not in records.column_names:
         there = ", ".join(records.column_names)
         raise ValueError(f"--user-column {options.user_column!r}: the data has the columns {there}. Name one of them.")
-    users = group_users(examples, values_of(records, options.user_column), options.records_per_user, options.seed)
-    accelerator.print(users.summary(options.user_column, options.records_per_user))
+    names, fresh = values_of(records, options.user_column), options.records_drawn == "afresh"
+    users = group_users(examples, names, options.records_per_user, options.seed, fresh)
+    accelerator.print(users.summary(options.user_column))
     return users, of_users(collate)
 
 

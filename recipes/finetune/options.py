@@ -120,7 +120,10 @@ class Options:
         metavar="NAME",
     )
     records_per_user: int = option(
-        8, "data", "with --user-column: records of a user that are used, chosen by a hash", metavar="K"
+        8, "data", "with --user-column: records of a user that are used in a step, at most", metavar="K"
+    )
+    records_drawn: str = option(
+        "once", "data", "which: always the same, by a hash; or afresh in each step", choices=("once", "afresh")
     )
     seq_len: int = option(
         128,

@@ -13,7 +13,7 @@ from torch import nn
 
 import dpft
 from accelerate import Accelerator
-from finetune.data.users import user_words
+from finetune.data.users import unit_of
 from finetune.materials import Materials
 from finetune.options import Options
 from finetune.recipe import Recipe
@@ -30,7 +30,7 @@ def privacy_config(options: Options) -> dpft.PrivacyConfig:
         num_steps=options.num_steps,
         num_epochs=options.num_epochs,
         secure_rng=options.secure_rng,
-        item=user_words(options.user_column, options.records_per_user) if options.user_column else None,
+        item=unit_of(options),
     )
 
 

@@ -112,10 +112,12 @@ class Recipe:
     def notes(self, options: Any) -> tuple[str, ...]:
         """What the privacy statement must say of the examples; first of all, what one example is."""
         if options.user_column is not None:
+            by_hash = "follows from the seed and from that user's own ones"
+            chosen = "is drawn anew in each step" if options.records_drawn == "afresh" else by_hash
             return (
-                f"each {self.unit} is cut to {options.example_tokens} tokens; which of a user are used "
-                "follows from the seed and from that user's own ones. A person whose records have several values "
-                "of the column is protected for each value, not for all together",
+                f"each {self.unit} is cut to {options.example_tokens} tokens; which of a user are used {chosen}. A "
+                "person whose records have several values of the column is protected for each value, not for all "
+                "together",
             )
         unit = (
             f"one {self.unit} is one example, cut to {options.example_tokens} tokens: if a person has several "

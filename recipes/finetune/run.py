@@ -78,7 +78,7 @@ def run(recipe: Recipe, options: Any) -> int:
         model = lengthen(recipe.model(options, weight_dtype(options, accelerator)), options, accelerator)
         check_vocabulary(model, materials.tokenizer)
         if options.advise:
-            give_advice(recipe.name, options, model, len(materials.train), accelerator)
+            give_advice(recipe.name, options, model, materials.train, accelerator)
             return 0
         with timed(accelerator, "calibrating the noise"):
             check_privacy(options, len(materials.train))

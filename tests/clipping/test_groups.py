@@ -24,8 +24,10 @@ IDS = {
 }
 
 
-def reference(entry: zoo.Entry, batch: dict[str, Tensor], ids: list[int], weights: Tensor) -> list[Tensor]:
-    """Clipped sum in float64: each row's loss of a forward alone, added up by example."""
+def reference(
+    entry: zoo.Entry, batch: dict[str, Tensor], ids: list[int], weights: Tensor, mean: bool = False
+) -> list[Tensor]:
+    """Clipped sum in float64: each row's loss of a forward alone, added up or averaged by example."""
     model = entry.build().double()
     parameters = [p for p in model.parameters() if p.requires_grad]
     total = [torch.zeros_like(p) for p in parameters]
@@ -35,7 +37,8 @@ def reference(entry: zoo.Entry, batch: dict[str, Tensor], ids: list[int], weight
             if owner == example:
                 alone = {name: value[row : row + 1] for name, value in batch.items()}
                 losses.append(model(**alone).loss)
-        grads = torch.autograd.grad(torch.stack(losses).sum(), parameters, allow_unused=True)
+        loss = sum(losses) / (len(losses) if mean else 1)
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
         norm = torch.stack([g.square().sum() for g in grads if g is not None]).sum().sqrt()
         for t, g in zip(total, grads, strict=True):
             if g is not None:
@@ -62,6 +65,35 @@ def test_clipped_sum(entry: zoo.Entry, order: str, strategy: str) -> None:
     found = [p.grad for p in model.parameters() if p.requires_grad]
     for got, want in zip(found, expected, strict=True):
         torch.testing.assert_close(got if got is not None else torch.zeros_like(want), want, rtol=1e-7, atol=1e-10)
+
+
+@pytest.mark.parametrize("strategy", ["one_pass", "two_pass", "per_example"])
+@pytest.mark.parametrize("order", ["uneven", "pairs, one half after the other"])
+def test_the_mean_of_the_rows(order: str, strategy: str) -> None:
+    """With a clip norm between the norms: an example with many rows is not longer than one with few."""
+    ids, batch, weights = IDS[order], zoo.token_batch(6, 9), torch.tensor([1.0, 0.0, 1.0])
+    model = dpft.wrap(zoo.LLAMA.build().double(), max_grad_norm=C, strategy=strategy)  # type: ignore[arg-type]  # mypy takes it for a str
+    given: dict[str, Any] = {**batch, "example_ids": torch.tensor(ids), "row_reduction": "mean"}
+    loss = model(**given, example_weight=weights).loss
+    loss.backward()
+    for p, want in zip(model.parameters(), reference(zoo.LLAMA, batch, ids, weights, mean=True), strict=True):
+        torch.testing.assert_close(p.grad, want, rtol=1e-7, atol=1e-10)
+    rows = [float(model.eval()(**{k: v[i : i + 1] for k, v in batch.items()}).loss) for i in range(6)]
+    means = [sum(rows[i] for i in range(6) if ids[i] == u) / ids.count(u) for u in (0, 2)]
+    assert float(loss) == pytest.approx(sum(means) / 2)
+    with torch.no_grad():
+        assert float(model(**given, example_weight=weights).loss) == pytest.approx(float(loss))
+
+
+def test_mean_and_sum_of_the_rows_have_other_norms() -> None:
+    """By the number of rows: the test above can fail."""
+    norms = {}
+    for reduction in ("mean", "sum"):
+        model = dpft.wrap(zoo.LLAMA.build().double(), max_grad_norm=C)
+        ids = torch.tensor(IDS["uneven"])
+        model(**zoo.token_batch(6, 9), example_ids=ids, row_reduction=reduction).loss.backward()
+        norms[reduction] = dpft.stats(model).norms
+    torch.testing.assert_close(norms["sum"], norms["mean"] * torch.tensor([3.0, 2.0, 1.0]), check_dtype=False)
 
 
 def test_rows_per_example_is_the_same() -> None:
@@ -106,6 +138,7 @@ def test_losses_of_the_caller(strategy: str) -> None:
         ({"example_ids": torch.tensor([0, 0, -1, 1])}, "each of 0 to U - 1"),
         ({"example_ids": torch.tensor([0.0, 0.0, 1.0, 1.0])}, "expected whole numbers"),
         ({"rows_per_example": 3}, "divides them"),
+        ({"rows_per_example": 2, "row_reduction": "max"}, "expected 'sum' or 'mean'"),
     ],
 )
 def test_what_does_not_fit_is_refused(extra: dict[str, Any], message: str) -> None:

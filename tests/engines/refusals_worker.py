@@ -119,6 +119,8 @@ def disagreements() -> None:
         "physical": {"max_physical_batch_size": 3},
         "length": {"dataset": data[:-1]},
         "order": {"dataset": data[1:] + data[:1]},
+        "users": {"dataset": dpft.by_user(data, [(i + RANK) % 5 for i in range(len(data))], rows=1)},
+        "reduction of users": {"dataset": dpft.by_user(data, range(12), rows=1, reduce="sum" if RANK else "mean")},
         "lengths": {"lengths": range(len(data))},
         "other lengths": {"lengths": [RANK] * len(data)},
         "seed": {"test_seed": 4},
@@ -129,7 +131,7 @@ def disagreements() -> None:
         "fp16": {"model": zoo.seeded(zoo.llama)("sdpa").half() if RANK else None},
     }
     for name, options in other.items():
-        always = name in ("epsilon", "other lengths")
+        always = name in ("epsilon", "other lengths", "users", "reduction of users")
         case(name, lambda name=name, o=options if RANK or always else {}: Private(name, **o))  # type: ignore[misc]  # bound now
     plain = agreement.versions
     real: Any = dpft.prepare.__globals__

@@ -30,6 +30,8 @@ DISAGREE = {
     "physical": "max_physical_batch_size",
     "length": "number of examples",
     "order": "order of the examples",
+    "users": "order of the examples",
+    "reduction of users": "order of the examples",
     "lengths": "'lengths': rank 0 has None",
     "other lengths": "'lengths': rank 0 has '",
     "seed": "test_seed",

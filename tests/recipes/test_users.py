@@ -48,9 +48,9 @@ def some_records() -> list[Record]:
     return records
 
 
-def grouped(records: Sequence[Record], at_most: int = 3, seed: int = 0) -> Users:
+def grouped(records: Sequence[Record], at_most: int = 3, seed: int = 0, fresh: bool = False) -> Users:
     data = Dataset.from_dict({"input_ids": [ids for _, ids in records]})
-    return group_users(data, [user for user, _ in records], at_most, seed)
+    return group_users(data, [user for user, _ in records], at_most, seed, fresh)
 
 
 def rows_by_user(records: Sequence[Record], **how: int) -> dict[str, list[list[int]]]:
@@ -130,8 +130,8 @@ def test_nobody_else_decides_which_records_of_a_user_are_used() -> None:
 def test_users_are_counted_and_canaries_are_users() -> None:
     users = grouped(some_records())
     assert users.owned.tolist() == [1, 7, 2, 4, 3] and users.most_tokens == 3 * 9
-    assert "the one with most has 7 (41.2 %)" in users.summary("id", 3)
-    assert "5 (29.4 %) beyond --records-per-user 3" in users.summary("id", 3)
+    assert "the one with most has 7 (41.2 %)" in users.summary("id")
+    assert "5 (29.4 %) beyond --records-per-user 3 are not used" in users.summary("id")
     more = users.with_users([[{"input_ids": [1, 2, 3]}]])
     assert more.lengths[5] == 3 and more.lengths[:5] == [
         len(rows_of_user(users[i])) * max(map(len, rows_of_user(users[i]))) for i in range(5)
@@ -139,6 +139,26 @@ def test_users_are_counted_and_canaries_are_users() -> None:
     assert len(more) == 6 and rows_of_user(more[5]) == [[1, 2, 3]] and more[0] == users[0]
     with pytest.raises(IndexError):
         more[6]
+
+
+def test_records_drawn_afresh() -> None:
+    """Of all of a user's records, at most K at a time; lengths, and what memory is planned for, are bounds."""
+    records = some_records()
+    once, afresh = grouped(records), grouped(records, fresh=True)
+    assert afresh.owned.tolist() == once.owned.tolist() and afresh.most_tokens == once.most_tokens
+    assert "are not used in a step" in afresh.summary("id")
+    more = afresh.with_users([[{"input_ids": [1, 2, 3]}]])
+    own = {user: sorted(ids for name, ids in records if name == user) for user in "abcde"}
+    drawn: list[set[str]] = [set() for _ in "abcde"]
+    for _ in range(60):
+        for at, user in enumerate("abcde"):
+            rows = rows_of_user(more[at])
+            assert len(rows) == min(3, len(own[user])) and all(row in own[user] for row in rows)
+            assert len(rows) * max(map(len, rows)) <= more.lengths[at] <= more.most_tokens
+            drawn[at] |= {str(row) for row in rows}
+    assert [len(rows) for rows in drawn] == [len({str(row) for row in own[user]}) for user in "abcde"]
+    assert rows_of_user(more[5]) == [[1, 2, 3]]
+    assert "used in a step, drawn afresh" in user_words("id", 3, fresh=True) and "step" not in user_words("id", 3)
 
 
 def test_the_users_of_each_record_must_be_as_many_as_the_records() -> None:
@@ -243,5 +263,15 @@ def test_users_in_the_other_recipes(recipe: str, tmp_path: Path, capsys: pytest.
 @pytest.mark.slow
 def test_users_on_two_ranks(words: list[str], tmp_path: Path) -> None:
     recipe = ROOT / "tests" / "engines" / "recipe_on_cpu.py"
-    told = succeed(launch("ddp", recipe, *words, scratch=tmp_path, timeout=200))
+    told = succeed(launch("ddp", recipe, *words, "--records-drawn", "afresh", scratch=tmp_path, timeout=200))
     assert told.count("users by 'who'") == 1 and "validation loss after" in told
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert f"| Privacy unit | {user_words('who', 3, fresh=True)} |" in card and "drawn anew in each step" in card
+
+
+@pytest.mark.slow
+def test_advice_compares_users_with_records(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    at = words.index("--noise-multiplier")
+    assert llama_dp.main([*words[:at], *words[at + 2 :], "--target-epsilon", "8", "--advise"]) == 0
+    told = capsys.readouterr().out
+    assert "NOT FOR PUBLICATION" in told and "users sampled" in told and "better: " in told

@@ -12,6 +12,7 @@ from tools.mutations.mechanism import MECHANISM_MUTATIONS
 from tools.mutations.rules import RULE_MUTATIONS
 from tools.mutations.sequence import SEQUENCE_MUTATIONS
 from tools.mutations.trainers import TRAINER_MUTATIONS
+from tools.mutations.users import USER_MUTATIONS
 
 MUTATIONS = (
     *ACCOUNT_MUTATIONS,
@@ -24,4 +25,5 @@ MUTATIONS = (
     *RULE_MUTATIONS,
     *SEQUENCE_MUTATIONS,
     *TRAINER_MUTATIONS,
+    *USER_MUTATIONS,
 )
