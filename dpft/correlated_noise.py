@@ -1,7 +1,7 @@
 """Gaussian noise that is correlated over the steps: at step t, row t of ``C^{-1} z`` instead of z_t.
 
-A step needs a few vectors of the steps before it (:attr:`~dpft.privacy.correlated.Strategy.memory` of them, of the
-size of the trained parameters, in the dtype of the sums):
+A step needs a few vectors of the steps before it (:attr:`~dpft.privacy.correlated.strategy.Strategy.memory` of them,
+of the size of the trained parameters, in the dtype of the sums):
 
 - ``bandmf``: w_t = z_t - sum_j c_j w_(t-j), j = 1 to bands - 1: the noise of the last steps (Choquette-Choo et al.
   2023, arXiv 2306.08153, Algorithm 9);
@@ -9,9 +9,10 @@ size of the trained parameters, in the dtype of the sums):
   Algorithm 3).
 
 **Resume.** These vectors are as secret as the noise: who has them subtracts it. They are not written anywhere. What is
-kept, beside the ledger, is the secret of the generator of each start (:mod:`dpft.privacy.noise_secrets`), from which a
-resumed run draws the noise of all earlier releases once more to have the vectors, in the time that this noise took.
-Then it goes on with a secret of its own, so that no noise is drawn for two releases, whatever becomes of the files.
+kept, beside the ledger, is the secret of the generator of each start
+(:mod:`dpft.privacy.correlated.noise_secrets`), from which a resumed run draws the noise of all earlier releases once
+more to have the vectors, in the time that this noise took. Then it goes on with a secret of its own, so that no noise
+is drawn for two releases, whatever becomes of the files.
 
 **Shards.** z is a function of the secret, the step and the place in the model: each parameter is divided into blocks,
 and each block of each step has a stretch of its own of a counter-based generator (Philox; Salmon et al. 2011). So each
@@ -33,8 +34,8 @@ from torch import Tensor
 
 from dpft.errors import WrapError
 from dpft.noise import Place
-from dpft.privacy.correlated import Strategy
-from dpft.privacy.noise_secrets import NoiseSecret
+from dpft.privacy.correlated.noise_secrets import NoiseSecret
+from dpft.privacy.correlated.strategy import Strategy
 
 # Elements of a block: small, as a rank draws whole blocks to have its part; large where each one launches a kernel.
 BLOCK_ON_HOST, BLOCK_ON_DEVICE = 1 << 14, 1 << 20

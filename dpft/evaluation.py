@@ -21,9 +21,9 @@ import torch
 
 from dpft.errors import BudgetExceededError, PrivacyConfigError
 from dpft.noise import GaussianNoise
-from dpft.privacy.account import Payer
-from dpft.privacy.account_events import Protects, PureRelease
-from dpft.privacy.calibration import calibrate_noise_multiplier
+from dpft.privacy.account.account import Payer
+from dpft.privacy.account.events import Protects, PureRelease
+from dpft.privacy.accounting.calibration import calibrate_noise_multiplier
 from dpft.privacy.mechanism import Mechanism
 
 NOISE = (

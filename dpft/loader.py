@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dpft.errors import PrivacyConfigError
-from dpft.privacy.sampler import PhysicalBatch, PhysicalBatchSampler
+from dpft.privacy.samplers.sampler import PhysicalBatch, PhysicalBatchSampler
 from dpft.workers import worker_context
 
 Collate = Callable[[list[Any]], Mapping[str, Any]]

@@ -31,9 +31,9 @@ from dpft.optimizer import DPOptimizer, Noise
 from dpft.planning.hardware import measure
 from dpft.planning.plan import plan as predict
 from dpft.planning.result import Plan
-from dpft.privacy.account import Payer
+from dpft.privacy.account.account import Payer
 from dpft.privacy.config import PrivacyConfig
-from dpft.privacy.sampler import Lengths, PhysicalBatchSampler, checked_lengths, draw_seed, make_sampler
+from dpft.privacy.samplers.sampler import Lengths, PhysicalBatchSampler, checked_lengths, draw_seed, make_sampler
 from dpft.run import LoopGuard, PrivacyRun, check_optimizer
 from dpft.users import check_forwards, most_rows, of_users
 from dpft.wrap import get_state, unwrap, wrap

@@ -17,8 +17,8 @@ from dpft.engines.shared_ledger import SharedLedger
 from dpft.errors import BudgetExceededError, ClippingError, LedgerError, WrapError
 from dpft.optimizer import DPOptimizer
 from dpft.privacy import privacy_report
-from dpft.privacy.calibration import max_steps_within
-from dpft.privacy.epsilon_meter import EpsilonMeter
+from dpft.privacy.accounting.calibration import max_steps_within
+from dpft.privacy.accounting.epsilon_meter import EpsilonMeter
 from dpft.privacy.mechanism import EPOCH_SAMPLERS
 from dpft.privacy.schedule import PrivacySchedule
 

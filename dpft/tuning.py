@@ -26,8 +26,8 @@ import torch.distributed as dist
 
 from dpft.errors import AccountingError, BudgetExceededError, EngineError, PrivacyConfigError
 from dpft.evaluation import PrivateMean
-from dpft.privacy.account import Account
-from dpft.privacy.account_events import PureRelease, Release, Selection, Use
+from dpft.privacy.account.account import Account
+from dpft.privacy.account.events import PureRelease, Release, Selection, Use
 from dpft.privacy.mechanism import Mechanism
 
 C = TypeVar("C")

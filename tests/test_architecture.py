@@ -313,7 +313,7 @@ def test_no_path_of_one_machine() -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("dpft.privacy.sampler", "from dpft.kernels import linear"),
+        ("dpft.privacy.samplers.sampler", "from dpft.kernels import linear"),
         ("dpft.kernels.linear", "from dpft.rules.linear import rule"),
         ("dpft.kernels.linear", "import dpft.clipping.boundary"),
         ("dpft.kernels.linear", "from ..clipping import boundary"),

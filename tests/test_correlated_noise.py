@@ -22,8 +22,8 @@ import dpft
 from dpft import LedgerError, WrapError
 from dpft.correlated_noise import BLOCK_ON_HOST, CorrelatedNoise
 from dpft.noise import Place
-from dpft.privacy.correlated import Strategy
-from dpft.privacy.noise_secrets import NoiseSecret, begin, secrets_path
+from dpft.privacy.correlated.noise_secrets import NoiseSecret, begin, secrets_path
+from dpft.privacy.correlated.strategy import Strategy
 
 STEPS = 9
 STRATEGIES = [

@@ -99,7 +99,7 @@ def test_architecture_names_what_there_is() -> None:
 def test_path_checker() -> None:
     document = ROOT / "docs" / "x.md"
     good = (
-        "`dpft/run.py`, privacy/sampler.py: text, `tests/clipping/test_gradients.py`, (benchmarks/steps_cpu.json), "
+        "`dpft/run.py`, privacy/mechanism.py: text, `tests/clipping/test_gradients.py`, (benchmarks/steps_cpu.json), "
         "../recipes/README.md, `run.py`, `tests/kernels`, recipes/accelerate/, python tools/profile_memory.py run, "
         "after.json, outputs/demo/none.json, my_records.json, https://example.org/a/none.py, tests/clipping."
     )

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any, get_args
 
-from dpft.privacy.account import Account
+from dpft.privacy.account.account import Account
 from dpft.privacy.mechanism import AdjacencyName
 
 

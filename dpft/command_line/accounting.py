@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpft.errors import LedgerError
-from dpft.privacy.accountant import epsilon, rounded_up
+from dpft.privacy.accounting.accountant import epsilon, rounded_up
 from dpft.privacy.ledger import Ledger, LedgerContent
 from dpft.privacy.mechanism import Mechanism
 from dpft.privacy.report import privacy_report, privacy_statement_markdown

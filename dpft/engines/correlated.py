@@ -21,8 +21,8 @@ from dpft.engines.engine import Kind
 from dpft.engines.ranks import Ranks
 from dpft.engines.shared_ledger import SharedLedger
 from dpft.errors import EngineError
-from dpft.privacy.correlated import Strategy
-from dpft.privacy.noise_secrets import NoiseSecret, begin
+from dpft.privacy.correlated.noise_secrets import NoiseSecret, begin
+from dpft.privacy.correlated.strategy import Strategy
 
 
 def sums_device_of(accelerator: Any, kind: Kind, sums_device: str | None) -> torch.device:
@@ -61,7 +61,7 @@ def correlated_noise(
 
     Raises:
         EngineError: GPUs of several kinds.
-        LedgerError: see :func:`dpft.privacy.noise_secrets.begin`.
+        LedgerError: see :func:`dpft.privacy.correlated.noise_secrets.begin`.
     """
     kinds = sorted(set(ranks.gather(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)))
     if len(kinds) > 1:  # which element a number goes to depends on the GPU, and on another resume it is another's

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from dpft.engines.ranks import Ranks
 from dpft.errors import LedgerError
-from dpft.privacy.account import Account, Payer
-from dpft.privacy.accountant import Event
+from dpft.privacy.account.account import Account, Payer
+from dpft.privacy.accounting.accountant import Event
 from dpft.privacy.ledger import Ledger
 
 

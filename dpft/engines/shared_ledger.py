@@ -8,7 +8,7 @@ from typing import Any
 
 from dpft.engines.ranks import Ranks
 from dpft.errors import LedgerError
-from dpft.privacy.accountant import Event, of_one_run
+from dpft.privacy.accounting.accountant import Event, of_one_run
 from dpft.privacy.config import PrivacyConfig
 from dpft.privacy.ledger import Ledger, LedgerContent, resume_state
 from dpft.privacy.schedule import PrivacySchedule

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from dpft.privacy.account import Account
-from dpft.privacy.account_events import Protects, PureRelease, Selection, Use
-from dpft.privacy.account_file import Entry
-from dpft.privacy.account_filter import PrivacyFilter
-from dpft.privacy.accountant import Event, check_supported, compose_epsilon, discretization, epsilon
+from dpft.privacy.account.account import Account
+from dpft.privacy.account.events import Protects, PureRelease, Selection, Use
+from dpft.privacy.account.file import Entry
+from dpft.privacy.account.filter import PrivacyFilter
+from dpft.privacy.accounting.accountant import Event, check_supported, compose_epsilon, discretization, epsilon
+from dpft.privacy.accounting.calibration import calibrate_noise_multiplier, max_steps_within
+from dpft.privacy.accounting.epsilon_meter import EpsilonMeter
+from dpft.privacy.accounting.units import UnitComparison, compare_units
 from dpft.privacy.adaptive_clip import AdaptiveClip
-from dpft.privacy.calibration import calibrate_noise_multiplier, max_steps_within
 from dpft.privacy.config import PrivacyConfig
-from dpft.privacy.correlated import Strategy
-from dpft.privacy.correlated_optimum import rms_error
-from dpft.privacy.cyclic_samplers import CyclicPoissonSampler, FixedOrderSampler
-from dpft.privacy.epsilon_meter import EpsilonMeter
+from dpft.privacy.correlated.optimum import rms_error
+from dpft.privacy.correlated.strategy import Strategy
 from dpft.privacy.ledger import Ledger, LedgerContent
 from dpft.privacy.mechanism import Mechanism
 from dpft.privacy.report import privacy_report, privacy_statement_markdown
-from dpft.privacy.sampler import (
+from dpft.privacy.samplers.cyclic_samplers import CyclicPoissonSampler, FixedOrderSampler
+from dpft.privacy.samplers.sampler import (
     BallsAndBinsSampler,
     FixedSizeSampler,
     LogicalBatchSampler,
@@ -31,7 +32,6 @@ from dpft.privacy.sampler import (
     physical_batches,
 )
 from dpft.privacy.schedule import PrivacySchedule
-from dpft.privacy.units import UnitComparison, compare_units
 
 __all__ = [
     "Account",

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpft.errors import MissingPackageError, PrivacyConfigError
-from dpft.privacy.accountant import check_supported, epsilon
+from dpft.privacy.accounting.accountant import check_supported, epsilon
+from dpft.privacy.accounting.calibration import calibrate_noise_multiplier
 from dpft.privacy.adaptive_clip import AdaptiveClip
-from dpft.privacy.calibration import calibrate_noise_multiplier
 from dpft.privacy.config_checks import ClipFunctionName, ClipGroupsSpec, MechanismName, check, in_one_form, number
-from dpft.privacy.correlated import Strategy
-from dpft.privacy.correlated_optimum import best_banded, best_blt
+from dpft.privacy.correlated.optimum import best_banded, best_blt
+from dpft.privacy.correlated.strategy import Strategy
 from dpft.privacy.mechanism import RATED, STRATEGY_OF, WITHOUT_N, AccountantName, Mechanism, SamplerName, UnitName
 from dpft.privacy.schedule import PrivacySchedule
 

@@ -30,7 +30,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from dpft.errors import DPFTError, LedgerError
-from dpft.privacy.accountant import Event, of_one_run
+from dpft.privacy.accounting.accountant import Event, of_one_run
 from dpft.privacy.ledger_file import decode, encode, fsync_directory, hour, lock, read_all, write
 from dpft.privacy.mechanism import Mechanism
 
@@ -221,7 +221,7 @@ class Ledger:
         return self._clip_norms[count - 1] if count else None
 
     def events(self) -> list[Event]:
-        """Mechanism and count of each segment, for :func:`~dpft.privacy.accountant.compose_epsilon`.
+        """Mechanism and count of each segment, for :func:`~dpft.privacy.accounting.accountant.compose_epsilon`.
 
         Segments are merged only where the noise is correlated over them: where the sampler has epochs, each one starts
         a new one.

@@ -37,7 +37,7 @@ shuffle              zero out one        C            parallel composition withi
                                                       (Dong, Roth, Su 2019, arXiv 1905.02383, Corollary 3.3)
 balls_and_bins       zero out one        C            the pair of Chua et al. 2024 (arXiv 2412.16802), which dominates
                                                       an epoch adaptively; PLD by sums that grow in the convex order:
-                                                      :mod:`dpft.privacy.allocation` has the proof
+                                                      :mod:`dpft.privacy.accounting.allocation` has the proof
 cyclic_poisson       zero out one        C            Choquette-Choo et al. 2023 (arXiv 2306.08153), Theorem 4: with b
 (bandmf)                                              bands, t releases cost what ceil(t / b) Poisson-sampled Gaussian
                                                       releases do, each accounted as those of ``poisson``
@@ -89,7 +89,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from dpft.errors import AccountingError, PrivacyConfigError
-from dpft.privacy.correlated import Strategy
+from dpft.privacy.correlated.strategy import Strategy
 
 SamplerName = Literal[
     "poisson", "truncated_poisson", "fixed_size", "shuffle", "balls_and_bins", "cyclic_poisson", "fixed_order"

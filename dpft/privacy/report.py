@@ -6,9 +6,9 @@ import math
 from importlib import metadata
 from typing import Any
 
-from dpft.privacy.accountant import Event, compose_epsilon, discretization, of_one_run, rounded_up
+from dpft.privacy.accounting.accountant import Event, compose_epsilon, discretization, of_one_run, rounded_up
 from dpft.privacy.adaptive_clip import THEOREM
-from dpft.privacy.correlated import Strategy
+from dpft.privacy.correlated.strategy import Strategy
 from dpft.privacy.ledger import Ledger, LedgerContent
 from dpft.privacy.schedule import PrivacySchedule
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpft.errors import MissingPackageError, PrivacyConfigError
-from dpft.privacy.accountant import Event, discretization, epsilon, rounded_up
+from dpft.privacy.accounting.accountant import Event, discretization, epsilon, rounded_up
+from dpft.privacy.accounting.epsilon_meter import EpsilonMeter
 from dpft.privacy.adaptive_clip import AdaptiveClip
-from dpft.privacy.correlated import Strategy
-from dpft.privacy.epsilon_meter import EpsilonMeter
+from dpft.privacy.correlated.strategy import Strategy
 from dpft.privacy.mechanism import RATED, WITHOUT_N, AccountantName, Mechanism, SamplerName, UnitName
 
 
@@ -128,7 +128,7 @@ class PrivacySchedule:
         return f"dp_accounting PLD (pessimistic, discretisation {discretization(self.mechanism):g})"
 
     def meter(self, history: Sequence[Event] = ()) -> EpsilonMeter:
-        """An :class:`~dpft.privacy.epsilon_meter.EpsilonMeter` of this schedule; ``history`` as there."""
+        """An :class:`~dpft.privacy.accounting.epsilon_meter.EpsilonMeter` of this schedule; ``history`` as there."""
         return EpsilonMeter(
             self.mechanism, self.target_delta, self.num_steps, accountant=self.accountant, history=history
         )

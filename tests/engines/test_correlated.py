@@ -13,8 +13,8 @@ import torch
 
 import dpft
 from dpft.correlated_noise import CorrelatedNoise
-from dpft.privacy.correlated import Strategy
-from dpft.privacy.noise_secrets import NoiseSecret
+from dpft.privacy.correlated.noise_secrets import NoiseSecret
+from dpft.privacy.correlated.strategy import Strategy
 from tests.engines.correlated_worker import BATCH, MECHANISMS, NUMBER, SIGMA, STARTS, STEPS
 from tests.engines.launching import ENGINES, launch, succeed
 from tests.engines.matrix_worker import CLIP, plain_llama

@@ -19,7 +19,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from dpft.privacy.sampler import FixedSizeSampler
+from dpft.privacy.samplers.sampler import FixedSizeSampler
 from tests.engines.conftest import SITUATIONS, WORKER
 from tests.engines.correlated_worker import MECHANISMS
 from tests.engines.launching import ENGINES, launch, succeed

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-import dpft.privacy.account_file as files
+import dpft.privacy.account.file as files
 from dpft.errors import AccountingError, BudgetExceededError, LedgerError, PrivacyConfigError
 from dpft.privacy import Account, Ledger, Mechanism, PureRelease, Selection, compose_epsilon
 

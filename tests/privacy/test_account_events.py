@@ -10,7 +10,7 @@ from scipy import integrate, special, stats
 
 from dpft.errors import BudgetExceededError, PrivacyConfigError
 from dpft.privacy import Mechanism, PrivacyFilter, Protects, PureRelease, Selection, compose_epsilon
-from dpft.privacy import account_events as events
+from dpft.privacy.account import events as events
 
 ADD = Protects("add_or_remove_one")
 

@@ -23,7 +23,7 @@ from dpft.privacy import (
     epsilon,
     max_steps_within,
 )
-from dpft.privacy.accountant import rounded_up
+from dpft.privacy.accounting.accountant import rounded_up
 
 
 def poisson(q: float, sigma: float, **more: Any) -> Mechanism:

@@ -11,7 +11,7 @@ from scipy import stats
 
 from dpft.errors import AccountingError, PrivacyConfigError
 from dpft.privacy import Mechanism, PrivacyConfig, calibrate_noise_multiplier, compose_epsilon, epsilon
-from dpft.privacy.allocation import added, deviation, epoch_pld, likelihood_ratio, one_batch
+from dpft.privacy.accounting.allocation import added, deviation, epoch_pld, likelihood_ratio, one_batch
 
 FLOAT = 1e-11
 

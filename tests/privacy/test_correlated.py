@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from dpft.errors import AccountingError, PrivacyConfigError
-from dpft.privacy.correlated import Strategy, toeplitz_sensitivity
-from dpft.privacy.correlated_optimum import (
+from dpft.privacy.correlated.optimum import (
     best_banded,
     best_blt,
     max_error,
@@ -22,6 +21,7 @@ from dpft.privacy.correlated_optimum import (
     square_root_coefficients,
     squared_errors,
 )
+from dpft.privacy.correlated.strategy import Strategy, toeplitz_sensitivity
 
 
 def banded(n: int, weights: tuple[float, ...], b: int | None = None) -> Strategy:

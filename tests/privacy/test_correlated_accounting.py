@@ -24,8 +24,8 @@ from dpft.privacy import (
     privacy_report,
     privacy_statement_markdown,
 )
-from dpft.privacy.accountant import of_one_run
-from dpft.privacy.correlated import Strategy
+from dpft.privacy.accounting.accountant import of_one_run
+from dpft.privacy.correlated.strategy import Strategy
 from tests.privacy.test_correlated import banded, blt, dense
 
 pytest.importorskip("dp_accounting")

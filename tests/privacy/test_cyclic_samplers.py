@@ -10,7 +10,7 @@ import pytest
 
 from dpft.errors import PrivacyConfigError
 from dpft.privacy import PrivacyConfig, make_sampler
-from dpft.privacy.cyclic_samplers import CyclicPoissonSampler, FixedOrderSampler, spread_order
+from dpft.privacy.samplers.cyclic_samplers import CyclicPoissonSampler, FixedOrderSampler, spread_order
 
 
 def steps_of(batches: list[np.ndarray], examples: int) -> list[list[int]]:

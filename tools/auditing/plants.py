@@ -21,7 +21,7 @@ import dpft.run
 from dpft.clipping import factors, passes
 from dpft.noise import GaussianNoise
 from dpft.optimizer import DPOptimizer
-from dpft.privacy.sampler import ShuffleSampler
+from dpft.privacy.samplers.sampler import ShuffleSampler
 
 UNCLIPPED = "transformer.h.0.mlp.c_proj.weight"  # of the subject, a layer whose gradients are not small
 

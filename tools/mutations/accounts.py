@@ -10,8 +10,8 @@ EVALUATION = ("tests/test_evaluation.py",)
 TUNING = ("tests/test_tuning.py",)
 PAYING = ("tests/test_prepare_account.py",)
 
-_ACCOUNT, _FILE = "dpft/privacy/account.py", "dpft/privacy/account_file.py"
-_EVENTS, _FILTER = "dpft/privacy/account_events.py", "dpft/privacy/account_filter.py"
+_ACCOUNT, _FILE = "dpft/privacy/account/account.py", "dpft/privacy/account/file.py"
+_EVENTS, _FILTER = "dpft/privacy/account/events.py", "dpft/privacy/account/filter.py"
 _EVALUATION, _TUNING = "dpft/evaluation.py", "dpft/tuning.py"
 
 ACCOUNT_MUTATIONS = (

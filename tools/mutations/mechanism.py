@@ -18,8 +18,8 @@ ESCAPES = ("tests/clipping/test_escapes.py",)
 
 _OPTIMIZER, _NOISE, _LOADER = "dpft/optimizer.py", "dpft/noise.py", "dpft/loader.py"
 _SECURE = "dpft/secure_noise.py"
-_RUN, _PREPARE, _SAMPLER = "dpft/run.py", "dpft/prepare.py", "dpft/privacy/sampler.py"
-_ACCOUNTANT, _ISOLATION = "dpft/privacy/accountant.py", "dpft/models/isolation.py"
+_RUN, _PREPARE, _SAMPLER = "dpft/run.py", "dpft/prepare.py", "dpft/privacy/samplers/sampler.py"
+_ACCOUNTANT, _ISOLATION = "dpft/privacy/accounting/accountant.py", "dpft/models/isolation.py"
 _LEDGER, _LEDGER_FILE = "dpft/privacy/ledger.py", "dpft/privacy/ledger_file.py"
 
 MECHANISM_MUTATIONS = (
@@ -172,7 +172,7 @@ MECHANISM_MUTATIONS = (
     Mutation(
         "ranks_overlap",
         "ranks share examples",
-        "dpft/privacy/logical_sampler.py",
+        "dpft/privacy/samplers/logical_sampler.py",
         "np.sort(logical[logical % self.world_size == self.rank])",
         "np.sort(logical)",
         SAMPLER,

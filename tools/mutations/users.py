@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tools.mutations.mutation import Mutation
 
-_USERS, _UNITS, _GROUPS = "dpft/users.py", "dpft/privacy/units.py", "dpft/rules/groups.py"
+_USERS, _UNITS, _GROUPS = "dpft/users.py", "dpft/privacy/accounting/units.py", "dpft/rules/groups.py"
 USERS, UNITS, GROUPS = ("tests/test_users.py",), ("tests/privacy/test_units.py",), ("tests/clipping/test_groups.py",)
 
 USER_MUTATIONS = (

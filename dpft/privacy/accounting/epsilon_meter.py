@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from dpft.privacy import accountant as accounting
-from dpft.privacy.accountant import Event
+from dpft.privacy.accounting import accountant as accounting
+from dpft.privacy.accounting.accountant import Event
 from dpft.privacy.mechanism import AccountantName, Mechanism
 
 _GRID = 48

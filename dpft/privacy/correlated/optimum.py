@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from dpft.errors import AccountingError, PrivacyConfigError
-from dpft.privacy.correlated import Strategy, Vector, blt_coefficients, blt_inverse, toeplitz_sensitivity
+from dpft.privacy.correlated.strategy import Strategy, Vector, blt_coefficients, blt_inverse, toeplitz_sensitivity
 from dpft.privacy.packages import import_package
 
 # Of the parameters. The error is flat at its minimum: rounding costs nothing, and hides the last digits, in which two

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dpft.errors import DPFTError, LedgerError
-from dpft.privacy.account_events import Use, use_from_json, use_to_json
+from dpft.privacy.account.events import Use, use_from_json, use_to_json
 from dpft.privacy.ledger_file import decode, encode, fsync_directory, hour, read_all, write
 
 FORMAT = 1

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from dpft.errors import AccountingError
-from dpft.privacy import allocation
+from dpft.privacy.accounting import allocation
 from dpft.privacy.mechanism import EPOCH_SAMPLERS, AccountantName, Mechanism
 from dpft.privacy.packages import import_package as _import
 

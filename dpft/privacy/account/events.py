@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 import numpy as np
 
 from dpft.errors import AccountingError, PrivacyConfigError
-from dpft.privacy import accountant as accounting
+from dpft.privacy.accounting import accountant as accounting
 from dpft.privacy.mechanism import AccountantName, AdjacencyName, Mechanism, UnitName
 from dpft.privacy.packages import import_package
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dpft.errors import LedgerError
-from dpft.privacy.correlated import Strategy
+from dpft.privacy.correlated.strategy import Strategy
 from dpft.privacy.ledger_file import decode, encode, fsync_directory, read_all, write
 
 FORMAT = 1

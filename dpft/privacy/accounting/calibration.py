@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from dpft.errors import AccountingError, PrivacyConfigError
-from dpft.privacy.accountant import Event, compose_cached, compose_epsilon, merged
+from dpft.privacy.accounting.accountant import Event, compose_cached, compose_epsilon, merged
 from dpft.privacy.mechanism import AccountantName, Mechanism
 
 _SMALLEST_NOISE, _LARGEST_NOISE = 0.05, 1e5

@@ -29,8 +29,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dpft.errors import PrivacyConfigError
-from dpft.privacy.accountant import compose_cached, epsilon, rounded_up
-from dpft.privacy.calibration import calibrate_noise_multiplier
+from dpft.privacy.accounting.accountant import compose_cached, epsilon, rounded_up
+from dpft.privacy.accounting.calibration import calibrate_noise_multiplier
 from dpft.privacy.config_checks import number
 from dpft.privacy.mechanism import Mechanism
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dpft.errors import BudgetExceededError, LedgerError, PrivacyConfigError
-from dpft.privacy import account_file as files
-from dpft.privacy.account_events import Protects, Release, Use, check_header, check_use, less, uses_epsilon
-from dpft.privacy.account_file import AccountContent, Entry
-from dpft.privacy.account_filter import PrivacyFilter, check_budget
-from dpft.privacy.account_statement import account_markdown, stated, stated_use
-from dpft.privacy.accountant import rounded_up
+from dpft.privacy.account import file as files
+from dpft.privacy.account.events import Protects, Release, Use, check_header, check_use, less, uses_epsilon
+from dpft.privacy.account.file import AccountContent, Entry
+from dpft.privacy.account.filter import PrivacyFilter, check_budget
+from dpft.privacy.account.statement import account_markdown, stated, stated_use
+from dpft.privacy.accounting.accountant import rounded_up
 from dpft.privacy.ledger import Ledger
 from dpft.privacy.mechanism import AccountantName, AdjacencyName, Mechanism, UnitName
 

@@ -13,7 +13,8 @@ whose index is r modulo W: for any W, every example is owned by exactly one rank
 - :class:`ShuffleSampler`: a permutation per epoch, cut into batches; shared seed. No amplification may be claimed.
 - :class:`BallsAndBinsSampler`: in every epoch each example is in one batch, drawn uniformly and independently of the
   others, so that batches differ in size; shared seed.
-- :mod:`dpft.privacy.cyclic_samplers`: those of correlated noise, in which steps that share an example are far apart.
+- :mod:`dpft.privacy.samplers.cyclic_samplers`: those of correlated noise, in which steps that share an example are
+  far apart.
 
 Seeds come from the operating system at every start, never from ``torch.manual_seed`` or ``numpy.random.seed``, never
 from a checkpoint. Amplification by sampling requires that nobody knows which examples were drawn: treat a shared
@@ -32,8 +33,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dpft.errors import PrivacyConfigError
-from dpft.privacy.cyclic_samplers import CyclicPoissonSampler, FixedOrderSampler
-from dpft.privacy.logical_sampler import Indices, LogicalBatchSampler, draw_seed
+from dpft.privacy.samplers.cyclic_samplers import CyclicPoissonSampler, FixedOrderSampler
+from dpft.privacy.samplers.logical_sampler import Indices, LogicalBatchSampler, draw_seed
 from dpft.privacy.schedule import PrivacySchedule
 
 __all__ = ["Indices", "LogicalBatchSampler", "draw_seed"]  # defined elsewhere, and imported from here

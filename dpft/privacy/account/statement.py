@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from dpft.privacy.account_events import Protects, described
-from dpft.privacy.account_file import Entry
-from dpft.privacy.accountant import rounded_up
+from dpft.privacy.account.events import Protects, described
+from dpft.privacy.account.file import Entry
+from dpft.privacy.accounting.accountant import rounded_up
 from dpft.privacy.report import _ADJACENCY
 
 _GUARANTEE = {

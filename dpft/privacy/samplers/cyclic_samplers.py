@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from dpft.errors import PrivacyConfigError
-from dpft.privacy.logical_sampler import Indices, LogicalBatchSampler
+from dpft.privacy.samplers.logical_sampler import Indices, LogicalBatchSampler
 
 
 def spread_order(dataset_size: int) -> Indices:

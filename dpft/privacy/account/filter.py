@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dpft.errors import BudgetExceededError, PrivacyConfigError
-from dpft.privacy.account_events import Protects, Release, Use, check_use, epsilon_of_rdp, orders, rdp_curve
+from dpft.privacy.account.events import Protects, Release, Use, check_use, epsilon_of_rdp, orders, rdp_curve
 
 
 def check_budget(epsilon: float, delta: float) -> None:
