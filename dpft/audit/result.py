@@ -14,6 +14,8 @@ from torch import Tensor
 
 from dpft.audit.sampling import sampling_checks
 from dpft.audit.statistics import (
+    CONFIDENCE,
+    FALSE_ALARM,
     Check,
     Samples,
     correlation_p_value,
@@ -25,10 +27,6 @@ from dpft.audit.statistics import (
 )
 from dpft.privacy import PrivacySchedule, epsilon
 
-# An audit of a sound mechanism fails with at most this probability, over all of its tests together, and again for the
-# bound of epsilon: once in 5,000 audits.
-FALSE_ALARM = 1e-4
-CONFIDENCE = 0.95  # of the bound that is reported
 _LAW_SAMPLES = 20_000
 
 
