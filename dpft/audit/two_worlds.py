@@ -1,7 +1,7 @@
 """An audit by many independent trials: outputs with a person's data and without, and what telling them apart proves.
 
-    observations of both worlds --> even trials: learn scores, choose score, direction and threshold
-                                --> odd trials: count both kinds of errors of that one guess --> epsilon at least ...
+    observations of both worlds --> a third of the trials: learn scores, choose score, direction, threshold
+                                --> the others: count both kinds of errors of that one guess: epsilon is at least ...
 
 Nothing is assumed about what made the outputs: no law of the noise, no theorem, no accountant. If the output is
 (epsilon, delta)-DP, then every event has ``P(event | with) <= exp(epsilon) P(event | without) + delta``, and the same
@@ -96,7 +96,7 @@ def two_worlds(
     Args:
         members: what was released in trials with the person's data, ``[n, k]``.
         others: the same of trials without.
-        attacks: names and learners; each makes its score of the even trials, and the odd ones are counted.
+        attacks: names and learners; each makes its score of every third trial, and the others are counted.
         claimed_epsilon: to compare with.
         delta: of the claim.
 
@@ -109,14 +109,16 @@ def two_worlds(
         raise ValueError(
             f"observations of shapes {inside.shape} and {outside.shape}; expected [n, k] of both worlds, n at least 4"
         )
-    learnt = {name: learner(inside[::2], outside[::2]) for name, learner in attacks.items()}
+    third = [np.arange(len(observed)) % 3 == 0 for observed in (inside, outside)]
+    shown, kept = (inside[third[0]], outside[third[1]]), (inside[~third[0]], outside[~third[1]])
+    learnt = {name: learner(*shown) for name, learner in attacks.items()}
     found = {}
     for confidence in (CONFIDENCE, 1.0 - FALSE_ALARM):
         guesses = [
-            (*_best(score(inside[::2]), score(outside[::2]), delta, confidence), name) for name, score in learnt.items()
+            (*_best(*map(score, shown), delta, confidence), name) for name, score in learnt.items()
         ]
         _, threshold, upwards, name = max(guesses, key=lambda guess: guess[0])
-        counted = (learnt[name](inside[1::2]), learnt[name](outside[1::2]))
+        counted = (learnt[name](kept[0]), learnt[name](kept[1]))
         found[confidence] = (_proven(*counted, threshold, upwards, delta, confidence), name, counted)
     proven, name, counted = found[CONFIDENCE]
     return TwoWorldsAudit(

@@ -135,7 +135,10 @@ def train(
         try:
             before = _values(model)
             for batch in loader:
-                losses = wrapped(batch["canary"]) * batch["push"]
+                several = {name: batch[name] for name in ("example_ids", "row_reduction") if name in batch}
+                losses = wrapped(batch["canary"], **several) * batch["push"]
+                if several:  # of users: the mean over a user's rows
+                    losses = _means(losses, several["example_ids"], len(batch["example_weight"]))
                 accelerator.backward(dpft.clipped_loss(wrapped, losses, batch["example_weight"]))
                 optimizer.step()
                 optimizer.zero_grad()
@@ -148,6 +151,12 @@ def train(
             loader.privacy.close()
     scale = float(schedule.expected_batch_size) / schedule.max_grad_norm
     return Released(torch.stack(releases, dim=1).numpy() * scale, present, schedule)
+
+
+def _means(losses: Tensor, owners: Tensor, count: int) -> Tensor:
+    """``[R]`` -> ``[count]``: the mean of the losses of each owner."""
+    sums, rows = (torch.zeros(count).index_add(0, owners, values) for values in (losses, torch.ones_like(losses)))
+    return sums / rows
 
 
 def _values(model: Table) -> Tensor:
