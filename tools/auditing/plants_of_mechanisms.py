@@ -125,6 +125,18 @@ def _use_forgotten() -> Iterator[None]:
 
 
 @contextmanager
+def _answers_after_the_stop() -> Iterator[None]:
+    ask = dpft.evaluation.EarlyStop.__call__
+
+    def again(self: Any, values: Any) -> bool:
+        self.stopped = False
+        return ask(self, values)
+
+    with mock.patch.object(dpft.evaluation.EarlyStop, "__call__", again):
+        yield
+
+
+@contextmanager
 def _selection_not_paid() -> Iterator[None]:
     """The account pays for one trial, whatever the number of them."""
     spend = Account.spend
@@ -153,5 +165,8 @@ MECHANISM_PLANTS = (
     _plant("secure")("half_noise", "the noise on the grid has half its standard deviation", lambda: noise_times(0.5)),
     _plant("user_rows")("twice_the_rows", "users have twice as many rows as is claimed", _user_with_twice_the_rows),
     _plant("by_user")("two_names", "each user is in the data under two names", _user_under_two_names),
+    _plant("private_mean")("half_noise", "the noise has half its standard deviation", lambda: noise_times(0.5)),
+    _plant("early_stop")("goes_on", "questions are answered after it has said stop", _answers_after_the_stop),
+    _plant("tune")("one_trial_paid", "the search pays for one trial, and not for the choice", _selection_not_paid),
     _plant("account")("use_forgotten", "the account counts the last of two trainings only", _use_forgotten),
 )

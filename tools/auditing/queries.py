@@ -11,17 +11,20 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 
 import dpft
 from dpft.audit import TwoWorldsAudit, two_worlds
 from dpft.audit.two_worlds import as_it_is, by_frequency
-from dpft.privacy import Mechanism, Protects
+from dpft.privacy import Mechanism, Protects, PureRelease
 
 DELTA = 0.01
 RECORDS = 20
+QUESTIONS = 20
+EARLY_STOP = 2.0  # epsilon
+TRIALS = 15
+NONE = -100.0  # for a search without a trial: below every score
 
 
 class Purse:
@@ -56,40 +59,68 @@ def records(present: bool) -> list[float]:
 
 
 def _audited(
-    ask: Callable[[bool, Any], float], trials: int, attack: Any, **options: Any
+    ask: Callable[[bool, Any], list[float]], trials: int, attacks: dict[str, Any], **options: Any
 ) -> TwoWorldsAudit:
+    """The audit of a query that is asked ``trials`` times in each of the two worlds."""
     with new_account(**options) as account:
         ask(True, account)
-        claim = account.spent()
-    purse = Purse()
-    worlds = [np.array([[ask(present, purse)] for _ in range(trials)]) for present in (True, False)]
-    return two_worlds(worlds[0], worlds[1], {"the answer": attack}, claimed_epsilon=claim, delta=DELTA)
+        claim, delta = account.spent(), DELTA
+        if isinstance(release := account.uses()[0][0], PureRelease):
+            claim, delta = release.epsilon, 0.0
+    worlds = [np.array([ask(present, Purse()) for _ in range(trials)]) for present in (True, False)]
+    return two_worlds(worlds[0], worlds[1], attacks, claimed_epsilon=claim, delta=delta)
 
 
 def private_mean(seed: int) -> TwoWorldsAudit:
-    """A noisy mean of 20 records, or 19: the person's value is at the end of the range."""
+    """A noisy mean of 20 records, or of 19: the person's value is at the end of the range."""
 
-    def ask(present: bool, payer: Any) -> float:
-        found = dpft.private_mean(
-            records(present), low=0, high=1, size=RECORDS, account=payer, noise_multiplier=1.0
-        )
-        return found.value
+    def ask(present: bool, payer: Any) -> list[float]:
+        found = dpft.private_mean(records(present), low=0, high=1, size=RECORDS, account=payer, noise_multiplier=1.0)
+        return [found.value]
 
-    return _audited(ask, 30_000, as_it_is, composition="pld")
-
-
-QUESTIONS = 40
+    return _audited(ask, 12_000, {"the mean": as_it_is}, composition="pld")
 
 
 def early_stop(seed: int) -> TwoWorldsAudit:
-    """A sparse vector that is asked 40 times about a mean just below its threshold; the answer is when it stopped."""
+    """A sparse vector, asked up to 20 times about a mean near its threshold; observed is when it stopped.
 
-    def ask(present: bool, payer: Any) -> float:
-        stop = dpft.EarlyStop(threshold=0.5 + 0.8, low=0, high=1, size=RECORDS, epsilon=1.5, account=payer)
+    Its claim has no delta, and neither has the bound. An answer after the stop, which there must not be, is counted.
+    """
+
+    def ask(present: bool, payer: Any) -> list[float]:
         values = records(present)
-        for question in range(QUESTIONS):
-            if stop(values):
-                return float(question)
-        return float(QUESTIONS)
+        stop = dpft.EarlyStop(threshold=0.06, low=0, high=1, size=RECORDS, epsilon=EARLY_STOP, account=payer)
+        answers: list[bool] = []
+        with contextlib.suppress(dpft.BudgetExceededError):
+            while len(answers) < QUESTIONS:
+                answers.append(stop(values))
+        return [float(answers.index(True) if True in answers else QUESTIONS), float(sum(answers))]
 
-    return _audited(ask, 30_000, by_frequency, composition="pld")
+    attacks = {"when it stopped": by_frequency, "stops": lambda *shown: lambda observed: observed[:, 1]}
+    return _audited(ask, 12_000, attacks, composition="pld")
+
+
+def tune(seed: int) -> TwoWorldsAudit:
+    """The best of a random number of noisy sums of the same records, 15 on average; the sums are the auditor's own."""
+    noise, rng = 2.0, np.random.default_rng(seed)
+    figure = Mechanism(sampler="poisson", noise_multiplier=noise, sample_rate=1.0)
+
+    def ask(present: bool, payer: Any) -> list[float]:
+        def trial(candidate: int, budget: dpft.Trial) -> tuple[float, None]:
+            budget.spend([(figure, 1)], "a sum")
+            return rng.normal(sum(records(present)), noise), None
+
+        best = dpft.tune(
+            trial,
+            [0],
+            account=payer,
+            trial=[(figure, 1)],
+            trials=TRIALS,
+            distribution="poisson",
+            scores="public",
+            folder=Path(folder) / "trials",
+        )
+        return [NONE if best is None else best.score]  # type: ignore[list-item]  # with public scores it is a number
+
+    with tempfile.TemporaryDirectory(prefix="dpft-audit-") as folder:
+        return _audited(ask, 5_000, {"the best figure": as_it_is})

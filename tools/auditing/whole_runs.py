@@ -22,7 +22,7 @@ from tools.auditing import likelihood
 from tools.auditing.trainings import Numbers, Released, train
 
 DELTA = 0.01  # large: what happens less often cannot be counted, and the theorems hold for every delta
-CANARIES = 60_000
+CANARIES = 120_000
 USER_ROWS = 3  # of a user where rows are examples, as it is claimed
 ROWS_THERE = USER_ROWS  # as it is
 NAMES = 1  # of a user in by_user
@@ -102,8 +102,8 @@ def balls_and_bins(seed: int) -> TwoWorldsAudit:
 
 
 def bandmf(seed: int) -> TwoWorldsAudit:
-    """Eight bands, and an example of the step's group drawn with probability 3/4; three turns of the groups."""
-    bands, rate, steps, noise = 8, 0.75, 24, 1.0
+    """Twelve bands, and an example of the step's group drawn with probability 3/4; two turns of the groups."""
+    bands, rate, steps, noise = 12, 0.75, 24, 1.0
     batch = CANARIES * rate / bands
     privacy = claimed(steps, batch, noise, mechanism="bandmf", bands=bands, sampler="cyclic_poisson")
     released = train(privacy, CANARIES, seed)
