@@ -21,7 +21,7 @@ from dpft.privacy import Mechanism, Protects, PureRelease
 
 DELTA = 0.01
 RECORDS = 20
-QUESTIONS = 20
+QUESTIONS = 200
 EARLY_STOP = 2.0  # epsilon
 TRIALS = 15
 NONE = -100.0  # for a search without a trial: below every score
@@ -82,22 +82,24 @@ def private_mean(seed: int) -> TwoWorldsAudit:
 
 
 def early_stop(seed: int) -> TwoWorldsAudit:
-    """A sparse vector, asked up to 20 times about a mean near its threshold; observed is when it stopped.
+    """A sparse vector that is asked about a mean near its threshold, and about one without the person in turn.
 
-    Its claim has no delta, and neither has the bound. An answer after the stop, which there must not be, is counted.
+    Observed is when it stopped, and how many more stops the first question got: after a stop there must be no answer.
+    The claim has no delta, and neither has the bound.
     """
 
     def ask(present: bool, payer: Any) -> list[float]:
-        values = records(present)
-        stop = dpft.EarlyStop(threshold=0.06, low=0, high=1, size=RECORDS, epsilon=EARLY_STOP, account=payer)
+        asked = ([0.0, 1.0] if present else [0.0], [0.0])
+        stop = dpft.EarlyStop(threshold=0.375, low=0, high=1, size=2, epsilon=EARLY_STOP, account=payer)
         answers: list[bool] = []
         with contextlib.suppress(dpft.BudgetExceededError):
             while len(answers) < QUESTIONS:
-                answers.append(stop(values))
-        return [float(answers.index(True) if True in answers else QUESTIONS), float(sum(answers))]
+                answers.append(stop(asked[len(answers) % 2]))
+        first = answers.index(True) if True in answers else QUESTIONS
+        return [float(first), float(sum(answers[::2]) - sum(answers[1::2]))]
 
     attacks = {"when it stopped": by_frequency, "stops": lambda *shown: lambda observed: observed[:, 1]}
-    return _audited(ask, 12_000, attacks, composition="pld")
+    return _audited(ask, 8_000, attacks, composition="pld")
 
 
 def tune(seed: int) -> TwoWorldsAudit:
@@ -123,4 +125,4 @@ def tune(seed: int) -> TwoWorldsAudit:
         return [NONE if best is None else best.score]  # type: ignore[list-item]  # with public scores it is a number
 
     with tempfile.TemporaryDirectory(prefix="dpft-audit-") as folder:
-        return _audited(ask, 5_000, {"the best figure": as_it_is})
+        return _audited(ask, 2_500, {"the best figure": as_it_is})
