@@ -1,8 +1,8 @@
-"""Noise that is correlated over the steps, undone: by matrices of the auditor's own, from the strategy that is claimed.
+"""Noise that is correlated over the steps, undone: by matrices of the auditor's own, from the claimed strategy.
 
-What an optimiser gets at step t is row t of ``x + C^{-1} z``; from the rows up to t follows row t of ``C x + z``, whose
-noise is independent over the steps. It is divided by what the claim says its standard deviation is: noise multiplier
-times clip norm times the most by which one example changes ``C x``, computed here from the whole matrix.
+What an optimiser gets at step t is row t of ``x + C^{-1} z``; from the rows up to t follows row t of ``C x + z``, the
+noise of which is independent over the steps. It is divided by its claimed standard deviation: noise multiplier times
+clip norm times the most by which one example changes ``C x``, computed here from the whole matrix.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def strategy_matrix(strategy: Any, steps: int) -> Samples:
         if strategy.kind == "bandmf":
             value = strategy.weights[lag] if lag < len(strategy.weights) else 0.0
         else:
-            terms = [w * d ** (lag - 1) for w, d in zip(strategy.weights, strategy.decays, strict=True)] if lag else [1]
+            terms = (
+                [w * d ** (lag - 1) for w, d in zip(strategy.weights, strategy.decays, strict=True)] if lag else [1]
+            )
             value = math.fsum(terms)
         matrix += np.diag(np.full(steps - lag, value), -lag)
     return matrix
@@ -32,8 +34,8 @@ def strategy_matrix(strategy: Any, steps: int) -> Samples:
 def unit_of_noise(strategy: Any) -> float:
     """Standard deviation of z where noise multiplier and clip norm are 1, as it is claimed.
 
-    ``bandmf``: the norm of one column, as participations are composed; ``blt``: that of the sum of the columns in which
-    one example takes part, of all steps.
+    ``bandmf``: the norm of one column, as participations are composed; ``blt``: that of the sum of all columns in
+    which one example takes part.
     """
     matrix = strategy_matrix(strategy, strategy.steps)
     columns = matrix[:, :1] if strategy.kind == "bandmf" else matrix[:, :: strategy.min_separation]

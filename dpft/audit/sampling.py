@@ -90,7 +90,10 @@ def sampling_checks(segments: Sequence[Sequence[set[int]]], schedule: PrivacySch
     def simulate(rng: np.random.Generator) -> list[float]:
         firsts = itertools.accumulate([len(part) for part in segments], initial=0)
         return statistics(
-            [draw_all(rng, schedule, examples, len(part), first) for part, first in zip(segments, firsts, strict=False)]
+            [
+                draw_all(rng, schedule, examples, len(part), first)
+                for part, first in zip(segments, firsts, strict=False)
+            ]
         )
 
     found = statistics(segments)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,7 +105,12 @@ def two_worlds(
         MissingPackageError: scipy is not installed.
     """
     inside, outside = np.asarray(members, float), np.asarray(others, float)
-    if inside.ndim != 2 or outside.ndim != 2 or inside.shape[1] != outside.shape[1] or min(map(len, (inside, outside))) < 4:
+    if (
+        inside.ndim != 2
+        or outside.ndim != 2
+        or inside.shape[1] != outside.shape[1]
+        or min(map(len, (inside, outside))) < 4
+    ):
         raise ValueError(
             f"observations of shapes {inside.shape} and {outside.shape}; expected [n, k] of both worlds, n at least 4"
         )
@@ -115,7 +120,7 @@ def two_worlds(
     found = {}
     for confidence in (CONFIDENCE, 1.0 - FALSE_ALARM):
         guesses = [
-            (*_best(*map(score, shown), delta, confidence), name) for name, score in learnt.items()
+            (*_best(score(shown[0]), score(shown[1]), delta, confidence), name) for name, score in learnt.items()
         ]
         _, threshold, upwards, name = max(guesses, key=lambda guess: guess[0])
         counted = (learnt[name](kept[0]), learnt[name](kept[1]))
@@ -186,7 +191,10 @@ def spread(inside: Samples, outside: Samples) -> Score:
 def by_frequency(inside: Samples, outside: Samples) -> Score:
     """For outputs of few values: the ratio of how often each was seen."""
     values = np.unique(np.concatenate([inside[:, 0], outside[:, 0]]))
-    counts = [(np.searchsorted(np.sort(seen), values, "right") - np.searchsorted(np.sort(seen), values)) + 0.5 for seen in (inside[:, 0], outside[:, 0])]
+    counts = [
+        (np.searchsorted(np.sort(seen), values, "right") - np.searchsorted(np.sort(seen), values)) + 0.5
+        for seen in (inside[:, 0], outside[:, 0])
+    ]
     ratios = np.log(counts[0] / len(inside)) - np.log(counts[1] / len(outside))
 
     def score(observed: Samples) -> Samples:

@@ -1,7 +1,7 @@
-"""How likely a canary's releases are with it and without: what the sampler of each mechanism says, and no code of dpft.
+"""How much likelier a canary's releases are with it than without, under each sampler; no code of dpft.
 
 ``rows``: ``[canaries, steps]``, for each canary its coordinate of the released sums, in units in which the noise is
-N(0, 1) and independent over the steps, and what one participation adds is ``shift`` or, where noise was correlated, the
+N(0, 1) and independent over the steps. What one participation adds is ``shift`` or, where noise was correlated, the
 participation's column of C times ``shift``.
 """
 
@@ -38,7 +38,9 @@ def binomial(rows: Numbers, shift: float, rate: float, count: int) -> Numbers:
     return np.log(np.sum(terms, axis=0)).sum(axis=1)
 
 
-def cyclic(rows: Numbers, shift: float, rate: float, groups: npt.NDArray[np.int64], matrix: Numbers, cycle: int) -> Numbers:
+def cyclic(
+    rows: Numbers, shift: float, rate: float, groups: npt.NDArray[np.int64], matrix: Numbers, cycle: int
+) -> Numbers:
     """The steps of a canary's group, each with probability ``rate``; a participation adds its column of C.
 
     Columns of one canary do not overlap, so that the participations are independent of each other.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -166,7 +166,6 @@ class Plant:
     subject: str = "white_box"
 
 
-NONE = Plant("none", "dpft as it is", nullcontext)
 PLANTS = (
     Plant("no_noise", "no noise is added", lambda: noise_times(0.0)),
     Plant("half_noise", "the noise has half the claimed standard deviation", lambda: noise_times(0.5)),
@@ -189,4 +188,3 @@ PLANTS = (
     ),
     Plant("padding_counted", "padding rows contribute like examples", _padding_counted),
 )
-

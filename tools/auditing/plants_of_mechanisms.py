@@ -14,14 +14,13 @@ import numpy as np
 import torch
 
 import dpft.evaluation
-import dpft.tuning
 from dpft.clipping import clip_groups
 from dpft.correlated_noise import CorrelatedNoise, _Draws, _TensorNoise
 from dpft.noise import GaussianNoise
-from dpft.privacy import Account, BallsAndBinsSampler, CyclicPoissonSampler
+from dpft.privacy import Account, BallsAndBinsSampler, CyclicPoissonSampler, PoissonSampler
 from dpft.privacy.account.events import Selection
 from dpft.run import LoopGuard
-from tools.auditing import queries, whole_runs
+from tools.auditing import whole_runs
 from tools.auditing.plants import Plant, noise_times
 
 
@@ -68,6 +67,14 @@ def _two_groups() -> Iterator[None]:
         return np.union1d(draw(self, step), draw(self, step + 1))
 
     with mock.patch.object(CyclicPoissonSampler, "draw", both):
+        yield
+
+
+@contextmanager
+def _twice_the_rate() -> Iterator[None]:
+    draw = PoissonSampler.draw
+
+    with mock.patch.object(PoissonSampler, "draw", lambda self, step: np.union1d(draw(self, step), draw(self, step))):
         yield
 
 
@@ -123,7 +130,6 @@ def _use_forgotten() -> Iterator[None]:
         yield
 
 
-
 @contextmanager
 def _answers_after_the_stop() -> Iterator[None]:
     ask = dpft.evaluation.EarlyStop.__call__
@@ -153,10 +159,17 @@ def _plant(subject: str) -> Callable[..., Plant]:
 
 
 MECHANISM_PLANTS = (
+    _plant("poisson")("twice_the_rate", "each batch is the union of two draws", _twice_the_rate),
+    _plant("adaptive_clip")("vote_without_noise", "the count of clipped examples gets no noise", _vote_without_noise),
+    _plant("layer_groups")("at_whole_norm", "each group is clipped at the whole clip norm", _groups_at_whole_norm),
+    _plant("bandmf_steps")("taken_back_twice", "earlier noise is taken back twice", _taken_back_twice),
+    _plant("blt_steps")("scale_forgotten", "the noise lacks the sensitivity of the strategy", _scale_forgotten),
     _plant("bandmf")("noise_repeated", "every step draws the same values", _repeated),
     _plant("bandmf")("taken_back_twice", "earlier noise is taken back twice", _taken_back_twice),
     _plant("bandmf")("scale_forgotten", "the noise lacks the sensitivity of the strategy", _scale_forgotten),
-    _plant("bandmf")("two_groups", "an example is drawn in two groups, so in steps that follow each other", _two_groups),
+    _plant("bandmf")(
+        "two_groups", "an example is drawn in two groups, so in steps that follow each other", _two_groups
+    ),
     _plant("blt")("noise_repeated", "every step draws the same values", _repeated),
     _plant("blt")("taken_back_twice", "earlier noise is taken back twice", _taken_back_twice),
     _plant("blt")("scale_forgotten", "the noise lacks the sensitivity of the strategy", _scale_forgotten),

@@ -21,7 +21,7 @@ from dpft.privacy import Mechanism, Protects, PureRelease
 
 DELTA = 0.01
 RECORDS = 20
-QUESTIONS = 200
+QUESTIONS = 160
 EARLY_STOP = 2.0  # epsilon
 TRIALS = 15
 NONE = -100.0  # for a search without a trial: below every score

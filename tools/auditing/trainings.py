@@ -161,5 +161,5 @@ def _means(losses: Tensor, owners: Tensor, count: int) -> Tensor:
 
 def _values(model: Table) -> Tensor:
     """The canaries' numbers, of all tables in equal parts, float64 ``[canaries]``."""
-    parts = torch.stack([part.weight.detach().double()[:, 0] for part in model.parts])  # type: ignore[union-attr, operator]  # embeddings
+    parts = torch.stack([part.weight.detach().double()[:, 0] for part in model.parts])  # type: ignore[operator]  # embeddings
     return parts.sum(0) / len(parts) ** 0.5
