@@ -1,6 +1,6 @@
 """An audit by many independent trials: outputs with a person's data and without, and what telling them apart proves.
 
-    observations of both worlds --> a third of the trials: learn scores, choose score, direction, threshold
+    observations of both worlds --> a third of the trials: learn scores, choose score, threshold, direction
                                 --> the others: count both kinds of errors of that one guess: epsilon is at least ...
 
 Nothing is assumed about what made the outputs: no law of the noise, no theorem, no accountant. If the output is
@@ -15,6 +15,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -122,9 +123,9 @@ def two_worlds(
         guesses = [
             (*_best(score(shown[0]), score(shown[1]), delta, confidence), name) for name, score in learnt.items()
         ]
-        _, threshold, upwards, name = max(guesses, key=lambda guess: guess[0])
+        _, guess, name = max(guesses, key=lambda found: found[0])
         counted = (learnt[name](kept[0]), learnt[name](kept[1]))
-        found[confidence] = (_proven(*counted, threshold, upwards, delta, confidence), name, counted)
+        found[confidence] = (guess.proven(*counted, delta, confidence), name, counted)
     proven, name, counted = found[CONFIDENCE]
     return TwoWorldsAudit(
         claimed_epsilon=claimed_epsilon,
@@ -137,32 +138,49 @@ def two_worlds(
     )
 
 
-def _best(inside: Samples, outside: Samples, delta: float, confidence: float) -> tuple[float, float, bool]:
-    """The threshold that proves most on these scores, and whether the likelier event lies above it."""
+@dataclass(frozen=True)
+class _Guess:
+    """An event of the scores, and the world in which it is said to be likelier."""
+
+    threshold: float
+    above: bool
+    with_it: bool
+
+    def proven(self, inside: Samples, outside: Samples, delta: float, confidence: float) -> float:
+        """Lower bound of epsilon from how often the event occurs."""
+        counts = [int(((scores > self.threshold) == self.above).sum()) for scores in (inside, outside)]
+        (often, of), (rare, among) = zip(counts, (len(inside), len(outside)), strict=True)
+        if not self.with_it:
+            often, of, rare, among = rare, among, often, of
+        share = 1.0 - (1.0 - confidence) / 2.0
+        likely, unlikely = proportion_bounds(often, of, share)[0], proportion_bounds(rare, among, share)[1]
+        return max(0.0, math.log((likely - delta) / unlikely)) if likely > delta else 0.0
+
+
+def _best(inside: Samples, outside: Samples, delta: float, confidence: float) -> tuple[float, _Guess]:
+    """The guess that would prove most on twice as many of these scores, by Wilson's bounds: near the exact ones."""
     shares = 1 / (1 + np.exp(-np.linspace(-9, 9, _THRESHOLDS)))  # dense at both ends: a rare event proves most
-    thresholds = np.unique(np.quantile(np.concatenate([inside, outside]), shares))
-    # Between two values that occur, so that scores of few values are told apart, too.
-    middles = np.concatenate([[-math.inf], (thresholds[1:] + thresholds[:-1]) / 2])
-    return max(
-        (_proven(inside, outside, float(threshold), upwards, delta, confidence), float(threshold), upwards)
-        for threshold in middles
-        for upwards in (True, False)
-    )
+    values = np.unique(np.quantile(np.concatenate([inside, outside]), shares))
+    thresholds = (values[1:] + values[:-1]) / 2 if len(values) > 1 else values
+    z = NormalDist().inv_cdf(1.0 - (1.0 - confidence) / 2.0)
+    found = [(0.0, _Guess(float(thresholds[0]), True, True))]
+    for above in (True, False):
+        counts = []
+        for scores in (inside, outside):
+            up_to = np.searchsorted(np.sort(scores), thresholds, "right")
+            counts.append((2.0 * (len(scores) - up_to if above else up_to), 2.0 * len(scores)))
+        for with_it in (True, False):
+            (often, of), (rare, among) = counts if with_it else counts[::-1]
+            likely, unlikely = _wilson(often, of, -z) - delta, _wilson(rare, among, z)
+            proven = np.log(np.maximum(likely, 1e-300) / unlikely)
+            place = int(proven.argmax())
+            found.append((float(proven[place]), _Guess(float(thresholds[place]), above, with_it)))
+    return max(found, key=lambda one: one[0])
 
 
-def _proven(
-    inside: Samples, outside: Samples, threshold: float, upwards: bool, delta: float, confidence: float
-) -> float:
-    """Lower bound of epsilon from the event "above the threshold" (else "at or below it", of those without)."""
-    share = 1.0 - (1.0 - confidence) / 2.0
-    hits, alarms = int((inside > threshold).sum()), int((outside > threshold).sum())
-    if upwards:
-        likely = proportion_bounds(hits, len(inside), share)[0]
-        unlikely = proportion_bounds(alarms, len(outside), share)[1]
-    else:
-        likely = proportion_bounds(len(outside) - alarms, len(outside), share)[0]
-        unlikely = proportion_bounds(len(inside) - hits, len(inside), share)[1]
-    return max(0.0, math.log((likely - delta) / unlikely)) if likely > delta else 0.0
+def _wilson(count: Samples, of: float, z: float) -> Samples:
+    """Approximate bound of a probability: the upper one for z > 0."""
+    return (count + z**2 / 2 + z * np.sqrt(count * (1 - count / of) + z**2 / 4)) / (of + z**2)
 
 
 # --------------------------------------------------------------------------------------------------- attacks

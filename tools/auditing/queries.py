@@ -7,6 +7,7 @@ pays for the first trial, which gives the claim; the others are repetitions of t
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,14 +18,14 @@ import numpy as np
 import dpft
 from dpft.audit import TwoWorldsAudit, two_worlds
 from dpft.audit.two_worlds import as_it_is, by_frequency
-from dpft.privacy import Mechanism, Protects, PureRelease
+from dpft.privacy import Protects, PureRelease
 
 DELTA = 0.01
 RECORDS = 20
 QUESTIONS = 160
 EARLY_STOP = 2.0  # epsilon
-TRIALS = 15
-NONE = -100.0  # for a search without a trial: below every score
+TRIALS = 6
+NONE = -1.0  # for a search without a trial: below every score
 
 
 class Purse:
@@ -103,20 +104,25 @@ def early_stop(seed: int) -> TwoWorldsAudit:
 
 
 def tune(seed: int) -> TwoWorldsAudit:
-    """The best of a random number of noisy sums of the same records, 15 on average; the sums are the auditor's own."""
-    noise, rng = 2.0, np.random.default_rng(seed)
-    figure = Mechanism(sampler="poisson", noise_multiplier=noise, sample_rate=1.0)
+    """The best of a random number of trials, six on average, each of which answers yes or no with a known law.
+
+    With the person's record yes is so much likelier that a trial is (0.8, 0)-DP. That none of many trials said yes
+    tells much more than one trial does.
+    """
+    one, often = PureRelease(0.8), {True: 0.3 * math.exp(0.8), False: 0.3}
+    assert (1 - often[False]) / (1 - often[True]) <= math.exp(one.epsilon)
+    rng = np.random.default_rng(seed)
 
     def ask(present: bool, payer: Any) -> list[float]:
         def trial(candidate: int, budget: dpft.Trial) -> tuple[float, None]:
-            budget.spend([(figure, 1)], "a sum")
-            return rng.normal(sum(records(present)), noise), None
+            budget.spend([(one, 1)], "an answer")
+            return float(rng.random() < often[present]), None
 
         best = dpft.tune(
             trial,
             [0],
             account=payer,
-            trial=[(figure, 1)],
+            trial=[(one, 1)],
             trials=TRIALS,
             distribution="poisson",
             scores="public",
@@ -125,4 +131,4 @@ def tune(seed: int) -> TwoWorldsAudit:
         return [NONE if best is None else best.score]  # type: ignore[list-item]  # with public scores it is a number
 
     with tempfile.TemporaryDirectory(prefix="dpft-audit-") as folder:
-        return _audited(ask, 2_500, {"the best figure": as_it_is})
+        return _audited(ask, 3_000, {"the best score": as_it_is})
