@@ -6,7 +6,7 @@ from dpft.audit.black_box import BlackBoxAudit, Canaries, black_box, draw_canari
 from dpft.audit.figures import plot
 from dpft.audit.result import WhiteBoxAudit
 from dpft.audit.statistics import Check, one_run_epsilon
-from dpft.audit.two_worlds import TwoWorldsAudit, two_worlds
+from dpft.audit.two_worlds import TwoWorldsAudit, as_it_is, two_worlds
 from dpft.audit.white_box import white_box
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Check",
     "TwoWorldsAudit",
     "WhiteBoxAudit",
+    "as_it_is",
     "black_box",
     "draw_canaries",
     "one_run_epsilon",
