@@ -231,7 +231,7 @@ def prepare(
             run,
             sequence=sequence,
             on_host=sums_device == "cpu",
-            noise=_noise(run, ranks, accelerator, kind, model, optimizer, sums_device, test_seed),
+            noise=_noise(run, ranks, accelerator, kind, model, optimizer, sums_device, compared, test_seed),
             batches=PhysicalBatchSampler(
                 make_sampler(
                     schedule,
@@ -382,15 +382,19 @@ def _agreed_strategy(state: ClipState, kind: Kind, ranks: Ranks, max_batch_size:
 
 
 def _noise(
-    run: PrivacyRun, ranks: Ranks, accelerator: Any, kind: Kind, model: nn.Module, optimizer: Any, sums: Any, seed: Any
+    run: PrivacyRun,
+    ranks: Ranks,
+    accelerator: Any,
+    kind: Kind,
+    model: nn.Module,
+    optimizer: Any,
+    sums: Any,
+    data: Any,
+    seed: Any,
 ) -> Noise:
-    secret = None if seed is None else _test_secret(seed, run)
-    if run.schedule.strategy is not None:
-        engine, device = f"{kind} {sums or ''}".strip(), sums_device_of(accelerator, kind, sums)
-        return correlated_noise(run.schedule.strategy, ranks, run.ledger, model, optimizer, engine, device, secret)
-    return GaussianNoise(secret=secret, stream=ranks.rank, secure=run.schedule.secure_rng)
-
-
-def _test_secret(seed: int, run: PrivacyRun) -> bytes:
-    # It includes the count, so that a resumed test does not repeat the noise of the run that it resumes.
-    return seed.to_bytes(16, "big", signed=True) + run.steps.to_bytes(8, "big")
+    # With the count, so that a resumed test does not repeat the noise of the run that it resumes.
+    secret = None if seed is None else seed.to_bytes(16, "big", signed=True) + run.steps.to_bytes(8, "big")
+    if (strategy := run.schedule.strategy) is None:
+        return GaussianNoise(secret=secret, stream=ranks.rank, secure=run.schedule.secure_rng)
+    engine, device = f"{kind} {sums or ''}".strip(), sums_device_of(accelerator, kind, sums)
+    return correlated_noise(strategy, ranks, run.ledger, model, optimizer, engine, device, data, secret)
