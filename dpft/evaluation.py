@@ -27,8 +27,8 @@ from dpft.privacy.accounting.calibration import calibrate_noise_multiplier
 from dpft.privacy.mechanism import Mechanism
 
 NOISE = (
-    "Gaussian in float64 from the operating system's cryptographic generator, the sum of four draws (Holohan, Braghin "
-    "2021, arXiv 2107.10138)"
+    "cryptographic (ChaCha20, RFC 8439): a discrete Gaussian on a grid of 2^-25 of its standard deviation, to which "
+    "the sum is rounded, larger by what rounding adds to the sensitivity"
 )
 
 
@@ -38,7 +38,8 @@ class PrivateMean:
 
     Attributes:
         value: the mean of the clipped values, plus noise. It is not cut to the range.
-        standard_error: standard deviation of the noise in ``value``; the error of sampling is extra.
+        standard_error: standard deviation of the noise in ``value``; the error of sampling is extra. A little more
+            than the noise multiplier says, for the rounding to the noise's grid.
         low: the values were clipped to [low, high].
         high: see ``low``.
         size: the number by which the sum was divided.
@@ -119,9 +120,10 @@ def private_mean(
     if not (math.isfinite(noise_multiplier) and noise_multiplier > 0):
         raise PrivacyConfigError(f"noise_multiplier={noise_multiplier!r} of a private mean; expected a number > 0.")
     mechanism = mechanism.with_noise(float(noise_multiplier))
+    noise = GaussianNoise(secure=True)
+    std = noise.for_release(noise_multiplier * half, half, 1)
     paid = account.spend([(mechanism, 1)], what)
-    std = noise_multiplier * half
-    noisy = float(GaussianNoise(secure=True).add_(torch.tensor([total], dtype=torch.float64), std))
+    noisy = float(noise.add_(torch.tensor([total], dtype=torch.float64), std))
     return PrivateMean(
         value=middle + noisy / divisor,
         standard_error=std / divisor,

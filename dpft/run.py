@@ -302,7 +302,8 @@ class LoopGuard:
         assert optimizer is not None and schedule.count_noise is not None and self._state.count is not None
         assert optimizer.max_grad_norm == self._state.rule.max_grad_norm == self._run.clip_norm
         votes = torch.tensor([self._ranks.total(self._state.count.take()) / 2], dtype=torch.float64)
-        noised = float(optimizer.noise.add_(votes, schedule.count_noise))
+        # One example moves them by 1/2; a grid of secure noise, to which they are rounded, by a step more.
+        noised = float(optimizer.noise.add_(votes, optimizer.noise.for_release(schedule.count_noise, 0.5, 1)))
         norm = schedule.adaptive_clip.next_clip_norm(self._run.clip_norm, noised, schedule.expected_batch_size)
         return self._ranks.from_first(norm)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import dpft
+from dpft.secure_noise import STD
 from tests import oracle
 from tests.training import Training, collate, config, examples, tiny_llama, values
 
@@ -88,6 +89,20 @@ def test_noise_of_sum_and_count(path: Path) -> None:
     assert abs(counts.std() / 0.6 - 1) < SIGMAS / math.sqrt(2 * steps)
     together = torch.stack([counts - counts.mean(), scaled.mean(1)])
     assert abs(torch.corrcoef(together)[0, 1]) < SIGMAS / math.sqrt(steps)
+
+
+def test_secure_noise_of_the_count_covers_its_rounding(path: Path) -> None:
+    """A vote of 1/2 that is rounded to the noise's grid moves the count by up to a step more."""
+    training = Training(
+        path, changes={"adaptive_clip": dpft.AdaptiveClip(count_noise=40.0), "secure_rng": True}, test_seed=None
+    )
+    noise, drawn = training.optimizer.optimizer.noise, []
+    add = noise.add_
+    noise.add_ = lambda tensor, std: drawn.append((tensor.numel(), std)) or add(tensor, std)
+    training.train()
+    counts = [std for size, std in drawn if size == 1]
+    assert len(counts) == training.run.schedule.num_steps
+    assert all(std / (0.5 + std / STD) >= 40.0 / 0.5 and std < 40.0 * (1 + 1e-5) for std in counts)
 
 
 @pytest.mark.parametrize("strategy", ["one_pass", "two_pass", "per_example"])
@@ -163,6 +178,7 @@ CHILD = """
 import os, sys
 from pathlib import Path
 import dpft
+from dpft.secure_noise import STD
 from tests.training import Training
 folder = Path(sys.argv[1])
 options = {"adaptive_clip": dpft.AdaptiveClip(), "num_steps": 300}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import dpft
 import dpft.evaluation as module
 from dpft.errors import BudgetExceededError, PrivacyConfigError
 from dpft.privacy import Mechanism, PureRelease, epsilon
+from dpft.secure_noise import STD
 
 
 def account(path: Path, **changes: Any) -> dpft.Account:
@@ -74,8 +76,10 @@ def test_the_account_has_what_was_released(
     payer = account(tmp_path, **header)
     found = mean([0.0, 1.0, 1.0, 1.0], payer, low=-1.0, high=3.0)
     assert payer.uses() == [(releases, 1)] and payer.entries()[0].name == found.paid
-    assert stds == [5.0 * 2.0]  # noise multiplier times half the range
-    assert found.value == 0.75 and found.standard_error == 10.0 / 4 and found.size == 4
+    # The noise multiplier times half the range, and what rounding the sum to the noise's grid adds to its sensitivity.
+    assert stds == [pytest.approx(5.0 * 2.0, rel=1e-6)]
+    assert stds[0] / (2.0 + stds[0] / STD) >= 5.0
+    assert found.value == 0.75 and found.standard_error == stds[0] / 4 and found.size == 4
     # The epsilon is that of the Gaussian whose sensitivity is what a neighbour moves: k records, or a whole range.
     moves = {"replace_one": 2, "user": 3}.get(header.get("adjacency", header.get("unit", "")), 1)
     alone = Mechanism(sampler="poisson", noise_multiplier=5.0 / moves, sample_rate=1.0)
@@ -104,6 +108,14 @@ def test_size_is_a_public_constant(tmp_path: Path) -> None:
     payer = account(tmp_path)
     found = mean([1.0] * 3, payer, size=1000)
     assert found.standard_error == pytest.approx(2.5 / 1000) and abs(found.value - 0.5 - 1.5 / 1000) < 0.1
+
+
+def test_noise_that_cannot_be_drawn_is_not_paid_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    payer = account(tmp_path)
+    monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.ciphers", None)  # not installed
+    with pytest.raises(ImportError):
+        mean([0.5], payer)
+    assert payer.entries() == ()
 
 
 def test_nothing_is_drawn_that_is_not_paid_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +149,14 @@ def test_settings_that_are_refused(tmp_path: Path, changes: dict[str, Any]) -> N
 
 def test_the_statement_can_stand_in_a_card(tmp_path: Path) -> None:
     said = mean([0.5] * 40, account(tmp_path), what="accuracy").statement()
-    for words in ("accuracy:", "clipped to [0, 1]", "noise multiplier 5", "add_or_remove_one", "40 records"):
+    for words in (
+        "accuracy:",
+        "clipped to [0, 1]",
+        "noise multiplier 5",
+        "add_or_remove_one",
+        "40 records",
+        "ChaCha20",
+    ):
         assert words in said
 
 
