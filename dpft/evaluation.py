@@ -140,9 +140,9 @@ def private_mean(
 class EarlyStop:
     """Says once, privately, that the mean of a value per record has reached a threshold; asking until then is free.
 
-    AboveThreshold: Dwork and Roth 2014 (The Algorithmic Foundations of Differential Privacy), Algorithm 1, Theorem
-    3.23: epsilon-DP however many times it answers "not yet". ``epsilon`` is paid when it is made, whether or not it
-    ever says yes. Only the answers are private: do not publish or act on the values themselves.
+    AboveThreshold: Dwork and Roth 2014 (The Algorithmic Foundations of Differential Privacy): epsilon-DP however many
+    times it answers "not yet". ``epsilon`` is paid when it is made, whether or not it ever says yes. Only the
+    answers are private: do not publish or act on the values themselves.
 
     To stop when a loss no longer falls, give each record's loss less its loss at the last evaluation, with ``low=-1``,
     ``high=1`` and a threshold just below 0: the mean reaches it when the loss falls by less.

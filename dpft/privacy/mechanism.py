@@ -32,8 +32,9 @@ poisson, unit user   add or remove the   up to k C    mixture of Gaussians, Choq
 truncated_poisson    add or remove one   C, or 2 C    arXiv 2508.15089 (dp_accounting's TruncatedSubsampledGaussian)
                                          if cut
 fixed_size           replace one         2 C          Wang, Balle, Kasiviswanathan 2019 (arXiv 1808.00087), Theorem 27
-shuffle              zero out one        C            parallel composition within an epoch (McSherry 2009, Theorem 4;
-                                                      adaptive by fixing the permutation), Gaussians over the epochs
+shuffle              zero out one        C            parallel composition within an epoch (McSherry 2009,
+                                                      "Privacy integrated queries"; adaptive by fixing the
+                                                      permutation), Gaussians over the epochs
                                                       (Dong, Roth, Su 2019, arXiv 1905.02383, Corollary 3.3)
 balls_and_bins       zero out one        C            the pair of Chua et al. 2024 (arXiv 2412.16802), which dominates
                                                       an epoch adaptively; PLD by sums that grow in the convex order:
@@ -70,8 +71,8 @@ release              sensitivity  theorem
 ===================  ===========  ====================================================================================
 private mean         h            Gaussian mechanism: ``poisson`` at sample rate 1 (``replace_one``: ``fixed_size`` of
                                   all records)
-early stopping       h / size     AboveThreshold: Dwork, Roth 2014, Algorithm 1, Theorem 3.23; in PLD and RDP by its
-                                  dominating pair, randomised response (Kairouz, Oh, Viswanath 2015, arXiv 1311.0776)
+early stopping       h / size     AboveThreshold: Dwork, Roth 2014; in PLD and RDP by its dominating pair, randomised
+                                  response (Kairouz, Oh, Viswanath 2015, arXiv 1311.0776)
 best of K trials     a trial's    Papernot, Steinke 2022 (arXiv 2110.03620), Theorem 2 (truncated negative binomial),
                                   Theorem 6 (Poisson); RDP
 all of an account    -            chosen by results: Renyi filter of a fixed order, Feldman, Zrnic 2021 (arXiv

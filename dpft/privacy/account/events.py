@@ -5,9 +5,9 @@ release          theorem
 ===============  ======================================================================================================
 ``Mechanism``    that of its sampler (:mod:`dpft.privacy.mechanism`); a query that reads every record is Poisson
                  sampling at rate 1 (``replace_one``: a fixed-size batch of all)
-``PureRelease``  epsilon-DP: dominated by randomised response (Kairouz, Oh, Viswanath 2015, arXiv 1311.0776, Theorem
-                 3.3), exactly in PLD and RDP; inside a selection as epsilon^2 / 2-zCDP (Bun, Steinke 2016, arXiv
-                 1605.02065, Proposition 1.4)
+``PureRelease``  epsilon-DP: dominated by randomised response (Kairouz, Oh, Viswanath 2015, arXiv 1311.0776), exactly
+                 in PLD and RDP; inside a selection as epsilon^2 / 2-zCDP (Bun, Steinke 2016, arXiv 1605.02065,
+                 Proposition 1.4)
 ``Selection``    the best of a random number of trials: Papernot, Steinke 2022 (arXiv 2110.03620), Theorem 2 (truncated
                  negative binomial) and Theorem 6 (Poisson); RDP alone (dp_accounting's RepeatAndSelectDpEvent)
 ===============  ======================================================================================================
