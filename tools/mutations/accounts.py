@@ -139,8 +139,16 @@ ACCOUNT_MUTATIONS = (
         "figure_less_noise",
         "the noise of a figure is that of a smaller range",
         _EVALUATION,
-        "    std = noise_multiplier * half",
-        "    std = noise_multiplier * half / 2",
+        "noise.for_release(noise_multiplier * half, half, 1)",
+        "noise.for_release(noise_multiplier * half / 2, half, 1)",
+        EVALUATION,
+    ),
+    Mutation(
+        "figure_rounded_for_free",
+        "what rounding a figure's sum to the noise's grid adds to its sensitivity is forgotten",
+        _EVALUATION,
+        "noise.for_release(noise_multiplier * half, half, 1)",
+        "noise_multiplier * half",
         EVALUATION,
     ),
     Mutation(
@@ -155,10 +163,9 @@ ACCOUNT_MUTATIONS = (
         "figure_before_payment",
         "a figure is released and then paid for",
         _EVALUATION,
-        "    paid = account.spend([(mechanism, 1)], what)\n    std = noise_multiplier * half\n"
-        "    noisy = float(GaussianNoise(secure=True).add_(torch.tensor([total], dtype=torch.float64), std))",
-        "    std = noise_multiplier * half\n"
-        "    noisy = float(GaussianNoise(secure=True).add_(torch.tensor([total], dtype=torch.float64), std))\n"
+        "    paid = account.spend([(mechanism, 1)], what)\n"
+        "    noisy = float(noise.add_(torch.tensor([total], dtype=torch.float64), std))",
+        "    noisy = float(noise.add_(torch.tensor([total], dtype=torch.float64), std))\n"
         "    paid = account.spend([(mechanism, 1)], what)",
         EVALUATION,
     ),
