@@ -60,7 +60,8 @@ composed.
 - ``fixed_order``: the batches are fixed, and come round every b = ceil(N / batch size) steps. No amplification, and no
   secret.
 
-What these theorems need of a resume is that the steps go on counting and that no noise is drawn twice.
+What these theorems need of a resume is that the steps go on counting, that no noise is drawn twice, and that the
+examples keep their number and their order.
 
 What is not a training step, and pays from an account (:mod:`dpft.privacy.account`); h: half the range to which the
 value of a record is clipped. The adjacency is the account's. The sensitivities are those of add/remove and zero-out;

@@ -96,7 +96,8 @@ def rounded_up(value: float) -> str:
 def of_one_run(events: Sequence[Event]) -> list[Event]:
     """Joins the segments of a run whose noise is correlated over all of its starts; others stay as they are.
 
-    Its steps count on, and its noise goes on, over a resume: see :mod:`dpft.noise_secrets`.
+    Its steps count on, and its noise goes on, over a resume: see
+    :mod:`dpft.privacy.correlated.noise_secrets`.
     """
     joined: dict[Mechanism, int] = {}
     for mechanism, count in events:
