@@ -144,6 +144,21 @@ def test_a_resumed_run_costs_no_more_than_its_ledger_says(name: str) -> None:
     assert max(cheaper) > DELTA  # a claim that forgot the second start would be too low, and is seen to be
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [2, 3])
+def test_k_of_all_steps_cost_no_more_than_k_epochs(k: int) -> None:
+    """As docs/samplers.md says of random allocation: k epochs of floor(T / k) batches bound it, in both directions."""
+    batches = STEPS // k
+    epochs = Mechanism(sampler="balls_and_bins", noise_multiplier=1.0, batch_size=1, dataset_size=batches)
+    spent = epsilon(epochs, k * batches, DELTA)
+    patterns = list(itertools.combinations(range(STEPS), k))
+    uniform = dict.fromkeys(patterns, 1 / len(patterns))
+    for delta, error in sampled_deltas(uniform, np.eye(STEPS), spent):
+        assert delta - 5 * error <= DELTA
+    fewer = epsilon(epochs, batches, DELTA)
+    assert max(delta - 5 * error for delta, error in sampled_deltas(uniform, np.eye(STEPS), fewer)) > DELTA
+
+
 @pytest.mark.parametrize("name", ["shuffle", "fixed_order"])
 def test_a_resumed_run_whose_order_is_known_costs_no_more_than_its_ledger_says(name: str) -> None:
     """Exactly: one Gaussian for each pattern. The most that one costs is the claim."""
