@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from dpft.errors import BudgetExceededError, PrivacyConfigError
-from dpft.privacy.account.events import Protects, Release, Use, check_use, epsilon_of_rdp, orders, rdp_curve
+from dpft.privacy.account.composition import epsilon_of_rdp, orders, rdp_curve
+from dpft.privacy.account.events import Protects, Release, Use, check_use
 
 
 def check_budget(epsilon: float, delta: float) -> None:
@@ -87,7 +88,7 @@ class PrivacyFilter:
             cost = np.asarray(orders())
         else:
             check_use((typical, 1), self.protects, "rdp")
-            cost = rdp_curve([(typical, 1)], self.protects)
+            cost = rdp_curve([(typical, 1)])
         # Below 2, the series of dp_accounting do not converge for every sampled Gaussian.
         return max(
             (alpha for alpha in orders() if alpha >= 2),
@@ -102,7 +103,7 @@ class PrivacyFilter:
         """RDP of the filter's order of some releases."""
         for use in uses:
             check_use(use, self.protects, "rdp")
-        return float(rdp_curve(uses, self.protects)[self._index])
+        return float(rdp_curve(uses)[self._index])
 
     def admits(self, uses: Sequence[Use]) -> bool:
         """Whether these releases fit beside those before them."""
@@ -129,7 +130,7 @@ class PrivacyFilter:
 
     def spent(self) -> float:
         """Epsilon at delta of the releases so far, *if they had been fixed beforehand* (at the best order)."""
-        return epsilon_of_rdp(rdp_curve(self._uses, self.protects), self.delta)
+        return epsilon_of_rdp(rdp_curve(self._uses), self.delta)
 
     def odometer(self) -> float:
         """A bound on the privacy loss so far that holds at all times at once, with probability 1 - delta.
