@@ -45,7 +45,9 @@ class GridGaussian:
         # Less the rounding of the quotient and of STD.
         steps = min(_LARGEST, math.floor(STD / noise_multiplier * (1 - 2.0**-40)))
         if steps < 1:
-            raise ValueError(f"noise multiplier {noise_multiplier:g} is above {LARGEST_MULTIPLIER}; take a smaller one")
+            raise ValueError(
+                f"noise multiplier {noise_multiplier:g} is above {LARGEST_MULTIPLIER}; take a smaller one"
+            )
         self.steps, self.std = steps, STD / steps
         self._source = SecureNoise()  # before anything is paid for: cryptography may not be installed
 

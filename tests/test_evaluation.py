@@ -50,7 +50,12 @@ def test_one_record_moves_the_sum_by_one_unit_at_most(values: list[float], one: 
 
 def test_values_are_clipped_in_any_order_and_type() -> None:
     values = [0.25, -7.0, 9.0, math.nan, math.inf, 0.5]
-    for order, back in ((values, 1), (values[::-1], -1), (torch.tensor(values), 1), (torch.tensor(values).bfloat16(), 1)):
+    for order, back in (
+        (values, 1),
+        (values[::-1], -1),
+        (torch.tensor(values), 1),
+        (torch.tensor(values).bfloat16(), 1),
+    ):
         assert module._clipped(order, *module._range(0.0, 1.0))[::back].tolist() == [-0.5, -1.0, 1.0, 0.0, 1.0, 0.0]
 
 
@@ -312,7 +317,13 @@ def test_counts_are_noised_by_the_discrete_laplace_law(tmp_path: Path) -> None:
 
 def test_counts_that_are_refused(tmp_path: Path) -> None:
     payer, users = account(tmp_path / "a"), account(tmp_path / "b", unit="user")
-    for bad in ({"epsilon": 0.0}, {"rows": 2}, {"users": ["u"]}, {"users": ["u"], "rows": 0}, {"users": [], "rows": 1}):
+    for bad in (
+        {"epsilon": 0.0},
+        {"rows": 2},
+        {"users": ["u"]},
+        {"users": ["u"], "rows": 0},
+        {"users": [], "rows": 1},
+    ):
         with pytest.raises(PrivacyConfigError):
             counts(users, ["a"], **bad)
     for categories in ([], ["a", "a"]):

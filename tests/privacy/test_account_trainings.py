@@ -57,9 +57,7 @@ def test_one_pld_of_all_mechanisms_is_dp_accountings(path: Path) -> None:
     account.reserve("c", [(DP_SGD, 30)], "dp_sgd")
     account.spend([(QUERY, 2)], "two figures")
     gaussian = dp_accounting.GaussianDpEvent
-    expected = directly(
-        (sampled(1.5, 0.05), 10), (gaussian(4.0), 1), (sampled(1.2, 0.02), 30), (gaussian(9.0), 2)
-    )
+    expected = directly((sampled(1.5, 0.05), 10), (gaussian(4.0), 1), (sampled(1.2, 0.02), 30), (gaussian(9.0), 2))
     assert account.spent() == pytest.approx(expected, rel=2e-3)
     without = directly((sampled(1.5, 0.05), 10), (sampled(1.2, 0.02), 30), (gaussian(9.0), 2))
     assert account.spent() > without * 1.02
@@ -203,7 +201,9 @@ def test_only_a_payer_knows_what_an_example_is(path: Path) -> None:
     users.reserve("run", [(BLT, 40)], "a training", item="user")
     users.spend([(BANDMF, 8), (DP_SGD, 10)], "others", item="user")
     with pytest.raises(AccountingError, match="account for the unit"):
-        users.spend([(Mechanism(**{**QUERY.to_dict(), "unit": "user", "examples_per_user": 2}), 1)], "rows", item="user")
+        users.spend(
+            [(Mechanism(**{**QUERY.to_dict(), "unit": "user", "examples_per_user": 2}), 1)], "rows", item="user"
+        )
     expected = compose_epsilon([(BLT, 40), (BANDMF, 8), (DP_SGD, 10)], DELTA)
     assert users.spent() == expected and single.entries() == ()
 
@@ -230,7 +230,9 @@ def test_selections_are_dp_accountings_event() -> None:
         np.testing.assert_allclose(composition.rdp_curve([(selection, 1)]), accountant.rdp, rtol=1e-9)
 
 
-@pytest.mark.parametrize(("distribution", "shape"), [("poisson", 0.0), ("negative_binomial", 0.0), ("negative_binomial", 2.0)])
+@pytest.mark.parametrize(
+    ("distribution", "shape"), [("poisson", 0.0), ("negative_binomial", 0.0), ("negative_binomial", 2.0)]
+)
 def test_the_renyi_divergence_of_the_best_stays_below_the_bound(distribution: str, shape: float) -> None:
     """Of the largest of K Gaussian scores on two neighbours, by integration, at each order: more than one trial's.
 
@@ -255,7 +257,9 @@ def test_the_renyi_divergence_of_the_best_stays_below_the_bound(distribution: st
     curve = composition.rdp_curve([(selection, 1)])
     above = 0
     for order in (1.5, 2.0, 4.0, 8.0):
-        moments = (np.sum(np.exp(order * np.log(a) + (1 - order) * np.log(b))) * step + none for a, b in ((p, q), (q, p)))
+        moments = (
+            np.sum(np.exp(order * np.log(a) + (1 - order) * np.log(b))) * step + none for a, b in ((p, q), (q, p))
+        )
         exact = max(math.log(moment) for moment in moments) / (order - 1)
         assert exact <= curve[composition.orders().index(order)]
         above += exact > order / (2 * sigma**2)

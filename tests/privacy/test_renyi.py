@@ -133,8 +133,6 @@ def test_the_attack_on_a_user_stays_below() -> None:
     p, none = sum(w * stats.norm.pdf(x, j, sigma) for j, w in enumerate(law)), stats.norm.pdf(x, 0, sigma)
 
     def exact(epsilon: float) -> float:
-        return max(
-            integrate.trapezoid(np.maximum(a - math.exp(epsilon) * b, 0), x) for a, b in ((p, none), (none, p))
-        )
+        return max(integrate.trapezoid(np.maximum(a - math.exp(epsilon) * b, 0), x) for a, b in ((p, none), (none, p)))
 
     assert exact(eps) < delta < exact(eps / 3)
