@@ -149,8 +149,8 @@ class EarlyStop:
     AboveThreshold: Dwork and Roth 2014 (The Algorithmic Foundations of Differential Privacy), Algorithm 1, Theorem
     3.23: epsilon-DP however many times it answers "not yet". ``epsilon`` is paid when it is made, whether or not it
     ever says yes. Only the answers are private: do not publish or act on the values themselves. Values, threshold and
-    noise are whole numbers of steps: the proof compares sums that are moved by what a record changes, a whole number of
-    steps, and holds for the discrete Laplace distribution as for the continuous one.
+    noise are whole numbers of steps: the proof moves sums by what a record changes, a whole number of steps, and holds
+    for the discrete Laplace distribution as for the continuous one.
 
     To stop when a loss no longer falls, give each record's loss less its loss at the last evaluation, with ``low=-1``,
     ``high=1`` and a threshold just below 0: the mean reaches it when the loss falls by less.
@@ -274,8 +274,8 @@ def private_counts(
         categories: fixed without looking at the values.
         account: of the records; it pays before the noise is drawn.
         epsilon: of all counts together, > 0.
-        users: whose each record is, in the same order, where the account protects users: ``rows`` records of each, drawn
-            at random, are counted at most. None: each value counts, and an account for users must bound them.
+        users: whose each record is, in the same order, where the account protects users: at most ``rows`` records of
+            each, drawn at random, are counted. None: each value counts, and an account for users must bound them.
         rows: of a user that count at most, >= 1; with ``users``.
         what: the counts, in words, for the account.
 

@@ -221,7 +221,7 @@ def prepare(
         payer_id = None if payer is None else payer.account_id
         seeded = test_seed is not None
         ledger = SharedLedger(ranks, lambda: open_ledger(path, privacy, schedule, clipping, seeded, payer_id))
-        item = getattr(dataset, "privacy_unit", "example")
+        item: Any = getattr(dataset, "privacy_unit", "example")
         run = PrivacyRun(schedule, ledger, clipping, seeded, continue_ledger, isolation != "off", payer, item)
         return _assemble(
             accelerator,

@@ -21,7 +21,6 @@ from dpft.privacy import Mechanism, PureRelease, epsilon
 from dpft.scalar_noise import GridGaussian
 from dpft.secure_noise import STD, SecureNoise
 
-
 GRID = GridGaussian(5.0)
 
 

@@ -246,7 +246,7 @@ def test_a_training_on_users_pays_from_an_account_for_users(tmp_path: Path) -> N
     assert account.uses() == [(training.run.schedule.mechanism, 3)]
     assert "a user is one example" in account.markdown() and "at most 3 examples each" in account.markdown()
     dpft.private_mean([0.5] * 6, low=0, high=1, account=account, noise_multiplier=20.0)
-    with pytest.raises(AccountingError, match="dpft.by_user makes users the examples"):
+    with pytest.raises(AccountingError, match="by_user makes users the examples"):
         Training(tmp_path / "rows.jsonl", dataset=examples(len(OWNERS)), **options)
 
     class OfOnesOwn(list):  # type: ignore[type-arg]  # whose items are users, however they are made

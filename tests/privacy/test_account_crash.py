@@ -147,7 +147,7 @@ def check(path: Path, act: str, whole: bool) -> None:
 
 
 def test_two_that_settle_and_one_that_resumes_at_once(tmp_path: Path) -> None:
-    """The ledger's lock decides: who settles holds it until the line is written, and a run that is open is let alone."""
+    """The ledger's lock decides: who settles holds it until the line is written; an open run is let alone."""
     path = prepared(tmp_path / "a", "settle")
     one, other = Account.open(path), Account.open(path)
     ledger = tmp_path / "a" / "ledger.jsonl"

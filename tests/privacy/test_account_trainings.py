@@ -50,7 +50,7 @@ def sampled(sigma: float, q: float) -> Any:
 
 # --------------------------------------------------------------------------------------------------- correlated noise
 def test_one_pld_of_all_mechanisms_is_dp_accountings(path: Path) -> None:
-    """40 steps of BandMF in 4 bands are 10 sampled Gaussians; those of BLT are one Gaussian of the noise multiplier."""
+    """40 steps of BandMF in 4 bands are 10 sampled Gaussians; those of BLT are one, of the noise multiplier."""
     account = create(path)
     account.reserve("a", [(BANDMF, 40)], "bandmf")
     account.reserve("b", [(BLT, 40)], "blt")

@@ -1,4 +1,4 @@
-"""Renyi DP of users and of truncated batches: against dp_accounting, exact integrals, and the PLD of the same pairs."""
+"""Renyi DP of users and truncated batches: against dp_accounting, exact integrals, and the PLD of the same pairs."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
-"""The epsilon of all that an account counts together: Renyi DP that adds up, or privacy loss distributions composed."""
+"""The epsilon of all that an account counts together: Renyi DP, added up, or privacy loss distributions, composed."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 

@@ -94,7 +94,7 @@ Use = tuple[Release, int]
 
 
 class Protects(NamedTuple):
-    """Whom an account protects: its adjacency and unit, and how many examples a user has (None: that is not bounded)."""
+    """Whom an account protects: its adjacency and unit, and how many examples a user has (None: not bounded)."""
 
     adjacency: AdjacencyName
     unit: UnitName = "example"

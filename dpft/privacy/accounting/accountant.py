@@ -121,7 +121,7 @@ def check_supported(mechanism: Mechanism, accountant: AccountantName) -> None:
             "adjacency; use accountant='rdp' (Wang et al. 2019, Theorem 27), or sampler='poisson'."
         )
     if mechanism.sampler == "balls_and_bins" and accountant == "rdp":
-        # Its pair is not two mixtures on a line, and the sums that bound it grow in the convex order for PLD alone.
+        # Its pair is not two mixtures on a line.
         raise AccountingError(
             "sampler='balls_and_bins' with accountant='rdp': only its PLD is implemented; use accountant='pld' (for an "
             "account: composition='pld')."

@@ -1,10 +1,10 @@
-"""Renyi divergences of dominating pairs that are mixtures of Gaussians, for releases that dp_accounting has no RDP of.
+"""Renyi divergences of dominating pairs that are mixtures of Gaussians, where dp_accounting has no RDP.
 
-A pair (P, Q) that *dominates* a release bounds every hockey-stick divergence between its outputs on two neighbours. The
-Renyi divergence of an order alpha > 1 is an increasing function of an f-divergence, and every f-divergence is a mixture
-of hockey-stick divergences with weights >= 0 (Sason, Verdu 2016, arXiv 1508.00335). So ``max(D_alpha(P || Q),
-D_alpha(Q || P))`` over the pairs of both directions is an RDP bound of the release, from the very pairs whose privacy
-loss distribution the PLD accountant composes:
+A pair (P, Q) that *dominates* a release bounds every hockey-stick divergence between its outputs on two neighbours.
+The Renyi divergence of an order alpha > 1 is an increasing function of an f-divergence, and every f-divergence is a
+mixture of hockey-stick divergences with weights >= 0 (Sason, Verdu 2016, arXiv 1508.00335). So
+``max(D_alpha(P || Q), D_alpha(Q || P))`` over the pairs of both directions is an RDP bound of the release, from the
+very pairs whose privacy loss distribution the PLD accountant composes:
 
 - ``unit="user"``: the sum over j of Binomial(k, q)(j) N(j, sigma^2), and N(0, sigma^2) (Choquette-Choo et al. 2023,
   arXiv 2310.15526);

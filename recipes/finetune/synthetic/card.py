@@ -1,7 +1,7 @@
 """The folder of the synthetic data, which can be published whole: the texts as parquet, and their data card.
 
-Nothing in it is computed from a private record but through the model and, with --distribution private, noisy counts. So
-it costs nothing beyond the epsilon of these (post-processing: Dwork and Roth 2014, proposition 2.1). Figures that
+Nothing in it is computed from a private record but through the model and, with --distribution private, noisy counts.
+So it costs nothing beyond the epsilon of these (post-processing: Dwork and Roth 2014, proposition 2.1). Figures that
 compare with private records are in another folder.
 """
 

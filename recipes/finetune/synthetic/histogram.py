@@ -47,7 +47,7 @@ def create_account(
                 trial, epsilon=UNBOUNDED, delta=schedule.target_delta, composition="pld", **unit
             )
             account.spend([(schedule.mechanism, schedule.num_steps)], "the training", item=unit["unit"])
-            one = {"users": [0], "rows": 1} if users else {}
+            one: dict[str, Any] = {"users": [0], "rows": 1} if users else {}
             dpft.private_counts([""], ["any"], account=account, epsilon=epsilon, **one)  # of no record of anybody
             target = account.spent() * (1 + 1e-9)
         finally:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from datasets import Dataset
 
 from accelerate import Accelerator
-from finetune.data.corpora import TROUBLES, in_validation, synthetic_tickets
 from finetune.data.checks import values_of
+from finetune.data.corpora import TROUBLES, in_validation, synthetic_tickets
 from finetune.data.examples import make_collate, text_column
 from finetune.data.labelled import PACKAGES
 from finetune.evaluation import choose_examples
