@@ -5,8 +5,8 @@ random whole number is added. No floating-point number enters the noise or the s
 do not depend on the data (Mironov 2012), and each has the probability that the proof assumes.
 
 - :class:`GridGaussian`: the Gaussian mechanism, by the sampler of :mod:`dpft.secure_noise` (``docs/design.md``,
-  section 4, has its law). A draw has a standard deviation of ``STD`` steps. With a noise multiplier z one unit of sensitivity
-  is made ``D = floor(STD / z)`` steps, so that the noise over the sensitivity is at least z.
+  section 4, has its law). A draw has a standard deviation of ``STD`` steps. With a noise multiplier z one unit of
+  sensitivity is made ``D = floor(STD / z)`` steps, so that the noise over the sensitivity is at least z.
 - :func:`discrete_laplace`: epsilon-DP. P(x) is proportional to exp(-|x| / scale); between two sums that differ by at
   most D steps the probabilities of a result differ by a factor exp(D / scale) at most. Exact, from random bits of the
   operating system: Canonne, Kamath, Steinke 2020 (arXiv 2004.00010), Algorithm 2.

@@ -123,7 +123,7 @@ def check_supported(mechanism: Mechanism, accountant: AccountantName) -> None:
     if mechanism.sampler == "balls_and_bins" and accountant == "rdp":
         # Its pair is not two mixtures on a line.
         raise AccountingError(
-            "sampler='balls_and_bins' with accountant='rdp': only its PLD is implemented; use accountant='pld' (for an "
+            "sampler='balls_and_bins' with accountant='rdp': only its PLD is implemented; use accountant='pld' (of an "
             "account: composition='pld')."
         )
 
