@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from dpft.errors import BudgetExceededError, PrivacyConfigError
-from dpft.privacy.account.account import Payer
 from dpft.privacy.account.events import Protects, PureRelease, check_item
+from dpft.privacy.account.payer import Payer
 from dpft.privacy.accounting.calibration import calibrate_noise_multiplier
 from dpft.privacy.mechanism import Mechanism, UnitName
 from dpft.scalar_noise import LARGEST_MULTIPLIER, SOURCE, GridGaussian, discrete_laplace

@@ -31,7 +31,7 @@ from dpft.optimizer import DPOptimizer, Noise
 from dpft.planning.hardware import measure
 from dpft.planning.plan import plan as predict
 from dpft.planning.result import Plan
-from dpft.privacy.account.account import Payer
+from dpft.privacy.account.payer import Payer
 from dpft.privacy.config import PrivacyConfig
 from dpft.privacy.samplers.sampler import Lengths, PhysicalBatchSampler, checked_lengths, draw_seed, make_sampler
 from dpft.run import LoopGuard, PrivacyRun, check_optimizer

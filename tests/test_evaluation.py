@@ -18,10 +18,8 @@ import dpft
 import dpft.evaluation as module
 from dpft.errors import AccountingError, BudgetExceededError, PrivacyConfigError
 from dpft.privacy import Mechanism, PureRelease, epsilon
-from dpft.scalar_noise import GridGaussian
-from dpft.secure_noise import STD, SecureNoise
 
-GRID = GridGaussian(5.0)
+GRID = module.GridGaussian(5.0)
 
 
 def account(path: Path, **changes: Any) -> dpft.Account:
@@ -81,7 +79,7 @@ def test_the_account_has_what_was_released(
     tmp_path: Path, header: dict[str, Any], releases: Mechanism, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A draw of one standard deviation, which is the noise multiplier times half the range, over the number of records.
-    monkeypatch.setattr(SecureNoise, "draw", lambda self, count: np.array([round(STD)]))
+    monkeypatch.setattr(module.GridGaussian, "noised", lambda self, total: total / self.steps + self.std)
     payer = account(tmp_path, **header)
     found = mean([0.0, 1.0, 1.0, 1.0], payer, low=-1.0, high=3.0)
     assert payer.uses() == [(releases, 1)] and payer.entries()[0].name == found.paid
@@ -119,7 +117,7 @@ def test_size_is_a_public_constant(tmp_path: Path) -> None:
 
 def test_nothing_is_drawn_that_is_not_paid_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     payer = account(tmp_path, epsilon=0.5)
-    monkeypatch.setattr(SecureNoise, "draw", lambda *_: pytest.fail("noise before the account"))
+    monkeypatch.setattr(module.GridGaussian, "noised", lambda *_: pytest.fail("noise before the account"))
     with pytest.raises(BudgetExceededError):
         mean([0.5], payer, noise_multiplier=0.1)
     assert payer.entries() == ()

@@ -11,8 +11,7 @@ import pytest
 from scipy import stats
 
 from dpft import scalar_noise
-from dpft.scalar_noise import LARGEST_MULTIPLIER, GridGaussian, discrete_laplace
-from dpft.secure_noise import STD
+from dpft.scalar_noise import LARGEST_MULTIPLIER, STD, GridGaussian, discrete_laplace
 
 LEVEL = 1e-4
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from dpft.engines.ranks import Ranks
 from dpft.errors import LedgerError
-from dpft.privacy.account.account import Account, Payer
+from dpft.privacy.account.account import Account
+from dpft.privacy.account.payer import Payer
 from dpft.privacy.accounting.accountant import Event
 from dpft.privacy.ledger import Ledger
 from dpft.privacy.mechanism import UnitName

@@ -12,10 +12,9 @@ import pytest
 from dp_accounting.pld import PLDAccountant
 from scipy import stats
 
-from dpft.errors import AccountingError, BudgetExceededError, LedgerError
+from dpft.errors import AccountingError, LedgerError
 from dpft.privacy import Account, Ledger, Mechanism, PureRelease, Selection, Strategy, compose_epsilon
 from dpft.privacy.account import composition
-from dpft.tuning import Trial, _fixed
 
 BANDS = Strategy(kind="bandmf", steps=40, min_separation=4, weights=(1.0, 0.5, 0.3, 0.2))
 BUFFERS = Strategy(kind="blt", steps=40, min_separation=10, weights=(0.3, 0.2), decays=(0.9, 0.4))
@@ -154,21 +153,12 @@ def test_an_adaptive_stop_of_correlated_noise_stays_in_the_filter() -> None:
 
 
 @pytest.mark.parametrize("mechanism", [BANDMF, BLT])
-def test_the_best_of_trainings_with_correlated_noise(path: Path, tmp_path: Path, mechanism: Mechanism) -> None:
+def test_the_best_of_trainings_with_correlated_noise(path: Path, mechanism: Mechanism) -> None:
     account = create(path, composition="rdp", epsilon=60.0)
     selection = Selection(((mechanism, 40), (QUERY, 1)), 3.0, "negative_binomial", 1.0)
     account.spend([(selection, 1)], "a search")
     one = composition.rdp_curve([(mechanism, 40), (QUERY, 1)])
     assert (composition.rdp_curve([(selection, 1)]) > one).all()
-    trial = Trial(account, [(mechanism, 40), (mechanism, 10)], tmp_path)
-    trial.reserve("a", [(mechanism, 10)], "a short one")
-    trial.reserve("a", [(mechanism, 10), (mechanism, 20)], "it goes on", released=[(mechanism, 10)])
-    trial.reserve("b", [(mechanism, 10)], "another short one")
-    with pytest.raises(BudgetExceededError):  # 30 and 11 are not within 40 and 10, though they are fewer together
-        trial.reserve("b", [(mechanism, 11)], "another")
-    with pytest.raises(BudgetExceededError):
-        trial.reserve("c", [(mechanism, 1)], "a third")
-    assert _fixed(((mechanism, 40),), 3)[0] == [(mechanism, 40)] * 3
 
 
 # --------------------------------------------------------------------------------------------------- users
@@ -206,14 +196,6 @@ def test_only_a_payer_knows_what_an_example_is(path: Path) -> None:
         )
     expected = compose_epsilon([(BLT, 40), (BANDMF, 8), (DP_SGD, 10)], DELTA)
     assert users.spent() == expected and single.entries() == ()
-
-
-def test_trials_ask_what_an_example_is(path: Path, tmp_path: Path) -> None:
-    account = create(path, unit="user", composition="rdp")
-    trial = Trial(account, [(DP_SGD, 10)], tmp_path)
-    with pytest.raises(AccountingError, match="account for the unit"):
-        trial.reserve("run", [(DP_SGD, 10)], "a training of rows")
-    trial.reserve("run", [(DP_SGD, 10)], "a training of users", item="user")
 
 
 # --------------------------------------------------------------------------------------------------- selections

@@ -13,7 +13,6 @@ from datasets import load_dataset
 
 import dpft
 import synthesize_dp
-from dpft.privacy import PureRelease
 from finetune.output import ACCOUNT, DISTRIBUTION
 from finetune.private import privacy_config
 from finetune.synthetic import histogram
@@ -52,10 +51,10 @@ def draw(folder: Path, values: list[str], **changes: Any) -> dict[str, Any]:
 def test_training_and_counts_fit_into_the_budget_tightly(tmp_path: Path, target: float | None) -> None:
     account = made(tmp_path, target)
     draw(tmp_path, [NAMES[0]] * 7)
-    assert account.uses()[1:] == [(PureRelease(0.5), 1)]
+    assert [(release.epsilon, count) for release, count in account.uses()[1:]] == [(0.5, 1)]
     assert account.epsilon == pytest.approx(account.spent() if target is None else target)
     assert account.epsilon * 0.9 < account.spent() <= account.epsilon  # one beside the other, and not their sum
-    assert account.epsilon - 0.5 < dpft.privacy.compose_epsilon([account.uses()[0]], 1e-5) + 0.02
+    assert account.epsilon < schedule(noise_multiplier=account.uses()[0][0].noise_multiplier).epsilon + 0.52
     assert sorted(path.name for path in tmp_path.iterdir()) == [ACCOUNT, DISTRIBUTION]
     text = account.markdown()
     assert "texts of each condition" in text and "pure epsilon 0.5" in text and "| Records | letters |" in text
@@ -132,7 +131,7 @@ def test_the_run_and_its_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert synthesize_dp.main(words) == 0
     account = dpft.Account.open(output / ACCOUNT)
     training, counted = account.entries()
-    assert counted.uses == ((PureRelease(2.0), 1),) and counted.item == training.item == "user"
+    assert [release.epsilon for release, _ in counted.uses] == [2.0] and counted.item == training.item == "user"
     assert account.spent() <= account.epsilon == 6.0 and dict(account.statement())["unit"].startswith("user")
     card = (output / "synthetic" / "README.md").read_text()
     assert "(6, 1e-05)-differential privacy" in card and "what **both** cost together" in card

@@ -129,7 +129,7 @@ ACCOUNT_MUTATIONS = (
         _TUNING,
         "            total[release, number] = int(count)",
         "            total[release, 0] += int(count)",
-        TRAININGS,
+        TUNING,
     ),
     Mutation(
         "renyi_one_direction",

@@ -8,7 +8,7 @@ import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from dpft.errors import BudgetExceededError, LedgerError, PrivacyConfigError
 from dpft.privacy.account import file as files
@@ -22,33 +22,6 @@ from dpft.privacy.ledger import Ledger
 from dpft.privacy.mechanism import AccountantName, AdjacencyName, Mechanism, UnitName
 
 _MOST_STEPS, _LARGEST_NOISE = 10**9, 1e5
-
-
-class Payer(Protocol):
-    """What ``prepare`` and the queries pay from: an account, or the budget of one trial of a search."""
-
-    account_id: str
-    delta: float
-    protects: Protects
-    composition: AccountantName
-
-    def reserve(
-        self,
-        name: str,
-        uses: Sequence[Use],
-        what: str,
-        *,
-        ledger: Path | None = None,
-        released: Sequence[Use] = (),
-        item: UnitName = "example",
-    ) -> None:
-        """As :meth:`Account.reserve`."""
-
-    def finish(self, name: str, uses: Sequence[Use]) -> None:
-        """As :meth:`Account.finish`."""
-
-    def spend(self, uses: Sequence[Use], what: str, *, item: UnitName = "example") -> str:
-        """As :meth:`Account.spend`."""
 
 
 class Account:
