@@ -88,8 +88,8 @@ before its last step, it counts with the steps that it made:
 - with ``rdp`` also where results decided when. The theorem asks that, for each pair of neighbours, the Renyi
   divergences of the single releases, each given those before it, add up to the budget at most. For ``fixed_order``,
   row t of ``C x + z`` is, given the rows before, a Gaussian whose mean an example moves by the columns of its own
-  steps up to t: their squares up to any stop add up to those of the leading block for that example, which is at most the
-  sensitivity that is counted. For ``cyclic_poisson`` each round of b rows that has begun is one sampled Gaussian.
+  steps up to t: their squares up to any stop add up to those of the leading block for that example, which is at most
+  the sensitivity that is counted. For ``cyclic_poisson`` each round of b rows that has begun is one sampled Gaussian.
 - with ``pld`` only where they did not, as for every use of such an account.
 """
 
