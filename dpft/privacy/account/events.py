@@ -6,8 +6,8 @@ release          theorem
 ``Mechanism``    that of its sampler (:mod:`dpft.privacy.mechanism`); a query that reads every record is Poisson
                  sampling at rate 1 (``replace_one``: a fixed-size batch of all); steps with correlated noise are one
                  training together, see :func:`dpft.privacy.accounting.accountant.of_one_run`
-``PureRelease``  epsilon-DP: dominated by randomised response (Kairouz, Oh, Viswanath 2015, arXiv 1311.0776), exactly in
-                 PLD and RDP
+``PureRelease``  epsilon-DP: dominated by randomised response (Kairouz, Oh, Viswanath 2015, arXiv 1311.0776), exactly
+                 in PLD and RDP
 ``Selection``    the best of a random number of trials: Papernot, Steinke 2022 (arXiv 2110.03620), Theorem 2 (truncated
                  negative binomial) and Theorem 6 (Poisson); RDP alone (dp_accounting's RepeatAndSelectDpEvent)
 ===============  ======================================================================================================
