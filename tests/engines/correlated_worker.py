@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,11 @@ MECHANISMS: dict[str, dict[str, Any]] = {
 }
 
 
-def start(bench: Bench, mechanism: str, number: int, title: str) -> None:
+def start(
+    bench: Bench, mechanism: str, number: int, title: str, build: Callable[[], torch.nn.Module] = plain_llama
+) -> None:
     """One start of a run; rank r writes the weights after each step into ``correlated_TITLE_START_r.pt``."""
-    model, examples = plain_llama(), Examples(NUMBER)
+    model, examples = build(), Examples(NUMBER)
     examples.batch["labels"] = torch.full_like(examples.batch["labels"], -100)
     with torch.no_grad():
         for p in model.parameters():
