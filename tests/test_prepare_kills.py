@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,9 @@ import dpft
 from dpft.correlated_noise import CorrelatedNoise
 from dpft.privacy import Ledger
 from dpft.privacy.correlated.noise_secrets import NoiseSecret
-from tests.training import Training, config, examples, tiny_llama
+from tests.training import EXAMPLES, Training, config, examples, tiny_llama
 
-STEPS = 10
+STEPS, KILLED = 10, 7  # the releases of all, and of the lives that are killed
 INSTANTS = ("before", "recorded", "drawing", "stepped")
 MECHANISMS: dict[str, dict[str, Any]] = {
     "dp_sgd": {},
@@ -41,10 +40,18 @@ MECHANISMS: dict[str, dict[str, Any]] = {
     },  # a start costs an epoch
     "adaptive clip": {"adaptive_clip": dpft.AdaptiveClip()},
     "clip groups": {"clip_groups": "layer"},
-    "users": {},
+    "users": {"expected_batch_size": 3},
     "account": {},
 }
 CORRELATED = ("bandmf", "blt")
+
+
+def changes_of(name: str) -> dict[str, Any]:
+    return {"num_steps": STEPS, **MECHANISMS[name]}
+
+
+def examples_of(name: str) -> int:
+    return EXAMPLES // 2 if name == "users" else EXAMPLES
 
 
 def begin(folder: Path, name: str) -> Training:
@@ -52,10 +59,7 @@ def begin(folder: Path, name: str) -> Training:
     rows = [{**example, "labels": torch.full_like(example["labels"], -100)} for example in examples()]
     dataset: Any = dpft.by_user(rows, [i // 2 for i in range(len(rows))], rows=1) if name == "users" else rows
     account = folder / "account.jsonl" if name == "account" else None
-    changes = {"num_steps": STEPS, **MECHANISMS[name]}
-    if name == "users":
-        changes["expected_batch_size"] = 3
-    training = Training(folder / "ledger", dataset=dataset, changes=changes, test_seed=None, account=account)
+    training = Training(folder / "ledger", dataset=dataset, changes=changes_of(name), test_seed=None, account=account)
     if (folder / "state").exists():
         training.accelerator.load_state(str(folder / "state"))
     return training
@@ -81,7 +85,7 @@ def live(folder: Path, name: str, instant: str | None) -> None:
             die_at("before")
             count = record(*args)
             drawn = 0
-            tell(line=count, epsilon=run.epsilon(exact=True))
+            tell(line=count, epsilon=run.epsilon(exact=count <= KILLED))  # the other is an upper bound
             die_at("recorded")
             return count
 
@@ -102,8 +106,8 @@ def live(folder: Path, name: str, instant: str | None) -> None:
             step(*args)
             die_at("stepped")
 
-        run.ledger.record = recorded  # type: ignore[method-assign]  # a spy takes its place
-        noise.add_ = added  # type: ignore[method-assign]  # a spy takes its place
+        run.ledger.record = recorded  # type: ignore[assignment]  # a spy takes its place
+        noise.add_ = added
         training.inner.step = stepped  # type: ignore[method-assign]  # a spy takes its place
         tell(start=run.steps, epsilon=run.epsilon(exact=True))
         for _ in training.physical():
@@ -138,7 +142,7 @@ def lives(folder: Path) -> None:
 
 def check_correlated(folder: Path) -> None:
     """Each release has, to the bit, the noise that the file of secrets says, over all starts and lost releases."""
-    schedule = config(num_steps=STEPS, **MECHANISMS[folder.name]).resolve(len(examples()))
+    schedule = config(**changes_of(folder.name)).resolve(EXAMPLES)
     lines = [json.loads(line) for line in (folder / "_ledger.noise").read_text().splitlines()[1:]]
     secrets = [NoiseSecret(line["first"], bytes.fromhex(line["secret"])) for line in lines]
     assert schedule.strategy is not None and len(secrets) == len(INSTANTS) + 1
@@ -160,24 +164,21 @@ def check(folder: Path) -> None:
     side = [json.loads(line) for line in (folder / "side").read_text().splitlines()]
     starts = [line for line in side if "start" in line]
     # Two lines a life, and one where it was killed before the second.
-    assert [line["start"] for line in starts] == [0, 1, 3, 5, 7]
+    assert [line["start"] for line in starts] == [0, 1, 3, 5, KILLED]
     spent = count = 0.0
     for line in side:
         if "line" in line:
-            assert line["line"] == count + 1 and line["epsilon"] >= spent
+            assert line["line"] == count + 1 and line["epsilon"] >= spent * (1 - 1e-9)
             count, spent = line["line"], line["epsilon"]
         elif "start" in line:
             assert line["start"] == count and line["epsilon"] >= spent, "what was spent is forgotten"
     (end,) = (line for line in side if "end" in line)
-    assert end["end"] == count == Ledger.read(folder / "ledger").count and count > 7
+    assert end["end"] == count == Ledger.read(folder / "ledger").count and count > KILLED
     assert spent <= end["epsilon"] <= end["planned"] * (1 + 1e-9)
-    if "mechanism" not in MECHANISMS[folder.name]:  # of which a shorter run has another strategy
-        changes, examples_of = MECHANISMS[folder.name], 6 if folder.name == "users" else len(examples())
-        batch = {"expected_batch_size": 3} if folder.name == "users" else {}
-        for line in side:
-            if steps := line.get("line") or line.get("start"):
-                least = config(**{**changes, **batch, "num_steps": steps}).resolve(examples_of).epsilon
-                assert line["epsilon"] >= least * (1 - 1e-9), "less than a run of as many steps"
+    if folder.name not in CORRELATED:  # of which a shorter run has another strategy
+        for line in starts[1:]:
+            least = config(**{**changes_of(folder.name), "num_steps": line["start"]}).resolve(examples_of(folder.name))
+            assert line["epsilon"] >= least.epsilon * (1 - 1e-9), "less than a run of as many steps"
     # "stepped" and the end write a release whose line is there; "recorded" and "drawing" leave lines without one.
     made = {int(path.stem.split("-")[1]) for path in folder.glob("release-*.pt")}
     assert made == set(range(1, int(count) + 1)) - {3, 5}
@@ -194,12 +195,10 @@ def check(folder: Path) -> None:
 @pytest.mark.slow
 def test_killed_at_exact_instants_and_resumed(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "tests.test_prepare_kills", str(tmp_path)]
-    began = time.monotonic()
     done = subprocess.run(
         words, cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert time.monotonic() - began < 240
     for name in MECHANISMS:
         check(tmp_path / name)
 

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.engines.matrix_worker import CLIP, Bench, Examples, full_parameters, plain_llama
+from tests.engines.matrix_worker import CLIP, Bench, Examples, full_parameters
+from tests.engines.models import plain_llama
 
 BATCH, SIGMA, NUMBER = 3, 1.5, 9
 STARTS = (3, 2, 2)  # the steps of each

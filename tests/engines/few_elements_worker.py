@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from dpft.noise import GaussianNoise
 from tests.engines import correlated_worker
-from tests.engines.matrix_worker import CLIP, RATE, Bench, Examples, full_parameters, plain_llama
+from tests.engines.matrix_worker import CLIP, RATE, Bench, Examples, full_parameters
+from tests.engines.models import plain_llama
 from tests.oracle import trainable
 
 NUMBER, STEPS, SIGMA = 5, 3, 3.0

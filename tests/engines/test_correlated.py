@@ -17,7 +17,8 @@ from dpft.privacy.correlated.noise_secrets import NoiseSecret
 from dpft.privacy.correlated.strategy import Strategy
 from tests.engines.correlated_worker import BATCH, MECHANISMS, NUMBER, SIGMA, STARTS, STEPS
 from tests.engines.launching import ENGINES, launch, succeed
-from tests.engines.matrix_worker import CLIP, plain_llama
+from tests.engines.matrix_worker import CLIP
+from tests.engines.models import plain_llama
 
 pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("correlated_worker.py")
