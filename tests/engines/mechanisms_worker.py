@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpft.secure_noise import SecureNoise
+from dpft.noise import GaussianNoise
 from tests.engines.matrix_worker import ADAM, Bench, Examples, full_parameters
 from tests.engines.models import plain_llama
 
@@ -33,14 +33,15 @@ def run(bench: Bench) -> None:
     bench.train(*made)
     torch.save(full_parameters(made[0], made[1]), bench.output / f"bins_{rank}.pt")
     added: list[tuple[float, int]] = []
-    add = SecureNoise.add_
+    add = GaussianNoise.add_
 
-    def noted(self: SecureNoise, flat: Tensor, std: float) -> Any:
-        added.append((std, flat.numel()))
-        return add(self, flat, std)
+    def noted(self: GaussianNoise, tensor: Tensor, std: float, *place: Any) -> Tensor:
+        assert self.secure
+        added.append((std, tensor.numel()))
+        return add(self, tensor, std, *place)
 
-    SecureNoise.add_ = noted  # type: ignore[method-assign]  # a spy takes its place
+    GaussianNoise.add_ = noted  # type: ignore[method-assign]  # a spy takes its place
     bench.noise("noise, secure", "float32", secure_rng=True)
-    SecureNoise.add_ = add  # type: ignore[method-assign]  # as it was before
+    GaussianNoise.add_ = add  # type: ignore[method-assign]  # as it was before
     (bench.output / f"secure_{rank}.json").write_text(json.dumps(added))
     bench.write(int(rank))
