@@ -54,6 +54,8 @@ INSIDE_TOOLS = {
     "tools.memory.simulate": frozenset({"kernels", "long_context", "planning"}),
     "tools.plan_noise": frozenset({"planning"}),
     "tools.auditing.plants": frozenset({"clipping", "loader", "noise", "optimizer", "privacy", "run"}),
+    "tools.auditing.plants_of_mechanisms": frozenset(_MECHANISM | {"clipping", "evaluation", "run"}),
+    **dict.fromkeys(("tools.auditing.queries", "tools.auditing.whole_runs"), frozenset({"audit", "privacy"})),
 }
 
 # The oracle is right because it shares nothing with what it judges: within kernels, only these may import it.
