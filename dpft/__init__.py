@@ -19,7 +19,7 @@ from dpft.errors import (
     UnsupportedModuleError,
     WrapError,
 )
-from dpft.evaluation import EarlyStop, PrivateMean, private_mean
+from dpft.evaluation import EarlyStop, PrivateCounts, PrivateMean, private_counts, private_mean
 from dpft.loader import PrivateDataLoader
 from dpft.long_context.install import long_context
 from dpft.noise import GaussianNoise
@@ -77,6 +77,7 @@ __all__ = [
     "PrivacyConfigError",
     "PrivacyRun",
     "PrivacySchedule",
+    "PrivateCounts",
     "PrivateDataLoader",
     "PrivateMean",
     "Trial",
@@ -99,6 +100,7 @@ __all__ = [
     "prepare",
     "privacy_report",
     "privacy_statement_markdown",
+    "private_counts",
     "private_mean",
     "private_trainer",
     "register_rule",

@@ -21,8 +21,10 @@ from finetune.recipe import Recipe
 
 def privacy_config(options: Options) -> dpft.PrivacyConfig:
     """What the options say about privacy, checked."""
+    # What a recipe spends on the same records beside the training (--distribution private).
+    elsewhere = getattr(options, "epsilon_elsewhere", 0.0)
     return dpft.PrivacyConfig(
-        target_epsilon=options.target_epsilon,
+        target_epsilon=None if options.target_epsilon is None else options.target_epsilon - elsewhere,
         noise_multiplier=options.noise_multiplier,
         target_delta=options.target_delta,
         max_grad_norm=options.max_grad_norm,
@@ -122,12 +124,13 @@ def prepare(
     ledger: Path,
 ) -> Prepared:
     """Make the parts of an ordinary loop private: the examples that the materials hold now, canaries among them."""
+    privacy = privacy_config(options)
     model, optimizer, loader = dpft.prepare(
         accelerator,
         model,
         optimizer,
         materials.train,
-        privacy_config(options),
+        privacy,
         collate_fn=materials.collate_train,
         max_physical_batch_size=options.max_physical_batch_size or 1,
         clipping=cast(Any, options.clipping),  # the command line has checked the choices
@@ -135,6 +138,7 @@ def prepare(
         sums_device=cast(Any, options.sums_device),
         lengths=recipe.lengths(materials.train),
         ledger_path=ledger,
+        account=recipe.account(options, materials, accelerator, ledger.parent, privacy),
     )
     return Prepared(model, optimizer, loader, recipe.losses)
 

@@ -130,6 +130,20 @@ class Recipe:
         """How the options were chosen, as far as the epsilon does not account for it."""
         return options.tuning_note or (TUNED_ON_DOCSTRINGS if options.dataset == self.demonstration else None)
 
+    def account(
+        self, options: Any, materials: Materials, accelerator: Accelerator, output: Path, privacy: Any
+    ) -> Path | None:
+        """The account that the training pays from, where a recipe uses the same records once more. A collective.
+
+        Args:
+            options: of the run.
+            materials: of the run.
+            accelerator: of the run.
+            output: the run's folder.
+            privacy: the training's configuration.
+        """
+        return None
+
     def after(self, finished: Finished) -> dict[str, Any]:
         """What is done with the exported model: figures for the card, by name. A collective."""
         return {}
