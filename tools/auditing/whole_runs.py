@@ -69,12 +69,12 @@ def poisson(seed: int) -> TwoWorldsAudit:
 
 
 def secure(seed: int) -> TwoWorldsAudit:
-    """The same, with noise on a grid from a cryptographic generator."""
+    """Poisson sampling, noise on a grid from a cryptographic generator."""
     return _poisson(seed, {}, secure_rng=True)
 
 
 def groups(seed: int) -> TwoWorldsAudit:
-    """Two groups of parameters clipped apart; a canary has a gradient in both."""
+    """Poisson sampling, two groups of parameters clipped apart; a canary has a gradient in both."""
     return _poisson(seed, {"tables": 2}, clip_groups={"parts.0": 1.0, "parts.1": 1.0})
 
 
