@@ -54,7 +54,7 @@ INSIDE_TOOLS = {
     "tools.memory.simulate": frozenset({"kernels", "long_context", "planning"}),
     "tools.plan_noise": frozenset({"planning"}),
     "tools.auditing.plants": frozenset({"clipping", "loader", "noise", "optimizer", "privacy", "run"}),
-    "tools.auditing.plants_of_mechanisms": frozenset(_MECHANISM | {"clipping", "evaluation", "run"}),
+    "tools.auditing.plants_of_mechanisms": frozenset(_MECHANISM | {"clipping", "evaluation", "run", "scalar_noise"}),
     **dict.fromkeys(("tools.auditing.queries", "tools.auditing.whole_runs"), frozenset({"audit", "privacy"})),
 }
 

@@ -16,10 +16,10 @@ import torch
 import dpft.evaluation
 from dpft.clipping import clip_groups
 from dpft.correlated_noise import CorrelatedNoise, _Draws, _TensorNoise
-from dpft.noise import GaussianNoise
 from dpft.privacy import Account, BallsAndBinsSampler, CyclicPoissonSampler, PoissonSampler
 from dpft.privacy.account.events import Selection
 from dpft.run import LoopGuard
+from dpft.scalar_noise import GridGaussian
 from tools.auditing import whole_runs
 from tools.auditing.plants import Plant, noise_times
 
@@ -107,7 +107,7 @@ def _vote_without_noise() -> Iterator[None]:
     count = LoopGuard._next_clip_norm
 
     def exact(self: Any) -> float | None:
-        with mock.patch.object(GaussianNoise, "add_", lambda noise, tensor, std: tensor):
+        with mock.patch.object(GridGaussian, "noised", lambda grid, total: total / grid.steps):
             return count(self)
 
     with mock.patch.object(LoopGuard, "_next_clip_norm", exact):
@@ -131,6 +131,15 @@ def _use_forgotten() -> Iterator[None]:
 
 
 @contextmanager
+def _half_on_the_grid() -> Iterator[None]:
+    def half(self: Any, total: int) -> float:
+        return float(total + int(self._source.draw(1)[0]) // 2) / self.steps
+
+    with mock.patch.object(GridGaussian, "noised", half):
+        yield
+
+
+@contextmanager
 def _answers_after_the_stop() -> Iterator[None]:
     ask = dpft.evaluation.EarlyStop.__call__
 
@@ -147,8 +156,9 @@ def _selection_not_paid() -> Iterator[None]:
     """The account pays for one trial, whatever the number of them."""
     spend = Account.spend
 
-    def cheap(self: Account, uses: Any, what: str) -> str:
-        return spend(self, [use for r, _ in uses for use in (r.trial if isinstance(r, Selection) else ())], what)
+    def cheap(self: Account, uses: Any, what: str, **more: Any) -> str:
+        one = [use for r, _ in uses for use in (r.trial if isinstance(r, Selection) else ())]
+        return spend(self, one, what, **more)
 
     with mock.patch.object(Account, "spend", cheap):
         yield
@@ -178,7 +188,7 @@ MECHANISM_PLANTS = (
     _plant("secure")("half_noise", "the noise on the grid has half its standard deviation", lambda: noise_times(0.5)),
     _plant("user_rows")("twice_the_rows", "users have twice as many rows as is claimed", _user_with_twice_the_rows),
     _plant("by_user")("two_names", "each user is in the data under two names", _user_under_two_names),
-    _plant("private_mean")("half_noise", "the noise has half its standard deviation", lambda: noise_times(0.5)),
+    _plant("private_mean")("half_noise", "the noise has half its standard deviation", _half_on_the_grid),
     _plant("early_stop")("goes_on", "questions are answered after it has said stop", _answers_after_the_stop),
     _plant("tune")("one_trial_paid", "the search pays for one trial, and not for the choice", _selection_not_paid),
     _plant("account")("use_forgotten", "the account counts the last of two trainings only", _use_forgotten),

@@ -42,7 +42,7 @@ class Purse:
     def finish(self, name: str, uses: Sequence[Any]) -> None:
         """Nothing."""
 
-    def spend(self, uses: Sequence[Any], what: str) -> str:
+    def spend(self, uses: Sequence[Any], what: str, **_: Any) -> str:
         """Nothing."""
         return "paid"
 
@@ -100,7 +100,7 @@ def early_stop(seed: int) -> TwoWorldsAudit:
         return [float(first), float(sum(answers[::2]) - sum(answers[1::2]))]
 
     attacks = {"when it stopped": by_frequency, "stops": lambda *shown: lambda observed: observed[:, 1]}
-    return _audited(ask, 8_000, attacks, composition="pld")
+    return _audited(ask, 3_000, attacks, composition="pld")
 
 
 def tune(seed: int) -> TwoWorldsAudit:
