@@ -100,7 +100,7 @@ def early_stop(seed: int) -> TwoWorldsAudit:
         return [float(first), float(sum(answers[::2]) - sum(answers[1::2]))]
 
     attacks = {"when it stopped": by_frequency, "stops": lambda *shown: lambda observed: observed[:, 1]}
-    return _audited(ask, 3_000, attacks, composition="pld")
+    return _audited(ask, 2_000, attacks, composition="pld")
 
 
 def tune(seed: int) -> TwoWorldsAudit:
