@@ -14,6 +14,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from finetune.output import CARD
+from finetune.report import tags
 from finetune.synthetic.checks import Rules
 from finetune.synthetic.conditions import Conditions
 from finetune.synthetic.generation import Sampling
@@ -40,6 +41,7 @@ class Made:
         cut: kept texts that the model had not ended.
         rejected: reason to number.
         versions: of the libraries.
+        mechanism: of the training's noise.
     """
 
     model: str
@@ -56,6 +58,7 @@ class Made:
     cut: int
     rejected: dict[str, int]
     versions: str
+    mechanism: str = "dp_sgd"
 
 
 def write(
@@ -104,7 +107,7 @@ def card(made: Made) -> str:
     covered = COVERED if made.private else NOT_PRIVATE
     values = VALUES_FROM_DATA if made.values_from_data else "Which values there are was given."
     return f"""---
-tags: [synthetic, {"differential-privacy, dp-sgd, dpft" if made.private else "not-private, dpft"}]
+tags: [synthetic, {tags(made.mechanism if made.private else None)}]
 task_categories: [text-generation, text-classification]
 configs: [{{config_name: default, data_files: {DATA}}}]
 ---
