@@ -46,9 +46,8 @@ def _adaptive_clip(options: Options) -> dpft.AdaptiveClip | None:
     """``--adaptive-clip``, with what was given beside it."""
     if options.adaptive_clip is None:
         return None
-    given = {"learning_rate": options.adaptive_clip_rate, "count_noise": options.adaptive_clip_noise}
-    given = {name: value for name, value in given.items() if value is not None}
-    return dpft.AdaptiveClip(quantile=options.adaptive_clip, **given)
+    rate = {} if options.adaptive_clip_rate is None else {"learning_rate": options.adaptive_clip_rate}
+    return dpft.AdaptiveClip(quantile=options.adaptive_clip, count_noise=options.adaptive_clip_noise, **rate)
 
 
 def check_privacy(options: Options, examples: int) -> None:

@@ -314,7 +314,7 @@ class Account:
             return self._fits([*before, (mechanism, steps)])
 
         low, high = 0, 1
-        while high < limit and fits(high):
+        while high <= limit and fits(high):
             low, high = high, high * 4
         high = min(high, limit + 1)
         while high - low > 1:
