@@ -37,17 +37,18 @@ def _left(file: Path, schedule: dpft.privacy.PrivacySchedule) -> str:
     try:
         account = dpft.Account.open(file)
         fitting = account.max_steps(mechanism, limit=steps)
-        spent = f"{account.spent():.4g} of epsilon {account.epsilon:g} at delta {account.delta:g}"
+        by = "" if account.order is None else f" (what fits is counted at the Renyi order {account.order:g})"
+        spent = f"{account.spent():.4g} of epsilon {account.epsilon:g} at delta {account.delta:g} is spent or reserved"
         if fitting == steps:
-            return f"{file}: {spent} is spent or reserved, and the {steps} steps of this run fit"
+            return f"{file}: {spent}, and the {steps} steps of this run fit{by}"
         pending = sum(entry.open for entry in account.entries())
         enough = _enough(account, mechanism, steps)
     except dpft.DPFTError as error:
         raise ValueError(f"--account {file}: {error}") from error
     settle = f"; {pending} reservations are open: dpft account settle frees those of runs that died" if pending else ""
     raise ValueError(
-        f"--account {file}: {steps} steps with noise multiplier {mechanism.noise_multiplier:.4g} do not fit: {spent} "
-        f"is spent or reserved{settle}. Of such steps {fitting} fit; {enough}. Nothing was released."
+        f"--account {file}: {steps} steps with noise multiplier {mechanism.noise_multiplier:.4g} do not fit: {spent}"
+        f"{settle}. Of such steps {fitting} fit{by}; {enough}. Nothing was released."
     )
 
 
