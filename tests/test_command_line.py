@@ -161,7 +161,7 @@ def test_a_ledger_and_its_card_have_one_unit_and_one_mechanism(
 def test_what_the_ledger_says_is_not_private_is_never_stated_as_private(
     conditions: dict[str, bool], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = str(ledger(tmp_path, **conditions))
+    path = str(ledger(tmp_path, 5, CONFIG, **conditions))
     card = said(capsys, "card", path, "--clipping", "flash")
     assert f"**NOT PRIVATE: {reason}.**" in card and "Training satisfied" not in card
     shown = said(capsys, "ledger", "show", path)

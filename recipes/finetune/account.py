@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import dpft
 from accelerate import Accelerator
@@ -10,7 +11,7 @@ from finetune.engine import from_first
 from finetune.options import Options
 
 
-def check_account(options: Options, schedule: dpft.privacy.PrivacySchedule, accelerator: Accelerator) -> str | None:
+def check_account(options: Options, schedule: dpft.PrivacySchedule, accelerator: Accelerator) -> str | None:
     """See that the releases of a new run fit, before anything is written. A collective.
 
     ``dpft.prepare`` reserves them. A run that is resumed has its reservation there, which ``dpft.prepare`` replaces.
@@ -32,7 +33,7 @@ def check_account(options: Options, schedule: dpft.privacy.PrivacySchedule, acce
     return from_first(accelerator, lambda: _left(file, schedule))
 
 
-def _left(file: Path, schedule: dpft.privacy.PrivacySchedule) -> str:
+def _left(file: Path, schedule: dpft.PrivacySchedule) -> str:
     mechanism, steps = schedule.mechanism, schedule.num_steps
     try:
         account = dpft.Account.open(file)
@@ -52,7 +53,7 @@ def _left(file: Path, schedule: dpft.privacy.PrivacySchedule) -> str:
     )
 
 
-def _enough(account: dpft.Account, mechanism: dpft.privacy.Mechanism, steps: int) -> str:
+def _enough(account: dpft.Account, mechanism: Any, steps: int) -> str:
     """The noise with which all steps fit, in words."""
     try:
         return f"all of them with --noise-multiplier {account.noise_multiplier(mechanism, steps):.4g}"

@@ -49,7 +49,7 @@ def dry_run(
 
 
 def _steady_memory(
-    model: nn.Module, accelerator: Accelerator, options: Options, schedule: dpft.privacy.PrivacySchedule
+    model: nn.Module, accelerator: Accelerator, options: Options, schedule: dpft.PrivacySchedule
 ) -> str:
     """The memory that a process always needs, in words: parameters, clipped sums, optimiser, earlier noise."""
     engine, ranks = engine_name(accelerator), accelerator.num_processes

@@ -9,7 +9,6 @@ from torch import nn
 
 import dpft
 from accelerate import Accelerator
-from dpft.privacy import PrivacySchedule, rms_error
 from finetune.engine import WHOLE, engine_name
 from finetune.options import Options
 from finetune.private import planned_schedule, privacy_config
@@ -40,7 +39,7 @@ def plan_of(model: nn.Module, options: Options, accelerator: Accelerator) -> dpf
         return f"not predicted: {error}"
 
 
-def taken(mechanism: str, schedule: PrivacySchedule, plan: dpft.Plan | str) -> str:
+def taken(mechanism: str, schedule: dpft.PrivacySchedule, plan: dpft.Plan | str) -> str:
     """What the noise of a logical batch takes, in words: vectors that are kept, and the time of drawing."""
     if isinstance(plan, str) or plan.noise is None:
         vectors = 0 if schedule.strategy is None else schedule.strategy.memory
@@ -50,11 +49,10 @@ def taken(mechanism: str, schedule: PrivacySchedule, plan: dpft.Plan | str) -> s
     return f"{mechanism}, {kept}{cost.elements:,} values are drawn in {cost.seconds:.3g} s"
 
 
-def compared(options: Options, schedule: PrivacySchedule, examples: int) -> str | None:
+def compared(options: Options, schedule: dpft.PrivacySchedule, examples: int) -> str | None:
     """How much noise is in the sums of the releases, in words, beside that of DP-SGD at the same epsilon.
 
-    The sum of the first t releases, in units of the clip norm, root mean square over t: what is in the weights after t
-    steps of plain SGD. With momentum, Adam or a rate that falls, it is a guide and no measure.
+    See ``dpft.PrivacySchedule.noise_in_sums``.
 
     Args:
         options: of the run.
@@ -68,6 +66,5 @@ def compared(options: Options, schedule: PrivacySchedule, examples: int) -> str 
         return None
     plain = replace(options, mechanism="dp_sgd", bands=None, buffers=None, sampler=None)
     plain = replace(plain, noise_multiplier=None, target_epsilon=schedule.epsilon)
-    own = schedule.noise_multiplier * rms_error(schedule.strategy)
-    other = planned_schedule(plain, examples).noise_multiplier * ((schedule.num_steps + 1) / 2) ** 0.5
-    return f"{own:.4g} C in the sums of the releases, and {other:.4g} C of dp_sgd at this epsilon"
+    other = planned_schedule(plain, examples).noise_in_sums
+    return f"{schedule.noise_in_sums:.4g} C in the sums of the releases, and {other:.4g} C of dp_sgd at this epsilon"

@@ -70,7 +70,7 @@ def check_privacy(options: Options, examples: int) -> None:
     planned_schedule(options, examples)
 
 
-def planned_schedule(options: Options, examples: int) -> dpft.privacy.PrivacySchedule:
+def planned_schedule(options: Options, examples: int) -> dpft.PrivacySchedule:
     """What the options say about privacy, for so many examples; without the warnings, which :func:`prepare` gives."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
