@@ -319,7 +319,7 @@ class Options(PrivacyOptions):
         if self.user_column is not None and self.pack == "documents":
             raise ValueError("--user-column has a row for each record, and --pack documents several. Leave one out.")
         if self.user_column is None and self.records_drawn == "afresh":
-            raise ValueError("--records-drawn afresh is of the records of a user; give --user-column, or leave it out.")
+            raise ValueError("--records-drawn afresh is of a user's records; give --user-column, or leave it out.")
         if self.user_column is not None and self.account is not None:
             raise ValueError(
                 "--account counts what records spend, and cannot tell users from records, of which a user has "

@@ -31,7 +31,7 @@ from finetune.export import export, reload_and_check
 from finetune.loop import History, check_optimizer, make_optimizer, make_scheduler, train, validation_row
 from finetune.materials import choose_physical
 from finetune.model import check_vocabulary, lengthen
-from finetune.output import LEDGER, METRICS, choose_output, no_trace
+from finetune.output import LEDGER, METRICS, choose_output, forget_noise, no_trace
 from finetune.parsing import parse
 from finetune.plain import train_without_privacy
 from finetune.private import Prepared, check_privacy, planned_schedule, prepare, privacy_config, statement
@@ -213,6 +213,7 @@ def run(recipe: Recipe, options: Any) -> int:
             write_report(output, report, schedule, history.rows)
             card = model_card(report, published=True)
         prepared.close()
+        forget_noise(accelerator, output)
         accelerator.end_training()
     accelerator.print(
         f"{warning}model, card, ledger, metrics and picture: {output} ({time.perf_counter() - began:.0f} s in all)"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -20,6 +22,7 @@ from accelerate import Accelerator
 from finetune.account import check_account
 from finetune.advice import noise_of
 from finetune.dry_run import dry_run
+from finetune.loop import History
 from finetune.materials import Materials
 from finetune.noise import compared, plan_of, taken
 from finetune.options import BASE_MODEL, Options
@@ -267,6 +270,7 @@ def test_a_run_states_its_mechanism_and_an_epsilon_that_can_be_recomputed(
     options = parse([*SMALL, *noise, *words])
     planned = privacy_config(options).resolve(examples(tmp_path))
     assert stated(tmp_path) == pytest.approx(planned.epsilon, rel=1e-9)
+    assert not list(tmp_path.glob("_*"))  # nobody can draw the noise again
     card = (tmp_path / "README.md").read_text()
     assert mechanism in card and f"tags: [{tags(options.mechanism)}]" in card
 
@@ -305,3 +309,38 @@ def test_two_runs_pay_from_one_account_until_it_refuses(
     assert "does not fit into the account" in told
     assert not [line for line in ledger(tmp_path / "second") if "release" in line]
     assert paid.entries() == (entry,) and paid.max_steps(mechanism, limit=6) < 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mechanism", "extra"), [(BLT, []), ([], ["--account", "{account}"])], ids=["blt", "account"])
+def test_an_interrupted_run_goes_on(
+    mechanism: list[str],
+    extra: list[str],
+    tmp_path: Path,
+    records: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The noise goes on from its secrets; the account has what was released meanwhile, and then all of it."""
+    paid = account(tmp_path, 4.0)
+    output = tmp_path / "run"
+    words = [*SMALL, *NOISE, *mechanism, *(word.format(account=paid.path) for word in extra), "--dataset", records]
+    words += ["--output-dir", str(output), "--checkpoint-every", "1"]
+    add = History.add
+
+    def press(history: History, row: dict[str, Any]) -> None:
+        add(history, row)
+        if row["step"] == 2 and "loss" in row:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(History, "add", press)
+        assert llama_dp.main(words) == 130
+    released = sum("release" in line for line in ledger(output))
+    assert 2 <= released < 6
+    assert [(e.open, [n for _, n in e.uses]) for e in paid.entries()] == [(False, [released])] * bool(extra)
+    assert (output / "_ledger.jsonl.noise").exists() is bool(mechanism)
+    assert llama_dp.main([*words, "--resume-from-checkpoint"]) == 0
+    assert ("_ledger.jsonl.noise is deleted" in capsys.readouterr().out) is bool(mechanism)
+    assert [(e.open, sum(n for _, n in e.uses)) for e in paid.entries()] == [(False, 6)] * bool(extra)
+    stated(output)
