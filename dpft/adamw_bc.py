@@ -8,8 +8,8 @@ units of Phi has the same meaning at every clip norm, batch and epsilon.
 
 Each step subtracts the variance of its own noise before it is averaged: where that changes (an adaptive clip norm,
 correlated noise, which has a smaller variance in the first steps), the average of the variances is subtracted,
-weighted as the squares are. Of correlated noise only the variance is subtracted: the gradient depends on earlier noise,
-and what the two have in common is not known.
+weighted as the squares are. Of correlated noise only the variance is subtracted: the gradient depends on earlier
+noise, and what the two have in common is not known.
 
 The variance is a constant of the mechanism: the step is a function of releases, and costs no privacy.
 """
@@ -71,8 +71,8 @@ class AdamWBC(torch.optim.Optimizer):
         for p in group["params"]:
             if p.dtype not in (torch.float32, torch.float64):
                 raise ValueError(
-                    f"AdamWBC: a parameter of shape {list(p.shape)} is {p.dtype}, whose second moment would be rounded "
-                    "by more than the correction; expected float32. Train float32 parameters, or use AdamW."
+                    f"AdamWBC: a parameter of shape {list(p.shape)} is {p.dtype}, in which the second moment would be "
+                    "rounded by more than the correction; expected float32. Train float32 parameters, or use AdamW."
                 )
 
     @torch.no_grad()

@@ -62,8 +62,8 @@ class WeightEMA:
             id(p) for p in private.parameters()
         }:
             raise WrapError(
-                f"WeightEMA got a {type(optimizer).__name__} and a model whose {len(trained)} trainable parameters are "
-                "not the ones that it steps on; expected model and optimizer as dpft.prepare returned them."
+                f"WeightEMA got a {type(optimizer).__name__} and a model whose {len(trained)} trainable parameters "
+                "are not the ones that it steps on; expected model and optimizer as dpft.prepare returned them."
             )
         if any(hasattr(p, "ds_tensor") for p in trained.values()):
             raise EngineError(
@@ -149,8 +149,8 @@ class WeightEMA:
         given, own = state["averages"], self._averages
         if {name: a.shape for name, a in given.items()} != {name: a.shape for name, a in own.items()}:
             raise ValueError(
-                f"the checkpoint has averages of {len(given)} parameters, which are not the {len(own)} trained ones in "
-                "name or shape. Load the checkpoint of the same model."
+                f"the checkpoint has averages of {len(given)} parameters, which are not the {len(own)} trained ones "
+                "in name or shape. Load the checkpoint of the same model."
             )
         for name, average in own.items():
             local(average).copy_(_shard(given[name], average))
