@@ -21,15 +21,8 @@ from dpft.optimizer import DPOptimizer
 class WeightEMA:
     """The average of the weights after each release; in ``accelerator.save_state``.
 
-    ::
-
-        model, optimizer, loader = dpft.prepare(...)
-        ema = dpft.WeightEMA(accelerator, model, optimizer, decay=0.999)
-        for batch in loader:
-            ...                     # as without: each release updates the average
-        with ema.applied():         # the model has the averaged weights
-            evaluate(model)
-            save(model)
+    Made after :func:`dpft.prepare`, it follows the loop by itself; ``with ema.applied():`` gives the model the averaged
+    weights, to evaluate and to export it.
 
     After release t = 0, 1, ... the average is ``d_t average + (1 - d_t) weights``, with
     ``d_t = min(decay, (1 + t) / (10 + t))``: it begins at the start weights, and forgets them in any number of steps.

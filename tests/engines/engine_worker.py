@@ -3,8 +3,8 @@
     accelerate launch --config_file ... engine_worker.py OUTPUT_FOLDER all|matrix|hybrid|sequence [disagree]
 
 ``all`` is the matrix and its situations (``matrix_worker.py``), clip norms (``clip_norms_worker.py``), users
-(``users_worker.py``), correlated noise (``correlated_worker.py``), and then what two ranks refuse: ``disagree`` is for
-``refusals_worker.py``.
+(``users_worker.py``), what is made of the releases (``after_release_worker.py``), correlated noise
+(``correlated_worker.py``), and then what two ranks refuse: ``disagree`` is for ``refusals_worker.py``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dpft.engines import sums
-from tests.engines import clip_norms_worker, correlated_worker, matrix_worker, sequence_worker, users_worker
+from tests.engines import (
+    after_release_worker,
+    clip_norms_worker,
+    correlated_worker,
+    matrix_worker,
+    sequence_worker,
+    users_worker,
+)
 
 if __name__ == "__main__":
     output, which = Path(sys.argv[1]), sys.argv[2]
@@ -25,6 +32,7 @@ if __name__ == "__main__":
     if which in ("all", "matrix"):
         clip_norms_worker.run(bench)
         users_worker.run(bench)
+        after_release_worker.run(bench)
     if which != "sequence":
         correlated_worker.run(bench)
     if which == "all":
