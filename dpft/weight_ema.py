@@ -21,8 +21,8 @@ from dpft.optimizer import DPOptimizer
 class WeightEMA:
     """The average of the weights after each release; in ``accelerator.save_state``.
 
-    Made after :func:`dpft.prepare`, it follows the loop by itself; ``with ema.applied():`` gives the model the averaged
-    weights, to evaluate and to export it.
+    Made after :func:`dpft.prepare`, it follows the loop by itself. ``with ema.applied():`` gives the model the
+    averaged weights, to evaluate and to export it.
 
     After release t = 0, 1, ... the average is ``d_t average + (1 - d_t) weights``, with
     ``d_t = min(decay, (1 + t) / (10 + t))``: it begins at the start weights, and forgets them in any number of steps.
@@ -111,8 +111,9 @@ class WeightEMA:
     @torch.no_grad()
     def _write(self, weights: dict[str, Tensor]) -> None:
         for module in self._model.modules():
-            if hasattr(module, "reshard"):  # FSDP2: what an evaluation left gathered is of the other weights
-                module.reshard()
+            reshard: Any = getattr(module, "reshard", None)  # of FSDP2
+            if reshard is not None:  # what an evaluation has left gathered is of the other weights
+                reshard()
         for name, p in self._parameters.items():
             local(p).copy_(local(weights[name]))
 
