@@ -229,11 +229,11 @@ class Options:
         "optimisation",
         "optimiser, by its name in transformers' Trainer, which steps on the noisy sum. Those of 8 bits need "
         "bitsandbytes; those that step within the backward, before there is a sum, cannot be private. adamw_bc: AdamW "
-        "with the noise's variance subtracted from its second moment; its learning rate is another one",
+        "with the noise's variance subtracted from its second moment (dpft.AdamWBC)",
         choices=OPTIMISERS,
     )
     adam_floor: float = option(
-        0.1, "optimisation", "of adamw_bc: the least that is left, in units of that variance", metavar="FLOOR"
+        1.0, "optimisation", "of adamw_bc: the least that is left, in units of that variance", metavar="FLOOR"
     )
     ema: float | None = option(
         None,
