@@ -45,7 +45,6 @@ from dpft.privacy import (
 from dpft.run import PrivacyRun
 from dpft.tuning import Trial, Tuned, tune
 from dpft.users import UserDataset, by_user
-from dpft.weight_ema import WeightEMA
 from dpft.wrap import book_keeping, clipped_loss, explain, stats, unwrap, wrap
 
 if TYPE_CHECKING:
@@ -87,7 +86,6 @@ __all__ = [
     "UnitComparison",
     "UnsupportedModuleError",
     "UserDataset",
-    "WeightEMA",
     "WrapError",
     "advise",
     "audit",

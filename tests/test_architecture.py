@@ -38,7 +38,6 @@ LAYERS: dict[str, set[str]] = {
     "correlated_noise": _LOW | {"noise", "privacy"},
     "adamw_bc": _LOW,
     "optimizer": _LOW | {"adamw_bc", "noise", "privacy", "clipping"},
-    "weight_ema": _LOW | {"adamw_bc", "optimizer"},
     "evaluation": _LOW | {"privacy", "noise"},
     "tuning": _LOW | {"privacy", "evaluation"},
     "workers": _LOW,

@@ -3,7 +3,7 @@
     accelerate launch --config_file ... engine_worker.py OUTPUT_FOLDER all|matrix|hybrid|sequence [disagree]
 
 ``all`` is the matrix and its situations (``matrix_worker.py``), clip norms (``clip_norms_worker.py``), users
-(``users_worker.py``), what is made of the releases (``after_release_worker.py``), correlated noise
+(``users_worker.py``), a corrected second moment (``corrected_worker.py``), correlated noise
 (``correlated_worker.py``), and then what two ranks refuse: ``disagree`` is for ``refusals_worker.py``.
 """
 
@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from dpft.engines import sums
 from tests.engines import (
-    after_release_worker,
     clip_norms_worker,
+    corrected_worker,
     correlated_worker,
     matrix_worker,
     sequence_worker,
@@ -32,7 +32,7 @@ if __name__ == "__main__":
     if which in ("all", "matrix"):
         clip_norms_worker.run(bench)
         users_worker.run(bench)
-        after_release_worker.run(bench)
+        corrected_worker.run(bench)
     if which != "sequence":
         correlated_worker.run(bench)
     if which == "all":

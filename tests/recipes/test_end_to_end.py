@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 from matplotlib.image import imread
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import llama_dp
@@ -284,39 +283,6 @@ def test_the_best_weights_are_exported_also_of_a_run_that_was_resumed(
     card = (tmp_path / "README.md").read_text()
     assert "those of step 2, chosen by the lowest validation loss" in card and "that of all 5 steps" in card
     assert "| Steps released / planned | 5 / 5 |" in card and "| validation loss after, nats a token | 1 |" in card
-
-
-@pytest.mark.slow
-def test_averaged_weights_are_exported_also_of_a_run_that_was_resumed(
-    tmp_path: Path, records: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The exported weights are the average of the last checkpoint, of the steps before the interruption, too."""
-    add = loop.History.add
-
-    def press(history: loop.History, row: dict[str, Any]) -> None:
-        add(history, row)
-        if row["step"] == 2 and "loss" in row:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    words = ["--dataset", records, "--output-dir", str(tmp_path), "--num-steps", "4", "--optim", "adamw_bc", *SMALL]
-    averaged = [*words, "--ema", "0.9"]
-    with monkeypatch.context() as patch:
-        patch.setattr(loop.History, "add", press)
-        assert llama_dp.main(averaged) == 130
-    gc.collect()
-    with pytest.raises(SystemExit):
-        llama_dp.main([*words, "--resume-from-checkpoint"])
-    assert "has an average of the weights. Give the --ema of that run" in capsys.readouterr().err
-    gc.collect()
-    assert llama_dp.main([*averaged, "--resume-from-checkpoint"]) == 0
-    kept = torch.load(tmp_path / "checkpoints" / "step_4" / "custom_checkpoint_2.pkl")
-    assert kept["updates"] == 4
-    exported = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters())
-    own = load_file(tmp_path / "checkpoints" / "step_4" / "model.safetensors")
-    assert kept["averages"].keys() == exported.keys()
-    for name, average in kept["averages"].items():
-        assert torch.equal(exported[name], average) and not torch.equal(own[name], average)
-    assert "exponential moving average (decay 0.9)" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.slow
