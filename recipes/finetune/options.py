@@ -19,7 +19,7 @@ GROUPS = ("model", "data", "privacy", "execution", "optimisation", "output")  # 
 SCHEDULES: tuple[str, ...] = ("cosine", "linear", "constant", "constant_with_warmup")
 SCHEDULES += ("cosine_with_restarts", "polynomial", "inverse_sqrt")
 OPTIMISERS: tuple[str, ...] = ("adamw", "adamw_torch", "adamw_torch_fused", "sgd", "adafactor")
-OPTIMISERS += ("adamw_8bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_8bit")
+OPTIMISERS += ("adamw_8bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_8bit", "adamw_bc")
 
 
 @dataclass
@@ -184,7 +184,8 @@ class Options(PrivacyOptions):
         "adamw",
         "optimisation",
         "optimiser, by its name in transformers' Trainer, which steps on the noisy sum. Those of 8 bits need "
-        "bitsandbytes; those that step within the backward, before there is a sum, cannot be private",
+        "bitsandbytes; those that step within the backward, before there is a sum, cannot be private. adamw_bc: AdamW "
+        "with the noise's variance subtracted from its second moment (dpft.AdamWBC)",
         choices=OPTIMISERS,
     )
     learning_rate: float = option(5e-3, "optimisation", "peak of the learning rate", metavar="LR")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -171,6 +171,16 @@ def prepare(
         account=recipe.account(options, materials, accelerator, ledger.parent, privacy),
     )
     return Prepared(model, optimizer, loader, recipe.losses)
+
+
+def corrected_adamw(options: Options, parameters: Iterable[nn.Parameter], learning_rate: float) -> dpft.AdamWBC:
+    """AdamW whose second moment is corrected for the noise."""
+    return dpft.AdamWBC(
+        parameters,
+        lr=learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        weight_decay=options.weight_decay,
+    )
 
 
 def unwrap(accelerator: Accelerator, model: nn.Module) -> Any:
