@@ -30,13 +30,19 @@ def check_account(options: Options, schedule: dpft.PrivacySchedule, accelerator:
     if options.account is None or options.resume_from_checkpoint:
         return None
     file = Path(options.account).expanduser()
-    return from_first(accelerator, lambda: _left(file, schedule))
+    unit = "example" if options.user_column is None else "user"
+    return from_first(accelerator, lambda: _left(file, schedule, unit))
 
 
-def _left(file: Path, schedule: dpft.PrivacySchedule) -> str:
+def _left(file: Path, schedule: dpft.PrivacySchedule, unit: str) -> str:
     mechanism, steps = schedule.mechanism, schedule.num_steps
     try:
         account = dpft.Account.open(file)
+        if account.protects.unit != unit:
+            raise ValueError(
+                f"--account {file} counts what each {account.protects.unit} loses, and the examples of this run are "
+                f"{unit}s. Give the account of the {unit}s; --user-column makes users the examples."
+            )
         fitting = account.max_steps(mechanism, limit=steps)
         by = "" if account.order is None else f" (what fits is counted at the Renyi order {account.order:g})"
         spent = f"{account.spent():.4g} of epsilon {account.epsilon:g} at delta {account.delta:g} is spent or reserved"

@@ -19,7 +19,7 @@ GROUPS = ("model", "data", "privacy", "execution", "optimisation", "output")  # 
 SCHEDULES: tuple[str, ...] = ("cosine", "linear", "constant", "constant_with_warmup")
 SCHEDULES += ("cosine_with_restarts", "polynomial", "inverse_sqrt")
 OPTIMISERS: tuple[str, ...] = ("adamw", "adamw_torch", "adamw_torch_fused", "sgd", "adafactor")
-OPTIMISERS += ("adamw_8bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_8bit")
+OPTIMISERS += ("adamw_8bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_8bit", "adamw_bc")
 
 
 @dataclass
@@ -184,7 +184,8 @@ class Options(PrivacyOptions):
         "adamw",
         "optimisation",
         "optimiser, by its name in transformers' Trainer, which steps on the noisy sum. Those of 8 bits need "
-        "bitsandbytes; those that step within the backward, before there is a sum, cannot be private",
+        "bitsandbytes; those that step within the backward, before there is a sum, cannot be private. adamw_bc: AdamW "
+        "with the noise's variance subtracted from its second moment (dpft.AdamWBC)",
         choices=OPTIMISERS,
     )
     learning_rate: float = option(5e-3, "optimisation", "peak of the learning rate", metavar="LR")
@@ -320,11 +321,6 @@ class Options(PrivacyOptions):
             raise ValueError("--user-column has a row for each record, and --pack documents several. Leave one out.")
         if self.user_column is None and self.records_drawn == "afresh":
             raise ValueError("--records-drawn afresh is of a user's records; give --user-column, or leave it out.")
-        if self.user_column is not None and self.account is not None:
-            raise ValueError(
-                "--account counts what records spend, and cannot tell users from records, of which a user has "
-                "several. Leave --account out, and keep this run's ledger; or leave --user-column out."
-            )
         if self.in_rows and self.strategy == "per_example":
             given = "--user-column" if self.user_column else "--pack documents"
             instead = "" if self.user_column else ", or give a --seq-len of at least --max-tokens-in-memory"

@@ -17,6 +17,7 @@ SECRETS = f"_{LEDGER}.noise"  # of correlated noise: what takes the noise out of
 METRICS, CARD, PICTURE, CHECKPOINTS = "metrics.jsonl", "README.md", "training.png", "checkpoints"
 ADAPTER = "adapter"
 SYNTHETIC, MEASURES = "synthetic", "measures_private.json"  # of synthesize_dp.py
+ACCOUNT, DISTRIBUTION = "account.jsonl", "distribution.json"  # of its --distribution private
 
 
 def forget_noise(accelerator: Accelerator, output: Path) -> None:
@@ -83,10 +84,13 @@ def _clear(folder: Path, ledger: Path, overwrite: bool) -> None:
             "--resume-from-checkpoint, choose another folder, or start anew by --overwrite-output-dir."
         )
     if releases:
-        ledger.rename(folder / f"earlier-{sum(1 for _ in folder.glob(f'earlier-*-{LEDGER}')) + 1}-{LEDGER}")
+        earlier = f"earlier-{sum(1 for _ in folder.glob(f'earlier-*-{LEDGER}')) + 1}-"
+        ledger.rename(folder / f"{earlier}{LEDGER}")
+        if (folder / ACCOUNT).exists():
+            (folder / ACCOUNT).rename(folder / f"{earlier}{ACCOUNT}")
     ledger.unlink(missing_ok=True)  # a run that ended before its first release
     # they describe the old run, which cannot go on; the model's files are overwritten
-    for name in (METRICS, CARD, PICTURE, MEASURES, SECRETS):
+    for name in (METRICS, CARD, PICTURE, MEASURES, SECRETS, ACCOUNT, DISTRIBUTION):
         (folder / name).unlink(missing_ok=True)
     for inner in (CHECKPOINTS, ADAPTER, SYNTHETIC):
         shutil.rmtree(folder / inner, ignore_errors=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,8 +21,10 @@ from finetune.recipe import Recipe
 
 def privacy_config(options: Options) -> dpft.PrivacyConfig:
     """What the options say about privacy, checked."""
+    # What a recipe spends on the same records beside the training (--distribution private).
+    elsewhere = getattr(options, "epsilon_elsewhere", 0.0)
     return dpft.PrivacyConfig(
-        target_epsilon=options.target_epsilon,
+        target_epsilon=None if options.target_epsilon is None else options.target_epsilon - elsewhere,
         noise_multiplier=options.noise_multiplier,
         target_delta=options.target_delta,
         max_grad_norm=options.max_grad_norm,
@@ -152,12 +154,13 @@ def prepare(
     ledger: Path,
 ) -> Prepared:
     """Make the parts of an ordinary loop private: the examples that the materials hold now, canaries among them."""
+    privacy = privacy_config(options)
     model, optimizer, loader = dpft.prepare(
         accelerator,
         model,
         optimizer,
         materials.train,
-        privacy_config(options),
+        privacy,
         collate_fn=materials.collate_train,
         max_physical_batch_size=options.max_physical_batch_size or 1,
         clipping=cast(Any, options.clipping),  # the command line has checked the choices
@@ -165,9 +168,19 @@ def prepare(
         sums_device=cast(Any, options.sums_device),
         lengths=recipe.lengths(materials.train),
         ledger_path=ledger,
-        account=None if options.account is None else Path(options.account).expanduser(),
+        account=recipe.account(options, materials, accelerator, ledger.parent, privacy),
     )
     return Prepared(model, optimizer, loader, recipe.losses)
+
+
+def corrected_adamw(options: Options, parameters: Iterable[nn.Parameter], learning_rate: float) -> dpft.AdamWBC:
+    """AdamW whose second moment is corrected for the noise."""
+    return dpft.AdamWBC(
+        parameters,
+        lr=learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        weight_decay=options.weight_decay,
+    )
 
 
 def unwrap(accelerator: Accelerator, model: nn.Module) -> Any:

@@ -119,7 +119,6 @@ def test_every_setting_of_the_configuration_is_an_option() -> None:
         (["--clip-groups", "a=x"], "'a=x'"),
         (["--clip-groups", "a=-1"], "finite weight > 0"),
         (["--account", " "], "--account is empty"),
-        (["--account", "account.jsonl", "--user-column", "who"], "cannot tell users from records"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -167,7 +166,8 @@ def test_a_spent_account_fits_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (BANDMF, "correlated noise in an account"),
+        (BANDMF, "no theorem composes them"),
+        (["--user-column", "who"], "counts what each example loses, and the examples of this run are users"),
         (["--sampler", "shuffle"], "no theorem composes them"),
         (["--noise-multiplier", "0"], "no account can pay for it"),
     ],
@@ -176,6 +176,14 @@ def test_a_spent_account_fits_nothing(tmp_path: Path) -> None:
 def test_what_no_theorem_composes_is_not_paid(words: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"--account .*{message}"):
         paying(account(tmp_path), *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "header"), [(BANDMF, {"adjacency": "zero_out"}), (["--user-column", "who"], {"unit": "user"})]
+)
+def test_other_accounts_pay_for_it(words: list[str], header: dict[str, Any], tmp_path: Path) -> None:
+    left = paying(account(tmp_path, 8.0, **header), *words)
+    assert left is not None and "the 20 steps of this run fit" in left
 
 
 def test_a_missing_account_is_named(tmp_path: Path, records: str, capsys: pytest.CaptureFixture[str]) -> None:
