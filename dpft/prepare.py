@@ -31,7 +31,7 @@ from dpft.optimizer import DPOptimizer, Noise
 from dpft.planning.hardware import measure
 from dpft.planning.plan import plan as predict
 from dpft.planning.result import Plan
-from dpft.privacy.account.account import Payer
+from dpft.privacy.account.payer import Payer
 from dpft.privacy.config import PrivacyConfig
 from dpft.privacy.samplers.sampler import Lengths, PhysicalBatchSampler, checked_lengths, draw_seed, make_sampler
 from dpft.run import LoopGuard, PrivacyRun, check_optimizer
@@ -107,7 +107,7 @@ def prepare(
             parameters; one process only. None: in ``.grad``, on the model's device.
         account: the :class:`dpft.Account` (or its file) of the records in ``dataset``: all planned releases are
             reserved there before the first one, or the run is refused. ``loader.privacy.close()`` frees what was not
-            used.
+            used. An account for users takes a dataset of users, or one whose ``privacy_unit`` is ``"user"``.
         test_seed: fixes sampling and noise, for tests only: the run is then not private, and the report says so.
 
     Returns:
@@ -145,7 +145,7 @@ def prepare(
     kind = ranks.together(check)
     unnamed, of_rows = privacy, collate_fn
     privacy, collate_fn, compared = ranks.together(
-        lambda: of_users(dataset, unnamed, of_rows, sequence_size(accelerator), account is not None)
+        lambda: of_users(dataset, unnamed, of_rows, sequence_size(accelerator))
     )
     sizes = ranks.together(lambda: None if lengths is None else checked_lengths(lengths, len(dataset)))
     key = ranks.from_first(os.urandom(16))
@@ -221,7 +221,8 @@ def prepare(
         payer_id = None if payer is None else payer.account_id
         seeded = test_seed is not None
         ledger = SharedLedger(ranks, lambda: open_ledger(path, privacy, schedule, clipping, seeded, payer_id))
-        run = PrivacyRun(schedule, ledger, clipping, seeded, continue_ledger, isolation != "off", payer)
+        item: Any = getattr(dataset, "privacy_unit", "example")
+        run = PrivacyRun(schedule, ledger, clipping, seeded, continue_ledger, isolation != "off", payer, item)
         return _assemble(
             accelerator,
             kind,

@@ -30,16 +30,8 @@ CLIP_NORM_MUTATIONS = (
         "exact_count",
         "the count is released without noise",
         _RUN,
-        "float(optimizer.noise.add_(votes, optimizer.noise.for_release(schedule.count_noise, 0.5, 1)))",
-        "float(votes)",
-        ADAPTIVE,
-    ),
-    Mutation(
-        "count_rounded_for_free",
-        "what rounding the count to the noise's grid adds to its sensitivity is forgotten",
-        _RUN,
-        "optimizer.noise.for_release(schedule.count_noise, 0.5, 1)",
-        "schedule.count_noise",
+        "noised = grid.noised(int(total) * grid.steps) / 2",
+        "noised = total / 2",
         ADAPTIVE,
     ),
     Mutation(
