@@ -169,6 +169,7 @@ def test_batch_size_auto_grows_with_the_memory() -> None:
     assert each == sorted(each, reverse=True)
 
 
+@pytest.mark.slow  # five engines
 def test_engines_hold_their_part() -> None:
     """At rest: what an engine shards is divided by its ranks; the clipped sums are whole under DDP and ZeRO-1."""
     model = llama(1)
