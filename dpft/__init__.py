@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from dpft import audit
+from dpft.adamw_bc import AdamWBC
 from dpft.clipping.passes import BookKeeping
 from dpft.clipping.state import ClipStats
 from dpft.custom import check_rule, register_rule
@@ -19,7 +20,7 @@ from dpft.errors import (
     UnsupportedModuleError,
     WrapError,
 )
-from dpft.evaluation import EarlyStop, PrivateMean, private_mean
+from dpft.evaluation import EarlyStop, PrivateCounts, PrivateMean, private_counts, private_mean
 from dpft.loader import PrivateDataLoader
 from dpft.long_context.install import long_context
 from dpft.noise import GaussianNoise
@@ -54,6 +55,7 @@ __version__ = "0.1.0"  # setup.cfg reads it from here: a string, not a computati
 __all__ = [
     "Account",
     "AccountingError",
+    "AdamWBC",
     "AdaptiveClip",
     "Advice",
     "BookKeeping",
@@ -77,6 +79,7 @@ __all__ = [
     "PrivacyConfigError",
     "PrivacyRun",
     "PrivacySchedule",
+    "PrivateCounts",
     "PrivateDataLoader",
     "PrivateMean",
     "Trial",
@@ -99,6 +102,7 @@ __all__ = [
     "prepare",
     "privacy_report",
     "privacy_statement_markdown",
+    "private_counts",
     "private_mean",
     "private_trainer",
     "register_rule",

@@ -17,7 +17,7 @@ from tests.project_files import ROOT, module_name, parsed, python_files, report
 _LOW = {"errors"}
 _ARITHMETIC = _LOW | {"kernels", "rules"}
 _GRADIENT = _ARITHMETIC | {"clipping", "models", "wrap"}
-_MECHANISM = _LOW | {"privacy", "noise", "correlated_noise", "optimizer", "loader", "workers"}
+_MECHANISM = _LOW | {"adamw_bc", "privacy", "noise", "correlated_noise", "optimizer", "loader", "workers"}
 
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
@@ -29,16 +29,17 @@ LAYERS: dict[str, set[str]] = {
     **dict.fromkeys(("custom", "long_context"), _GRADIENT),
     "planning": _GRADIENT | {"long_context", "privacy"},
     "secure_noise": _LOW | {"kernels"},
-    "noise": _LOW | {"secure_noise"},
+    **dict.fromkeys(("noise", "scalar_noise"), _LOW | {"secure_noise"}),
     "correlated_noise": _LOW | {"noise", "privacy"},
-    "optimizer": _LOW | {"noise", "privacy", "clipping"},
-    "evaluation": _LOW | {"privacy", "noise"},
+    "adamw_bc": _LOW,
+    "optimizer": _LOW | {"adamw_bc", "noise", "privacy", "clipping"},
+    "evaluation": _LOW | {"privacy", "scalar_noise"},
     "tuning": _LOW | {"privacy", "evaluation"},
     "workers": _LOW,
     "loader": _LOW | {"privacy", "workers"},
     "users": _LOW | {"privacy"},
     "engines": _GRADIENT | _MECHANISM,
-    "run": _GRADIENT | _MECHANISM | {"engines"},
+    "run": _GRADIENT | _MECHANISM | {"engines", "scalar_noise"},
     "prepare": _GRADIENT | _MECHANISM | {"engines", "run", "planning", "users"},
     "trainer": _LOW | {"privacy", "loader", "wrap", "prepare"},
     "audit": _LOW | {"privacy", "prepare"},  # it shares no code with the gradients and the mechanism that it judges
@@ -54,6 +55,8 @@ INSIDE_TOOLS = {
     "tools.memory.simulate": frozenset({"kernels", "long_context", "planning"}),
     "tools.plan_noise": frozenset({"planning"}),
     "tools.auditing.plants": frozenset({"clipping", "loader", "noise", "optimizer", "privacy", "run"}),
+    "tools.auditing.plants_of_mechanisms": frozenset(_MECHANISM | {"clipping", "evaluation", "run"}),
+    **dict.fromkeys(("tools.auditing.queries", "tools.auditing.whole_runs"), frozenset({"audit", "privacy"})),
 }
 
 # The oracle is right because it shares nothing with what it judges: within kernels, only these may import it.
