@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-TOKENS, BATCH, STEPS, DELTA, CLIP_NORM = 32, 256, 24, 1e-6, 1.0
+TOKENS, BATCH, STEPS, DELTA, CLIP_NORM = 16, 147, 24, 1e-6, 1.0
 EPSILONS = (1.0, 3.0, 8.0)
 SEEDS = (0, 1, 2, 3, 4)
 TUNED_SEED, TUNED_EPSILON = 100, 3.0
@@ -17,7 +17,7 @@ DECAYS = (0.5, 0.7, 0.9)
 RATES = {
     "adamw": (2.5e-3, 5e-3, 1e-2),
     "adamw_bc": (1.25e-3, 2.5e-3, 5e-3),
-    "sgd": (0.5, 1.0, 2.0),
+    "sgd": (0.25, 0.5, 1.0),
 }
 MECHANISMS: dict[str, dict[str, Any]] = {
     "dp_sgd": {},
@@ -25,8 +25,8 @@ MECHANISMS: dict[str, dict[str, Any]] = {
     "blt": {"mechanism": "blt", "buffers": 4, "sampler": "fixed_order"},
     "balls_and_bins": {"sampler": "balls_and_bins"},
 }
-BANDS = {1.0: 2, 3.0: 8, 8.0: 13}
-"""Of bandmf: of 2, 4, 8 and 13, the most that the batch allows, those with the least noise in the last weights."""
+BANDS = {1.0: 2, 3.0: 8, 8.0: 8}
+"""Of bandmf: of 2, 4, 8 and 23, the most that the batch allows, those with the least noise in the last weights."""
 
 
 @dataclass(frozen=True)

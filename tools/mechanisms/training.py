@@ -21,7 +21,7 @@ from finetune.options import Options
 from finetune.recipe import Recipe
 from tools.mechanisms.settings import BANDS, BATCH, CLIP_NORM, DECAYS, DELTA, MECHANISMS, STEPS, TOKENS, Training
 
-PHYSICAL = 64
+PHYSICAL = 256  # of rows of 16 tokens; a logical batch is one physical batch
 
 
 @functools.cache
@@ -44,6 +44,12 @@ def privacy_config(mechanism: str, epsilon: float) -> dpft.PrivacyConfig:
         max_grad_norm=CLIP_NORM,
         **chosen,
     )
+
+
+@functools.cache
+def loss_before(evaluated: int) -> float:
+    """Of the model before training."""
+    return Recipe().measure(Recipe().model(Options(), torch.float32), materials(evaluated))["loss"]
 
 
 @functools.cache
@@ -82,7 +88,6 @@ def train(training: Training, evaluated: int) -> dict[str, Any]:
     recipe, accelerator = Recipe(), Accelerator(cpu=True)
     config, schedule = calibrated(variant.mechanism, training.epsilon, len(inputs.train))
     model = recipe.model(options, torch.float32)
-    before = recipe.measure(model, inputs)["loss"]
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         model, optimizer, loader = dpft.prepare(
@@ -117,7 +122,7 @@ def train(training: Training, evaluated: int) -> dict[str, Any]:
         "examples": len(inputs.train),
         "noise_multiplier": schedule.noise_multiplier,
         "epsilon_of_schedule": schedule.epsilon,
-        "loss_before": before,
+        "loss_before": loss_before(evaluated),
         "loss": recipe.measure(model, inputs)["loss"],
         "seconds": seconds,
     }
