@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from dpft import audit
+from dpft.adamw_bc import AdamWBC
 from dpft.clipping.passes import BookKeeping
 from dpft.clipping.state import ClipStats
 from dpft.custom import check_rule, register_rule
@@ -44,6 +45,7 @@ from dpft.privacy import (
 from dpft.run import PrivacyRun
 from dpft.tuning import Trial, Tuned, tune
 from dpft.users import UserDataset, by_user
+from dpft.weight_ema import WeightEMA
 from dpft.wrap import book_keeping, clipped_loss, explain, stats, unwrap, wrap
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ __version__ = "0.1.0"  # setup.cfg reads it from here: a string, not a computati
 __all__ = [
     "Account",
     "AccountingError",
+    "AdamWBC",
     "AdaptiveClip",
     "Advice",
     "BookKeeping",
@@ -84,6 +87,7 @@ __all__ = [
     "UnitComparison",
     "UnsupportedModuleError",
     "UserDataset",
+    "WeightEMA",
     "WrapError",
     "advise",
     "audit",

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dpft.adamw_bc import AdamWBC, local
 from dpft.errors import WrapError
 from dpft.noise import GaussianNoise, Place
 
@@ -32,6 +33,22 @@ class Noise(Protocol):
 
         ``place`` is that of a shard's elements; None: the whole of the next parameter.
         """
+        ...
+
+    def std_in_release(self, std: float) -> float:
+        """Standard deviation of what :meth:`add_` of ``std`` adds to an element in the release that is being made."""
+        ...
+
+
+class Follower(Protocol):
+    """What follows the releases of an optimiser, such as an average of the weights."""
+
+    def before_release(self) -> None:
+        """Called before a release is recorded; an exception prevents it."""
+        ...
+
+    def after_release(self) -> None:
+        """Called when the inner optimiser has stepped on a release."""
         ...
 
 
@@ -121,6 +138,7 @@ class DPOptimizer(torch.optim.Optimizer):
         self.sum_scale = float(sum_scale)
         self.noise: Noise = GaussianNoise(secure=secure_rng) if noise is None else noise
         self.releases = 0
+        self.followers: list[Follower] = []
         self._is_last = is_last
         self._on_release = on_release
         self._check = check
@@ -181,10 +199,17 @@ class DPOptimizer(torch.optim.Optimizer):
         self._step_inner()
         self.releases += 1
         self._spent = True
+        self._tell_followers()
+
+    def _tell_followers(self) -> None:
+        for follower in self.followers:
+            follower.after_release()
 
     def _fill_gradients(self) -> None:
         """Give each parameter of the inner optimiser its release."""
         std = self.noise_std(self.parameters() if self.sums is None else self.sums.parameters.values())
+        if isinstance(self.inner, AdamWBC):
+            self.inner.noise_variance = (self.noise.std_in_release(std) / self.expected_batch_size) ** 2
         if self.sums is not None:
             self.sums.release(self.noise, std, self.expected_batch_size)
             names = {id(p): name for name, p in self.sums.parameters.items()}
@@ -216,11 +241,13 @@ class DPOptimizer(torch.optim.Optimizer):
             not self.state
             and not self._spent
             and all("lr" in group and float(group["lr"]) == 0 for group in self.param_groups)
-            and all(p.grad is not None and not bool(_local(p.grad).any()) for p in parameters)
+            and all(p.grad is not None and not bool(local(p.grad).any()) for p in parameters)
         )
 
     @torch.no_grad()
     def _rehearse(self) -> None:
+        if isinstance(self.inner, AdamWBC):
+            self.inner.noise_variance = 0.0
         try:
             self._step_inner()
         finally:
@@ -229,6 +256,8 @@ class DPOptimizer(torch.optim.Optimizer):
 
     def _before_release(self) -> None:
         """All checks that can prevent a release, then its line in the ledger."""
+        for follower in self.followers:
+            follower.before_release()
         parameters = self.parameters()
         if self._check is not None:
             self._check(parameters)
@@ -314,11 +343,6 @@ class DPOptimizer(torch.optim.Optimizer):
             f"DPOptimizer(noise_multiplier={self.noise_multiplier}, max_grad_norm={self.max_grad_norm}, "
             f"expected_batch_size={self.expected_batch_size}{private}, inner={self.inner!r})"
         )
-
-
-def _local(tensor: Any) -> Tensor:
-    """This rank's shard of a sharded tensor; any other tensor unchanged."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _accumulate_in_float32(parameters: Iterable[nn.Parameter]) -> None:

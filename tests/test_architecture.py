@@ -22,7 +22,7 @@ MAX_LINES = 400
 _LOW = {"errors"}
 _ARITHMETIC = _LOW | {"kernels", "rules"}
 _GRADIENT = _ARITHMETIC | {"clipping", "models", "wrap"}
-_MECHANISM = _LOW | {"privacy", "noise", "correlated_noise", "optimizer", "loader", "workers"}
+_MECHANISM = _LOW | {"adamw_bc", "privacy", "noise", "correlated_noise", "optimizer", "loader", "workers"}
 
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
@@ -36,7 +36,9 @@ LAYERS: dict[str, set[str]] = {
     "secure_noise": _LOW | {"kernels"},
     "noise": _LOW | {"secure_noise"},
     "correlated_noise": _LOW | {"noise", "privacy"},
-    "optimizer": _LOW | {"noise", "privacy", "clipping"},
+    "adamw_bc": _LOW,
+    "optimizer": _LOW | {"adamw_bc", "noise", "privacy", "clipping"},
+    "weight_ema": _LOW | {"adamw_bc", "optimizer"},
     "evaluation": _LOW | {"privacy", "noise"},
     "tuning": _LOW | {"privacy", "evaluation"},
     "workers": _LOW,

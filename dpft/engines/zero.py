@@ -203,6 +203,7 @@ class ZeroOptimizer(DPOptimizer):
                 "accelerator.backward(loss) before optimizer.step(), once for each batch, and do not replace the "
                 "optimiser that was passed to dpft.prepare."
             )
+        self._tell_followers()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """End the logical batch, once its release was made."""

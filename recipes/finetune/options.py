@@ -17,7 +17,7 @@ DEFAULT_PHYSICAL = 32
 SCHEDULES: tuple[str, ...] = ("cosine", "linear", "constant", "constant_with_warmup")
 SCHEDULES += ("cosine_with_restarts", "polynomial", "inverse_sqrt")
 OPTIMISERS: tuple[str, ...] = ("adamw", "adamw_torch", "adamw_torch_fused", "sgd", "adafactor")
-OPTIMISERS += ("adamw_8bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_8bit")
+OPTIMISERS += ("adamw_8bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_8bit", "adamw_bc")
 
 
 @dataclass
@@ -228,8 +228,19 @@ class Options:
         "adamw",
         "optimisation",
         "optimiser, by its name in transformers' Trainer, which steps on the noisy sum. Those of 8 bits need "
-        "bitsandbytes; those that step within the backward, before there is a sum, cannot be private",
+        "bitsandbytes; those that step within the backward, before there is a sum, cannot be private. adamw_bc: AdamW "
+        "with the noise's variance subtracted from its second moment; its learning rate is another one",
         choices=OPTIMISERS,
+    )
+    adam_floor: float = option(
+        0.1, "optimisation", "of adamw_bc: the least that is left, in units of that variance", metavar="FLOOR"
+    )
+    ema: float | None = option(
+        None,
+        "optimisation",
+        "evaluate and export an exponential moving average of the weights after each step, which costs no privacy. In "
+        "the first steps t the decay is at most (1 + t) / (10 + t)",
+        metavar="DECAY",
     )
     learning_rate: float = option(5e-3, "optimisation", "peak of the learning rate", metavar="LR")
     adam_beta1: float = option(0.8, "optimisation", "AdamW's beta 1; a short memory suits few steps", metavar="BETA")
@@ -354,6 +365,10 @@ class Options:
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name):g}; expected 0 to below 1.")
+        if not 0 < self.adam_floor < float("inf"):
+            raise ValueError(f"--adam-floor is {self.adam_floor:g}; expected a finite number above 0.")
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise ValueError(f"--ema is {self.ema:g}; expected a decay from 0 to below 1, such as 0.999.")
         if not 0 <= self.learning_rate < float("inf"):
             raise ValueError(f"--learning-rate is {self.learning_rate:g}; expected a finite number of at least 0.")
         if self.seq_len < 2:

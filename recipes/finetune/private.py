@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -65,12 +66,14 @@ class Prepared:
         optimizer: adds the noise.
         loader: draws the logical batches.
         losses: of the recipe: the model's own loss of a batch, a scalar, or one for each example.
+        ema: the average of the weights, if it is asked for; :func:`average` makes it.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     loader: Any
     losses: Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor]
+    ema: dpft.WeightEMA | None = None
 
     @property
     def schedule(self) -> Any:
@@ -95,6 +98,13 @@ class Prepared:
     def epsilon(self, exact: bool = False) -> float | None:
         """Epsilon spent so far, rounded up unless ``exact``: cheap enough for a progress bar. None if not private."""
         return float(self.loader.privacy.epsilon(exact=exact)) if self.private else None
+
+    def exported(self) -> AbstractContextManager[None]:
+        """Within it the model has the weights that are evaluated and exported: averaged ones, if these are asked for.
+
+        It is not trained or checkpointed within it.
+        """
+        return nullcontext() if self.ema is None else self.ema.applied()
 
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The mean of the examples' losses, whose backward computes the clipped sum."""
@@ -137,6 +147,22 @@ def prepare(
         ledger_path=ledger,
     )
     return Prepared(model, optimizer, loader, recipe.losses)
+
+
+def average(accelerator: Accelerator, prepared: Prepared, decay: float) -> None:
+    """Average the weights from here on, and keep the average in checkpoints."""
+    prepared.ema = dpft.WeightEMA(accelerator, prepared.model, prepared.optimizer, decay)
+
+
+def corrected_adamw(options: Options, parameters: Iterable[nn.Parameter], learning_rate: float) -> dpft.AdamWBC:
+    """AdamW whose second moment is corrected for the noise."""
+    return dpft.AdamWBC(
+        parameters,
+        lr=learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        weight_decay=options.weight_decay,
+        floor=options.adam_floor,
+    )
 
 
 def unwrap(accelerator: Accelerator, model: nn.Module) -> Any:

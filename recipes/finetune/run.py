@@ -33,10 +33,15 @@ from finetune.model import check_vocabulary, lengthen
 from finetune.output import LEDGER, METRICS, choose_output, no_trace
 from finetune.parsing import parse
 from finetune.plain import train_without_privacy
-from finetune.private import Prepared, check_privacy, prepare, statement
+from finetune.private import Prepared, average, check_privacy, prepare, statement
 from finetune.publish import check_login, publish
 from finetune.recipe import Finished, Recipe
 from finetune.report import Report, model_card, write_report
+
+AVERAGED = (
+    "the weights are an exponential moving average (decay {decay:g}) of those after each step, which is computed from "
+    "what was released: the epsilon is the same"
+)
 
 
 @contextmanager
@@ -87,7 +92,9 @@ def run(recipe: Recipe, options: Any) -> int:
             return 0
         output = choose_output(options, recipe.name, accelerator)
         with no_trace(accelerator, output):
-            checkpoint = checkpoints.find(accelerator, output) if options.resume_from_checkpoint else None
+            checkpoint = None
+            if options.resume_from_checkpoint:
+                checkpoint = checkpoints.find(accelerator, output, averaged=options.ema is not None)
             audit = auditing.begin(accelerator, options, materials, output) if options.audit else None
             best = Best(accelerator, output, strict=not options.load_in_4bit) if options.save_best else None
     with one_line(recipe.name), no_trace(accelerator, output):
@@ -97,6 +104,8 @@ def run(recipe: Recipe, options: Any) -> int:
         schedule = prepared.schedule
         scheduler = make_scheduler(options, prepared.optimizer, schedule.num_steps)
         accelerator.register_for_checkpointing(scheduler)
+        if options.ema is not None:
+            average(accelerator, prepared, options.ema)
     accelerator.project_configuration.set_directories(str(output))
     accelerator.init_trackers(recipe.name)
     history = History(output / METRICS if accelerator.is_main_process else None)
@@ -125,7 +134,8 @@ def run(recipe: Recipe, options: Any) -> int:
             )
 
         def evaluate(network: nn.Module) -> dict[str, float]:
-            return recipe.measure(network, materials, accelerator)
+            with prepared.exported():
+                return recipe.measure(network, materials, accelerator)
 
         def evaluated(step: int, measures: dict[str, float]) -> None:
             if best is not None:
@@ -168,20 +178,23 @@ def run(recipe: Recipe, options: Any) -> int:
             after = evaluate(prepared.model)
             accelerator.print(f"the best weights are those of step {best.step}; they are exported")
         accelerator.print(f"{warning}validation {in_words(after, 'after', recipe)} (before: {before['loss']:.3f})")
-        if options.sample_tokens:
-            samples["after"] = recipe.sample(prepared.model, materials, options, accelerator)
-            for when, text in samples.items():
-                accelerator.print(f"sample {when}: {json.dumps(text)}")
         # before the model is unwrapped and saved: the statement needs the ledger and the optimiser
         notes = [*recipe.notes(options), *([audit.note] if audit else [])]
         if best is not None:
             notes.append(best.note(prepared.step))
+        if options.ema is not None:
+            notes.append(AVERAGED.format(decay=options.ema))
         words = statement(prepared, recipe.tuning(options), *notes)
         spent = prepared.epsilon(exact=True)
-        losses = auditing.losses(audit, accelerator, prepared.model, materials) if audit else []
-        export(accelerator, prepared, recipe, materials, options, output)
-        if accelerator.is_main_process and options.reload_check:
-            reload_and_check(accelerator, recipe, options, materials, output, after["loss"])
+        with prepared.exported():
+            if options.sample_tokens:
+                samples["after"] = recipe.sample(prepared.model, materials, options, accelerator)
+                for when, text in samples.items():
+                    accelerator.print(f"sample {when}: {json.dumps(text)}")
+            losses = auditing.losses(audit, accelerator, prepared.model, materials) if audit else []
+            export(accelerator, prepared, recipe, materials, options, output)
+            if accelerator.is_main_process and options.reload_check:
+                reload_and_check(accelerator, recipe, options, materials, output, after["loss"])
         figures: dict[str, Any] = {
             **{f"validation {name}": value for name, value in named(before, "before", recipe).items()},
             **{f"validation {name}": value for name, value in named(after, "after", recipe).items()},
