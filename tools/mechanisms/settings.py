@@ -14,49 +14,56 @@ SEEDS = (0, 1, 2, 3, 4)
 TUNED_SEED, TUNED_EPSILON = 100, 3.0
 DECAYS = (0.5, 0.7, 0.9)
 
-RATES = {
-    "adamw": (2.5e-3, 5e-3, 1e-2),
-    "adamw_bc": (1.25e-3, 2.5e-3, 5e-3),
-    "sgd": (0.25, 0.5, 1.0),
-}
+RATES = {"adamw": (5e-3, 1e-2, 2e-2), "adamw_bc": (2.5e-3, 5e-3, 1e-2), "sgd": (0.5, 1.0, 2.0)}
 MECHANISMS: dict[str, dict[str, Any]] = {
     "dp_sgd": {},
     "bandmf": {"mechanism": "bandmf", "sampler": "cyclic_poisson"},
     "blt": {"mechanism": "blt", "buffers": 4, "sampler": "fixed_order"},
     "balls_and_bins": {"sampler": "balls_and_bins"},
 }
-BANDS = {1.0: 2, 3.0: 8, 8.0: 8}
-"""Of bandmf: of 2, 4, 8 and 23, the most that the batch allows, those with the least noise in the last weights."""
+BANDS = {1.0: 2, 3.0: 8, 8.0: 12}
+"""Of bandmf: of 2, 4, 8, 12 and 23, the most that the batch allows, those with the least noise in the last weights."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """An optimiser with a mechanism; ``averaged``: moving averages of its weights are evaluated, too."""
+    """An optimiser with a mechanism.
+
+    Attributes:
+        optimizer: ``sgd``, ``adamw``, or ``adamw_bc``: with the second moment corrected for the noise.
+        mechanism: a key of :data:`MECHANISMS`.
+        averaged: moving averages of its weights are evaluated, too.
+        floor: of ``adamw_bc``.
+        late: it is trained when all others are.
+    """
 
     optimizer: str
     mechanism: str
     averaged: bool = False
+    floor: float | None = None
+    late: bool = False
 
     @property
     def name(self) -> str:
         """In the file of results."""
-        return f"{self.optimizer} {self.mechanism}"
+        return f"{self.optimizer} {self.mechanism}" + (f" floor {self.floor:g}" if self.floor is not None else "")
 
     @property
     def tuned_as(self) -> str:
         """The variant whose learning rate it takes: that of balls and bins is not tuned by itself."""
-        return f"{self.optimizer} {'dp_sgd' if self.mechanism == 'balls_and_bins' else self.mechanism}"
+        return f"{self.optimizer} dp_sgd" if self.mechanism == "balls_and_bins" else self.name
 
 
 VARIANTS = (
     Variant("sgd", "dp_sgd"),
     Variant("sgd", "bandmf"),
     Variant("sgd", "blt"),
+    Variant("adamw", "dp_sgd", averaged=True),
     Variant("adamw", "bandmf"),
     Variant("adamw", "blt"),
-    Variant("adamw", "dp_sgd", averaged=True),
-    Variant("adamw_bc", "dp_sgd"),
-    Variant("adamw", "balls_and_bins"),
+    Variant("adamw_bc", "dp_sgd", floor=0.1),
+    Variant("adamw_bc", "dp_sgd", floor=1.0, late=True),
+    Variant("adamw", "balls_and_bins", late=True),
 )
 
 
@@ -108,7 +115,7 @@ def chosen_rate(rows: Iterable[dict[str, Any]], variant: Variant) -> float:
     """
     tried = {row["learning_rate"]: row["loss"] for row in rows if tunes(row) and row["variant"] == variant.tuned_as}
     if not tried:
-        raise ValueError(f"no training tunes the learning rate of {variant.tuned_as}; expected {TUNED_SEED} as a seed.")
+        raise ValueError(f"no training tunes the learning rate of {variant.tuned_as!r}, seed {TUNED_SEED}.")
     return min(tried, key=lambda rate: tried[rate])
 
 
@@ -131,6 +138,6 @@ def measured(rows: Iterable[dict[str, Any]]) -> list[Training]:
     rows = list(rows)
     done = {key_of(row) for row in rows}
     rates = {variant: chosen_rate(rows, variant) for variant in VARIANTS}
-    tried = itertools.product(SEEDS, EPSILONS, VARIANTS)
-    found = [Training(variant, epsilon, rates[variant], seed) for seed, epsilon, variant in tried]
+    tried = itertools.product((False, True), SEEDS, EPSILONS, VARIANTS)
+    found = [Training(v, epsilon, rates[v], seed) for late, seed, epsilon, v in tried if v.late == late]
     return [training for training in found if training.key not in done]

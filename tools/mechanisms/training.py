@@ -19,8 +19,20 @@ from finetune.loop import make_optimizer, make_scheduler
 from finetune.materials import Materials
 from finetune.options import Options
 from finetune.recipe import Recipe
-from tools.mechanisms.settings import BANDS, BATCH, CLIP_NORM, DECAYS, DELTA, MECHANISMS, STEPS, TOKENS, Training
+from tools.mechanisms.settings import (
+    BANDS,
+    BATCH,
+    CLIP_NORM,
+    DECAYS,
+    DELTA,
+    MECHANISMS,
+    STEPS,
+    TOKENS,
+    Training,
+    Variant,
+)
 
+TRAINED = ("model.layers.2.", "model.norm.")  # a third of the time of all parameters
 PHYSICAL = 256  # of rows of 16 tokens; a logical batch is one physical batch
 
 
@@ -60,13 +72,17 @@ def calibrated(mechanism: str, epsilon: float, examples: int) -> tuple[dpft.Priv
     return replace(config, target_epsilon=None, noise_multiplier=schedule.noise_multiplier), schedule
 
 
-def optimizer_of(name: str, options: Options, model: torch.nn.Module) -> torch.optim.Optimizer:
+def optimizer_of(variant: Variant, options: Options, model: torch.nn.Module) -> torch.optim.Optimizer:
     """The recipe's, or AdamW with the corrected second moment."""
-    if name != "adamw_bc":
-        return make_optimizer(replace(options, optim=name), model)
-    betas = (options.adam_beta1, options.adam_beta2)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return dpft.AdamWBC(trained, lr=options.learning_rate, betas=betas, weight_decay=options.weight_decay)
+    if variant.floor is None:
+        return make_optimizer(replace(options, optim=variant.optimizer), model)
+    return dpft.AdamWBC(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        weight_decay=options.weight_decay,
+        floor=variant.floor,
+    )
 
 
 def train(training: Training, evaluated: int) -> dict[str, Any]:
@@ -88,12 +104,14 @@ def train(training: Training, evaluated: int) -> dict[str, Any]:
     recipe, accelerator = Recipe(), Accelerator(cpu=True)
     config, schedule = calibrated(variant.mechanism, training.epsilon, len(inputs.train))
     model = recipe.model(options, torch.float32)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(TRAINED))
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         model, optimizer, loader = dpft.prepare(
             accelerator,
             model,
-            optimizer_of(variant.optimizer, options, model),
+            optimizer_of(variant, options, model),
             inputs.train,
             config,
             collate_fn=inputs.collate_train,
