@@ -1,11 +1,12 @@
 """When does correlated noise beat DP-SGD, and does what is done after the release help? Private trainings.
 
-    python tools/measure_mechanisms.py --json docs/benchmarks/mechanisms_cpu.json
-    python tools/measure_mechanisms.py --json docs/benchmarks/mechanisms_cpu.json --exact   # no training
-    python tools/measure_mechanisms.py --json docs/benchmarks/mechanisms_cpu.json --page    # docs/mechanisms.md
+    python tools/measure_mechanisms.py            # docs/benchmarks/mechanisms_cpu.json
+    python tools/measure_mechanisms.py --exact    # docs/benchmarks/mechanisms_exact.json; no training
+    python tools/measure_mechanisms.py --page     # the tables of docs/mechanisms.md
 
-The recipe's small Llama on the docstrings: some twenty seconds of one core each, about 150 trainings. A file that has
-results is continued. The docstrings are public: a choice by such losses on private records is not accounted for.
+The last block of the recipe's small Llama on the docstrings: some 160 trainings, five seconds of one core each. A file
+that has results is continued. The docstrings are public: on private records a choice by such losses is not accounted
+for.
 """
 
 from __future__ import annotations

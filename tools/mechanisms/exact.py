@@ -7,6 +7,7 @@ the same batches and steps, the better one has less noise in these sums.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,11 +17,13 @@ import numpy.typing as npt
 
 import dpft
 from dpft.privacy import PrivacySchedule, Strategy, rms_error
+from tools.mechanisms.settings import BANDS as OF_CORPUS
+from tools.mechanisms.settings import BATCH, DELTA, EPSILONS, STEPS
 
 Vector = npt.NDArray[np.float64]
 
-EXAMPLES, DELTA = 100_000, 1e-6
-RATES, EPOCHS, EPSILONS = (0.002, 0.01, 0.05, 0.25), (1, 4, 16), (1.0, 3.0, 8.0)
+EXAMPLES = 100_000
+RATES, EPOCHS = (0.002, 0.01, 0.05, 0.25), (1, 4, 16)
 BANDS, BUFFERS = (2, 4, 8, 16, 32, 64), 4
 INDEPENDENT = "dp_sgd"
 
@@ -85,34 +88,51 @@ def of_mechanism(
 
 
 def compared(examples: int, batch: int, steps: int, epsilon: float, bands: Sequence[int]) -> dict[str, Any]:
-    """Noise of each mechanism over that of DP-SGD; below 1 it has less.
+    """Noise of each mechanism over that of DP-SGD: below 1 it has less.
 
     Args:
         examples: N.
         batch: b.
         steps: of the training.
         epsilon: at delta 1e-6.
-        bands: that are tried for ``bandmf``; those above N / b or the number of steps are left out.
+        bands: that are tried for ``bandmf``, ascending, as long as the noise in the sums falls; those above N / b or
+            the number of steps are left out.
+
+    Returns:
+        ``dp_sgd`` in units of the clip norm, the number of bands, and the ratios in the sums and in the last weights.
     """
-    in_sums, in_last = of_mechanism(examples, batch, steps, epsilon, INDEPENDENT)
-    row: dict[str, Any] = {"epsilon": epsilon, "dp_sgd_in_sums": in_sums, "dp_sgd_in_last": in_last}
-    possible = [count for count in bands if count <= min(steps, examples // batch)]
-    tried = {count: of_mechanism(examples, batch, steps, epsilon, "bandmf", count) for count in possible}
-    row["bandmf"] = [
-        {"bands": count, "in_sums": sums / in_sums, "in_last": last / in_last} for count, (sums, last) in tried.items()
-    ]
+    found = functools.partial(of_mechanism, examples, batch, steps, epsilon)
+    in_sums, in_last = found(INDEPENDENT)
+    best: tuple[int, float, float] | None = None
+    for count in bands:
+        if count > min(steps, examples // batch):
+            break
+        sums, last = found("bandmf", count)
+        if best is not None and sums >= best[1]:
+            break
+        best = count, sums, last
+    assert best is not None  # 2 bands are always possible here
+    count, sums, last = best
+    row: dict[str, Any] = {"epsilon": epsilon, "dp_sgd": in_sums, "bands": count}
+    row |= {"bandmf": sums / in_sums, "bandmf_last": last / in_last}
     for mechanism, number in (("blt", BUFFERS), ("balls_and_bins", None)):
-        sums, last = of_mechanism(examples, batch, steps, epsilon, mechanism, number)
-        row[mechanism] = {"in_sums": sums / in_sums, "in_last": last / in_last}
+        sums, last = found(mechanism, number)
+        row |= {mechanism: sums / in_sums, f"{mechanism}_last": last / in_last}
     return row
 
 
-def grid() -> Iterator[dict[str, Any]]:
-    """By share of the examples in a batch, epochs and epsilon."""
-    for rate in RATES:
-        batch = round(rate * EXAMPLES)
-        for epochs in EPOCHS:
-            steps = round(epochs / rate)
-            for epsilon in EPSILONS:
-                found = compared(EXAMPLES, batch, steps, epsilon, BANDS)
-                yield {"rate": rate, "epochs": epochs, "steps": steps, **found}
+def grid() -> Iterator[tuple[float, int, float]]:
+    """Share of the examples in a batch, epochs, epsilon."""
+    return itertools.product(RATES, EPOCHS, EPSILONS)
+
+
+def of_grid(rate: float, epochs: int, epsilon: float) -> dict[str, Any]:
+    """One row of the grid."""
+    steps = round(epochs / rate)
+    found = compared(EXAMPLES, round(rate * EXAMPLES), steps, epsilon, BANDS)
+    return {"rate": rate, "epochs": epochs, "steps": steps, **found}
+
+
+def of_corpus(examples: int) -> list[dict[str, Any]]:
+    """Of the setting that is trained, for each epsilon."""
+    return [compared(examples, BATCH, STEPS, epsilon, (bands,)) for epsilon, bands in OF_CORPUS.items()]

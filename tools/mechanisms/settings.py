@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import mean
 from typing import Any
+
+Rows = Iterable[Mapping[str, Any]]
 
 TOKENS, BATCH, STEPS, DELTA, CLIP_NORM = 16, 147, 24, 1e-6, 1.0
 EPSILONS = (1.0, 3.0, 8.0)
@@ -82,12 +84,12 @@ class Training:
         return self.variant.name, self.epsilon, self.learning_rate, self.seed
 
 
-def key_of(row: dict[str, Any]) -> tuple[str, float, float, int]:
+def key_of(row: Mapping[str, Any]) -> tuple[str, float, float, int]:
     """:attr:`Training.key` of a result."""
     return row["variant"], row["epsilon"], row["learning_rate"], row["seed"]
 
 
-def tuning(rows: Iterable[dict[str, Any]]) -> list[Training]:
+def tuning(rows: Rows) -> list[Training]:
     """The trainings that choose learning rates and have no result yet.
 
     Three rates for each variant; where the best of them is the largest or the smallest, twice or half as much, too,
@@ -107,7 +109,7 @@ def tuning(rows: Iterable[dict[str, Any]]) -> list[Training]:
     return [training for training in found if training.key not in done]
 
 
-def chosen_rate(rows: Iterable[dict[str, Any]], variant: Variant) -> float:
+def chosen_rate(rows: Rows, variant: Variant) -> float:
     """The learning rate with the least loss of the tuning trainings.
 
     Raises:
@@ -119,7 +121,7 @@ def chosen_rate(rows: Iterable[dict[str, Any]], variant: Variant) -> float:
     return min(tried, key=lambda rate: tried[rate])
 
 
-def chosen_decay(rows: Iterable[dict[str, Any]]) -> str:
+def chosen_decay(rows: Rows) -> str:
     """The decay of the moving average with the least loss in the tuning trainings at the chosen learning rate."""
     rows = list(rows)
     variant = next(v for v in VARIANTS if v.averaged)
@@ -128,12 +130,12 @@ def chosen_decay(rows: Iterable[dict[str, Any]]) -> str:
     return min(tried[0]["averaged"], key=lambda decay: mean(row["averaged"][decay] for row in tried))
 
 
-def tunes(row: dict[str, Any]) -> bool:
+def tunes(row: Mapping[str, Any]) -> bool:
     """Whether a result chose a learning rate: it is in no table."""
     return bool(row["seed"] == TUNED_SEED)
 
 
-def measured(rows: Iterable[dict[str, Any]]) -> list[Training]:
+def measured(rows: Rows) -> list[Training]:
     """The trainings of the tables that have no result yet: seed by seed, so that an early end is balanced."""
     rows = list(rows)
     done = {key_of(row) for row in rows}
