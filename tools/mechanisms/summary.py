@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from tools.mechanisms.settings import EPSILONS, TUNED_EPSILON, VARIANTS, Rows, chosen_decay, chosen_rate, tunes
 
-DRAWS = 4000
+DRAWS = 2000
 BELOW, ABOVE = 0.0, math.inf  # in place of an epsilon outside of the measured range
 AVERAGED = "adamw dp_sgd averaged"
 
