@@ -44,7 +44,7 @@ SHAPES = {
     "steps": STEPS,
     "delta": DELTA,
     "clip_norm": CLIP_NORM,
-    "schedule": "cosine to 0, no warm-up",
+    "schedule": "cosine to 0, no warm-up; or constant",
     "adam": "betas 0.8 and 0.95, no weight decay",
     "sgd": "no momentum",
     "bands": ", ".join(f"{bands} at epsilon {epsilon:g}" for epsilon, bands in BANDS.items()),

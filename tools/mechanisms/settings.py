@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from statistics import mean
 from typing import Any
 
 Rows = Iterable[Mapping[str, Any]]
@@ -36,6 +35,7 @@ class Variant:
         mechanism: a key of :data:`MECHANISMS`.
         averaged: moving averages of its weights are evaluated, too.
         floor: of ``adamw_bc``.
+        constant: the learning rate is, instead of falling in a cosine.
         late: it is trained when all others are.
     """
 
@@ -43,12 +43,14 @@ class Variant:
     mechanism: str
     averaged: bool = False
     floor: float | None = None
+    constant: bool = False
     late: bool = False
 
     @property
     def name(self) -> str:
         """In the file of results."""
-        return f"{self.optimizer} {self.mechanism}" + (f" floor {self.floor:g}" if self.floor is not None else "")
+        words = [self.optimizer, self.mechanism, *([] if self.floor is None else [f"floor {self.floor:g}"])]
+        return " ".join([*words, *["constant"] * self.constant])
 
     @property
     def tuned_as(self) -> str:
@@ -65,6 +67,7 @@ VARIANTS = (
     Variant("adamw", "blt"),
     Variant("adamw_bc", "dp_sgd", floor=0.1),
     Variant("adamw_bc", "dp_sgd", floor=1.0, late=True),
+    Variant("adamw", "dp_sgd", averaged=True, constant=True, late=True),
     Variant("adamw", "balls_and_bins", late=True),
 )
 
@@ -121,13 +124,12 @@ def chosen_rate(rows: Rows, variant: Variant) -> float:
     return min(tried, key=lambda rate: tried[rate])
 
 
-def chosen_decay(rows: Rows) -> str:
-    """The decay of the moving average with the least loss in the tuning trainings at the chosen learning rate."""
+def chosen_decay(rows: Rows, variant: Variant) -> str:
+    """The decay of a variant's moving average with the least loss, in the tuning training at the chosen rate."""
     rows = list(rows)
-    variant = next(v for v in VARIANTS if v.averaged)
     rate = chosen_rate(rows, variant)
-    tried = [r for r in rows if tunes(r) and r["variant"] == variant.name and r["learning_rate"] == rate]
-    return min(tried[0]["averaged"], key=lambda decay: mean(row["averaged"][decay] for row in tried))
+    (row,) = (r for r in rows if tunes(r) and r["variant"] == variant.name and r["learning_rate"] == rate)
+    return min(row["averaged"], key=lambda decay: row["averaged"][decay])
 
 
 def tunes(row: Mapping[str, Any]) -> bool:

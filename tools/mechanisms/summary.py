@@ -14,7 +14,7 @@ from tools.mechanisms.settings import EPSILONS, TUNED_EPSILON, VARIANTS, Rows, c
 
 DRAWS = 2000
 BELOW, ABOVE = 0.0, math.inf  # in place of an epsilon outside of the measured range
-AVERAGED = "adamw dp_sgd averaged"
+AVERAGED = " averaged"  # of the weights of a variant: a variant of its own
 
 
 class Losses(NamedTuple):
@@ -41,18 +41,18 @@ class Losses(NamedTuple):
 def losses(rows: Rows) -> dict[str, dict[float, Losses]]:
     """By variant and epsilon: of the chosen learning rates, without the trainings that chose them.
 
-    The moving average of the weights of AdamW, with the decay that was chosen, is a variant of its own.
+    A moving average of the weights, with the decay that was chosen, is a variant of its own: :data:`AVERAGED`.
     """
     rows = [dict(row) for row in rows]
     found: dict[str, dict[float, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
     for variant in VARIANTS:
-        rate = chosen_rate(rows, variant)
+        rate, decay = chosen_rate(rows, variant), chosen_decay(rows, variant) if variant.averaged else ""
         for row in rows:
             if tunes(row) or row["variant"] != variant.name or row["learning_rate"] != rate:
                 continue
             found[variant.name][row["epsilon"]][row["seed"]] = row["loss"]
             if variant.averaged:
-                found[AVERAGED][row["epsilon"]][row["seed"]] = row["averaged"][chosen_decay(rows)]
+                found[variant.name + AVERAGED][row["epsilon"]][row["seed"]] = row["averaged"][decay]
     return {name: {e: Losses(by_seed) for e, by_seed in sorted(of.items())} for name, of in found.items()}
 
 
@@ -112,17 +112,18 @@ def results(rows: Rows) -> list[dict[str, Any]]:
     """A row for each variant and epsilon, for the page of benchmarks."""
     rows = [dict(row) for row in rows]
     noise = {(row["variant"], row["epsilon"]): row["noise_multiplier"] for row in rows if not tunes(row)}
-    rates = {variant.name: chosen_rate(rows, variant) for variant in VARIANTS}
+    variants = {variant.name: variant for variant in VARIANTS}
     shown = []
     for name, curve in losses(rows).items():
-        trained = name.removesuffix(" averaged")
+        variant = variants[name.removesuffix(AVERAGED)]
+        decay = f", decay {chosen_decay(rows, variant)}" if name.endswith(AVERAGED) else ""
         for epsilon, found in curve.items():
             shown.append(
                 {
-                    "variant": f"{name}, decay {chosen_decay(rows)}" if name == AVERAGED else name,
+                    "variant": name + decay,
                     "epsilon": epsilon,
-                    "learning_rate": rates[trained],
-                    "noise_multiplier": noise[trained, epsilon],
+                    "learning_rate": chosen_rate(rows, variant),
+                    "noise_multiplier": noise[variant.name, epsilon],
                     "loss": found.mean,
                     "standard_deviation": found.spread,
                     "seeds": len(found.by_seed),
@@ -140,11 +141,14 @@ NAMES = {
     "blt": "BLT, 4 buffers",
     "balls_and_bins": "DP-SGD, balls and bins",
 }
-
-
-def shown_name(variant: str) -> str:
-    """In a table."""
-    return NAMES[variant.split()[1]]
+AFTER = {
+    "AdamW": "adamw dp_sgd",
+    "average of its weights": "adamw dp_sgd" + AVERAGED,
+    "AdamW, constant learning rate": "adamw dp_sgd constant",
+    "average of its weights, constant learning rate": "adamw dp_sgd constant" + AVERAGED,
+    "`AdamWBC`, floor 0.1": "adamw_bc dp_sgd floor 0.1",
+    "`AdamWBC`, floor 1": "adamw_bc dp_sgd floor 1",
+}
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -192,25 +196,22 @@ def _epsilon(value: float) -> str:
 
 def release_table(rows: Rows) -> str:
     """What is done after the release, against AdamW seed by seed."""
-    rows = [dict(row) for row in rows]
+    rows = list(rows)
     found = losses(rows)
-    reference = found["adamw dp_sgd"]
-    names = {AVERAGED: f"moving average of its weights, decay {chosen_decay(rows)}"}
-    for variant in VARIANTS:
-        if variant.floor is not None:
-            names[variant.name] = f"AdamWBC, floor {variant.floor:g}"
-    lines = [["AdamW", *(loss(reference.get(epsilon)) for epsilon in EPSILONS)]]
-    for name, words in names.items():
+    reference = found[AFTER["AdamW"]]
+    lines = []
+    for words, name in AFTER.items():
+        variant = next(v for v in VARIANTS if v.name == name.removesuffix(AVERAGED))
+        decay = f", decay {chosen_decay(rows, variant)}" if name.endswith(AVERAGED) else ""
         cells = []
         for epsilon in EPSILONS:
-            curve = found.get(name, {})
-            if epsilon not in curve or epsilon not in reference:
-                cells.append("")
-                continue
-            less = difference(curve[epsilon], reference[epsilon])
-            cells.append(f"{loss(curve[epsilon])} ({less.mean:+.3f} ± {less.spread:.3f})")
-        lines.append([words, *cells])
-    return table(["", *(f"epsilon {epsilon:g}" for epsilon in EPSILONS)], lines)
+            of = found.get(name, {}).get(epsilon)
+            cells.append(loss(of))
+            if of is not None and of != reference[epsilon]:
+                less = difference(of, reference[epsilon])
+                cells[-1] += f" ({less.mean:+.3f} ± {less.spread:.3f})"
+        lines.append([words + decay, f"{chosen_rate(rows, variant):g}", *cells])
+    return table(["", "learning rate", *(f"epsilon {epsilon:g}" for epsilon in EPSILONS)], lines)
 
 
 def corpus_table(rows: Rows, corpus: Rows) -> str:

@@ -100,7 +100,8 @@ def train(training: Training, evaluated: int) -> dict[str, Any]:
     """
     torch.set_num_threads(1)
     variant, inputs = training.variant, materials(evaluated)
-    options = Options(learning_rate=training.learning_rate, seq_len=TOKENS)
+    schedule_of_rate = "constant" if variant.constant else "cosine"
+    options = Options(learning_rate=training.learning_rate, seq_len=TOKENS, lr_scheduler_type=schedule_of_rate)
     recipe, accelerator = Recipe(), Accelerator(cpu=True)
     config, schedule = calibrated(variant.mechanism, training.epsilon, len(inputs.train))
     model = recipe.model(options, torch.float32)
