@@ -75,14 +75,18 @@ def of_mechanism(
         mechanism: ``dp_sgd``, ``balls_and_bins``, ``bandmf`` or ``blt``.
         number: of bands or buffers.
     """
-    chosen: dict[str, Any] = {
+    options: dict[str, dict[str, Any]] = {
         INDEPENDENT: {},
         "balls_and_bins": {"sampler": "balls_and_bins"},
         "bandmf": {"mechanism": "bandmf", "bands": number, "sampler": "cyclic_poisson"},
         "blt": {"mechanism": "blt", "buffers": number, "sampler": "fixed_order"},
-    }[mechanism]
+    }
     config = dpft.PrivacyConfig(
-        target_epsilon=epsilon, target_delta=DELTA, expected_batch_size=batch, num_steps=steps, **chosen
+        target_epsilon=epsilon,
+        target_delta=DELTA,
+        expected_batch_size=batch,
+        num_steps=steps,
+        **options[mechanism],
     )
     return noise(config.resolve(examples))
 
