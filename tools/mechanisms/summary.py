@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from tools.mechanisms.settings import EPSILONS, TUNED_EPSILON, VARIANTS, Rows, chosen_decay, chosen_rate, tunes
+from tools.mechanisms.settings import EPSILONS, VARIANTS, Rows, chosen_decay, chosen_rate, tunes
 
 DRAWS = 2000
 BELOW, ABOVE = 0.0, math.inf  # in place of an epsilon outside of the measured range
@@ -179,19 +179,19 @@ def epsilon_table(rows: Rows) -> str:
     """Epsilon at equal loss."""
     found, lines = losses(rows), []
     for optimizer, name in (("sgd", "SGD"), ("adamw", "AdamW")):
-        reference = found[f"{optimizer} dp_sgd"][TUNED_EPSILON]
-        for mechanism in [m for m in NAMES if m != "dp_sgd" and f"{optimizer} {m}" in found]:
-            equal = equal_utility(found[f"{optimizer} {mechanism}"], reference)
-            interval = f"{_epsilon(equal.least)} to {_epsilon(equal.most)}"
-            lines.append([name, NAMES[mechanism], f"{reference.mean:.3f}", _epsilon(equal.epsilon), interval])
-    head = ("optimiser", "mechanism", f"loss of DP-SGD at epsilon {TUNED_EPSILON:g}", "its epsilon", "nine of ten in")
-    return table(head, lines)
+        for target, reference in found[f"{optimizer} dp_sgd"].items():
+            for mechanism in [m for m in NAMES if m != "dp_sgd" and f"{optimizer} {m}" in found]:
+                equal = equal_utility(found[f"{optimizer} {mechanism}"], reference)
+                interval = " to ".join(dict.fromkeys((_epsilon(equal.least), _epsilon(equal.most))))
+                words = _epsilon(equal.epsilon) + ", outside of the measured range" * (equal.epsilon in (BELOW, ABOVE))
+                lines.append([name, f"{target:g}", f"{reference.mean:.3f}", NAMES[mechanism], words, interval])
+    return table(("optimiser", "epsilon of DP-SGD", "its loss", "mechanism", "its epsilon", "nine of ten in"), lines)
 
 
 def _epsilon(value: float) -> str:
     if value == BELOW:
-        return f"below {EPSILONS[0]:g}, outside of the measured range"
-    return f"above {EPSILONS[-1]:g}, outside of the measured range" if value == ABOVE else f"{value:.2f}"
+        return f"below {EPSILONS[0]:g}"
+    return f"above {EPSILONS[-1]:g}" if value == ABOVE else f"{value:.2f}"
 
 
 def release_table(rows: Rows) -> str:
