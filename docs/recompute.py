@@ -129,22 +129,31 @@ def fixed_order(m: dict[str, Any], steps: int, h: float, extra: int) -> Any:
     return pld.from_gaussian_mechanism(_whole_training(m, steps), value_discretization_interval=h)
 
 
+def _sensitivity(strategy: dict[str, Any], n: int) -> float:
+    """By how much n steps of C x change: the columns of the example's steps, added up."""
+    w, d = np.array(strategy["weights"]), np.array(strategy["decays"])
+    column = np.concatenate([[1.0], (w * d ** np.arange(n - 1)[:, None]).sum(1)])
+    if w.min() < 0 or (np.diff(column) > 1e-15).any():
+        raise ValueError("the strategy's column is negative or increases: no theorem")
+    starts = range(0, n, strategy["min_separation"])
+    return float(np.linalg.norm(sum(np.concatenate([np.zeros(s), column[: n - s]]) for s in starts)))
+
+
 def _whole_training(m: dict[str, Any], steps: int) -> float:
     """Its noise multiplier: z is sigma times the sensitivity of all planned steps, and t steps have less."""
     strategy = m["strategy"]
     apart = math.ceil(m["dataset_size"] / m["batch_size"])
     if strategy["min_separation"] > apart or steps > strategy["steps"]:
         raise ValueError("the batches come round earlier than the noise was made for, or more steps than planned")
+    return float(m["noise_multiplier"] * _sensitivity(strategy, strategy["steps"]) / _sensitivity(strategy, steps))
 
-    def sensitivity(n: int) -> float:
-        w, d = np.array(strategy["weights"]), np.array(strategy["decays"])
-        column = np.concatenate([[1.0], (w * d ** np.arange(n - 1)[:, None]).sum(1)])
-        if w.min() < 0 or (np.diff(column) > 1e-15).any():
-            raise ValueError("the strategy's column is negative or increases: no theorem")
-        starts = range(0, n, strategy["min_separation"])
-        return float(np.linalg.norm(sum(np.concatenate([np.zeros(s), column[: n - s]]) for s in starts)))
 
-    return float(m["noise_multiplier"] * sensitivity(strategy["steps"]) / sensitivity(steps))
+def check_scale(strategy: dict[str, Any], stated: float) -> None:
+    """Refuse noise whose stated scale is not the sensitivity of what is composed: one participation, or all steps."""
+    weights = strategy["weights"][: strategy["steps"]]
+    own = _sensitivity(strategy, strategy["steps"]) if strategy["decays"] else float(np.linalg.norm(weights))
+    if not math.isclose(stated, own, rel_tol=1e-5):
+        raise ValueError(f"the noise has the scale {stated:.6g}, and the sensitivity of the strategy is {own:.6g}")
 
 
 PLDS: dict[str, Callable[[dict[str, Any], int, float, int], Any]] = {
@@ -220,6 +229,8 @@ def of_report(report: dict[str, Any]) -> tuple[float, float]:
     if report.get("epsilon_spent") in (None, "inf"):
         raise ValueError("the report states no finite epsilon that was spent")
     segments = [(segment["mechanism"], segment["releases"]) for segment in report["segments"]]
+    if report.get("strategy"):
+        check_scale(report["strategy"], float(report["sensitivity"].split()[0]))
     interval = report.get("discretization") or 1e-4
     return float(report["epsilon_spent"]), epsilon(segments, report["delta"], report["accountant"], interval)
 
@@ -246,10 +257,11 @@ def of_card(text: str) -> tuple[float, float]:
         mechanism["dataset_size"] = int(number("Number of examples"))
     if "capped at" in rows["Expected logical batch"]:
         mechanism["max_batch_size"] = int(number("Expected logical batch", r"capped at (\d+)"))
-    if rows["Privacy unit"].startswith("user"):
+    if re.match(r"user \(at most \d+ examples", rows["Privacy unit"]):  # and not a user as one example, with all rows
         mechanism["examples_per_user"] = int(number("Privacy unit", r"at most (\d+)"))
     if "Strategy matrix C" in rows:
         mechanism["strategy"] = strategy_of(rows["Strategy matrix C"], rows["Participation"])
+        check_scale(mechanism["strategy"], number("Strategy matrix C", r"noise multiplier x ([\d.e+-]*\d)"))
     segments = [(mechanism, int(number("Steps released / planned")))]
     if "Releases, over all starts of the run:" in text and "strategy" not in mechanism:
         listed = re.findall(r"^- (\d+): (sampler .+)$", text, re.MULTILINE)

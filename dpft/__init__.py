@@ -20,7 +20,7 @@ from dpft.errors import (
     UnsupportedModuleError,
     WrapError,
 )
-from dpft.evaluation import EarlyStop, PrivateMean, private_mean
+from dpft.evaluation import EarlyStop, PrivateCounts, PrivateMean, private_counts, private_mean
 from dpft.loader import PrivateDataLoader
 from dpft.long_context.install import long_context
 from dpft.noise import GaussianNoise
@@ -45,7 +45,6 @@ from dpft.privacy import (
 from dpft.run import PrivacyRun
 from dpft.tuning import Trial, Tuned, tune
 from dpft.users import UserDataset, by_user
-from dpft.weight_ema import WeightEMA
 from dpft.wrap import book_keeping, clipped_loss, explain, stats, unwrap, wrap
 
 if TYPE_CHECKING:
@@ -80,6 +79,7 @@ __all__ = [
     "PrivacyConfigError",
     "PrivacyRun",
     "PrivacySchedule",
+    "PrivateCounts",
     "PrivateDataLoader",
     "PrivateMean",
     "Trial",
@@ -87,7 +87,6 @@ __all__ = [
     "UnitComparison",
     "UnsupportedModuleError",
     "UserDataset",
-    "WeightEMA",
     "WrapError",
     "advise",
     "audit",
@@ -103,6 +102,7 @@ __all__ = [
     "prepare",
     "privacy_report",
     "privacy_statement_markdown",
+    "private_counts",
     "private_mean",
     "private_trainer",
     "register_rule",

@@ -4,7 +4,8 @@ The gradient that Adam gets is ``g + w``: the clipped sum over b, and noise of a
 So its second moment estimates ``E[g^2] + Phi``, and where Phi is the larger part, as it mostly is, every parameter is
 divided by the same number: Adam is SGD with momentum. Tang, Shpilevskiy, Lecuyer 2023 (arXiv 2312.14334, AAAI 2024)
 subtract Phi, with a floor gamma', which everything below it is raised to. Here ``gamma' = floor Phi``: a floor in
-units of Phi has the same meaning at every clip norm, batch and epsilon.
+units of Phi has the same meaning at every clip norm, batch and epsilon. It must be well above what the average leaves
+of the noise, whose standard deviation is ``sqrt(2 (1 - beta2) / (1 + beta2)) Phi``: 0.23 Phi for beta2 = 0.95.
 
 Each step subtracts the variance of its own noise before it is averaged: where that changes (an adaptive clip norm,
 correlated noise, which has a smaller variance in the first steps), the average of the variances is subtracted,
@@ -30,8 +31,9 @@ class AdamWBC(torch.optim.Optimizer):
     """``theta -= lr (m / sqrt(max(v - Phi, floor Phi)) + weight_decay theta)``, with the usual averages m and v.
 
     To be passed to :func:`dpft.prepare` (one process, DDP or FSDP2) or :class:`dpft.DPOptimizer`, which tells it Phi
-    at every release. Without noise it is AdamW. The floor decides how much larger than AdamW's a step can be, by up
-    to ``1 / sqrt(floor)``: choose the learning rate anew.
+    at every release. Without noise it is AdamW. With a floor of 1 an element with little but noise is stepped on as by
+    AdamW, whose learning rate is a good one to begin with; a lower floor lets it step further, by up to
+    ``1 / sqrt(floor)``, and needs a smaller rate.
 
     Args:
         params: float32 or float64 parameters, or groups of them.
@@ -52,7 +54,7 @@ class AdamWBC(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        floor: float = 0.1,
+        floor: float = 1.0,
     ) -> None:
         self.noise_variance: float | None = None  # Phi of the step that follows; told anew for each
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "floor": floor})

@@ -1,8 +1,9 @@
-"""Figures of a validation set that may be published, and a private signal to stop training.
+"""Figures of records that may be published: means, counts, and a private signal to stop training.
 
 A validation loss or accuracy is a function of people's records, like a gradient: a published figure, a best checkpoint
 or a stop that follows from it reveals something of them. Here each record's value is clipped to a range that does not
-depend on the data, and noise is added to the sum; the account of the validation records pays before.
+depend on the data, and noise is added to the sum; the account of the validation records pays before. Values and noise
+are whole numbers of small steps (:mod:`dpft.scalar_noise`): the guarantee holds for the numbers that a computer adds.
 
 Protected are the records **whose values are given**, at the account's adjacency and unit, whether or not they are
 training records too. Validation people who are not training people have an account of their own, or share one, which
@@ -13,23 +14,24 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
 
 from dpft.errors import BudgetExceededError, PrivacyConfigError
-from dpft.noise import GaussianNoise
-from dpft.privacy.account.account import Payer
-from dpft.privacy.account.events import Protects, PureRelease
+from dpft.privacy.account.events import Protects, PureRelease, check_item
+from dpft.privacy.account.payer import Payer
 from dpft.privacy.accounting.calibration import calibrate_noise_multiplier
-from dpft.privacy.mechanism import Mechanism
+from dpft.privacy.mechanism import Mechanism, UnitName
+from dpft.scalar_noise import LARGEST_MULTIPLIER, SOURCE, GridGaussian, discrete_laplace
 
-NOISE = (
-    "Gaussian in float64 from the operating system's cryptographic generator, the sum of four draws (Holohan, Braghin "
-    "2021, arXiv 2107.10138)"
-)
+_SCALE = 1 << 40  # of early stopping's Laplace noise on its threshold, in steps
+_MOST_STEPS = 1 << 50  # of one value: below where float64 has no whole numbers any more
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,12 @@ class PrivateMean:
 
     Attributes:
         value: the mean of the clipped values, plus noise. It is not cut to the range.
-        standard_error: standard deviation of the noise in ``value``; the error of sampling is extra.
+        standard_error: standard deviation of the noise in ``value``; the error of sampling is extra. A little more
+            than the noise multiplier says, for the rounding to the noise's grid.
         low: the values were clipped to [low, high].
         high: see ``low``.
         size: the number by which the sum was divided.
-        noise_multiplier: noise over half the range times the largest number of records of one unit.
+        noise_multiplier: of the noise over half the range.
         mechanism: what the account paid for.
         paid: the name of the use in the account.
         what: the figure, in words.
@@ -64,7 +67,7 @@ class PrivateMean:
             f"{self.what}: {self.value:.4g}, with noise of standard deviation {self.standard_error:.3g}; the mean "
             f"over {self.size} records of values clipped to [{self.low:g}, {self.high:g}]; Gaussian mechanism, noise "
             f"multiplier {self.noise_multiplier:.4g}, under {self.mechanism.adjacency}, unit {self.mechanism.unit}; "
-            f"the number of records is public; noise: {NOISE}."
+            f"the number of records is public; noise: {SOURCE}."
         )
 
 
@@ -78,11 +81,13 @@ def private_mean(
     epsilon: float | None = None,
     size: int | None = None,
     what: str = "validation mean",
+    item: UnitName = "example",
 ) -> PrivateMean:
     """The mean of a value per record, such as a loss or whether an answer was right, with noise: it may be published.
 
     One record changes the sum of ``value - (low + high) / 2`` by at most half the range, and by the whole range where
-    it is replaced by another; NaN counts as the middle of the range, and so contributes nothing.
+    it is replaced by another; NaN counts as the middle of the range, and so contributes nothing. Each value is rounded
+    to whole steps of a grid, on which the noise is drawn too: 2^-26 of the noise of the sum at most.
 
     Call it in one process, with the values of all records: each call is a release of its own.
 
@@ -95,19 +100,20 @@ def private_mean(
         epsilon: of this query alone, at the account's delta; the noise is calibrated to it.
         size: the public number of records by which the sum is divided; None: ``len(values)``, which is then public.
         what: the figure, in words, for the account.
+        item: of what the values are: of records (``example``), or of a ``user`` each, from all records of one.
 
     Returns:
         The noisy mean.
 
     Raises:
-        PrivacyConfigError: a bound, the noise or the size out of range.
+        PrivacyConfigError: a bound, the noise, the size or the item out of range.
         BudgetExceededError: the account does not cover it; nothing is released.
         AccountingError: no theorem, under the account's adjacency and unit.
     """
     middle, half = _range(low, high)
-    total, count = _clipped_sum(values, middle, half)
-    divisor = _divisor(size, count)
-    mechanism = _reads_all(account.protects, divisor)
+    clipped = _clipped(values, middle, half)
+    divisor = _divisor(size, len(clipped))
+    mechanism = _reads_all(account.protects, divisor, item)
     if (noise_multiplier is None) == (epsilon is None):
         raise PrivacyConfigError(
             f"noise_multiplier={noise_multiplier!r} and epsilon={epsilon!r} of a private mean; give exactly one."
@@ -116,15 +122,18 @@ def private_mean(
         assert epsilon is not None
         accountant = "rdp" if mechanism.sampler == "fixed_size" else "pld"
         noise_multiplier = calibrate_noise_multiplier(mechanism, 1, epsilon, account.delta, accountant=accountant)  # type: ignore[arg-type]  # one of the two names
-    if not (math.isfinite(noise_multiplier) and noise_multiplier > 0):
-        raise PrivacyConfigError(f"noise_multiplier={noise_multiplier!r} of a private mean; expected a number > 0.")
+    if not (math.isfinite(noise_multiplier) and 0 < noise_multiplier <= LARGEST_MULTIPLIER):
+        raise PrivacyConfigError(
+            f"noise_multiplier={noise_multiplier!r} of a private mean; expected a number > 0, at most 2^25."
+        )
     mechanism = mechanism.with_noise(float(noise_multiplier))
-    paid = account.spend([(mechanism, 1)], what)
-    std = noise_multiplier * half
-    noisy = float(GaussianNoise(secure=True).add_(torch.tensor([total], dtype=torch.float64), std))
+    noise = GridGaussian(float(noise_multiplier))
+    total = noise.round(clipped)
+    paid = account.spend([(mechanism, 1)], what, item=item)
+    noisy = noise.noised(total) * half
     return PrivateMean(
         value=middle + noisy / divisor,
-        standard_error=std / divisor,
+        standard_error=noise.std * half / divisor,
         low=float(low),
         high=float(high),
         size=divisor,
@@ -140,7 +149,9 @@ class EarlyStop:
 
     AboveThreshold: Dwork and Roth 2014 (The Algorithmic Foundations of Differential Privacy), Algorithm 1, Theorem
     3.23: epsilon-DP however many times it answers "not yet". ``epsilon`` is paid when it is made, whether or not it
-    ever says yes. Only the answers are private: do not publish or act on the values themselves.
+    ever says yes. Only the answers are private: do not publish or act on the values themselves. Values, threshold and
+    noise are whole numbers of steps: the proof moves sums by what a record changes, a whole number of steps, and holds
+    for the discrete Laplace distribution as for the continuous one.
 
     To stop when a loss no longer falls, give each record's loss less its loss at the last evaluation, with ``low=-1``,
     ``high=1`` and a threshold just below 0: the mean reaches it when the loss falls by less.
@@ -153,10 +164,12 @@ class EarlyStop:
         epsilon: of all answers together, > 0.
         account: of the records whose values are given.
         what: the question, in words, for the account.
+        item: as :func:`private_mean`.
 
     Raises:
         PrivacyConfigError: a value out of range.
         BudgetExceededError: the account does not cover it.
+        AccountingError: the account protects another unit.
     """
 
     def __init__(
@@ -169,19 +182,25 @@ class EarlyStop:
         epsilon: float,
         account: Payer,
         what: str = "early stopping",
+        item: UnitName = "example",
     ) -> None:
         self._middle, self._half = _range(low, high)
         if not math.isfinite(threshold):
             raise PrivacyConfigError(f"threshold={threshold!r} of early stopping; expected a finite number.")
         self._size = _divisor(size, size)
         release = PureRelease(float(epsilon))
-        # Laplace noise in float64 is safe here: only comparisons with it are released, never a sum that contains it.
-        self._random = random.SystemRandom()
-        sensitivity = self._half * _most_of_one_unit(account.protects) / self._size
-        self._scale = 2 * sensitivity / release.epsilon
-        self.paid = account.spend([(release, 1)], what)
+        # A unit moves a sum by at most `most` values of `steps` steps each, which is at most epsilon / 2 scales.
+        most = _most_of_one_unit(account.protects, item)
+        self._steps = math.floor(_SCALE * Fraction(release.epsilon) / 2 / most)
+        if not 1 <= self._steps <= _MOST_STEPS:
+            low_epsilon, high_epsilon = (2 * most * steps / _SCALE for steps in (1, _MOST_STEPS))
+            raise PrivacyConfigError(
+                f"epsilon={epsilon!r} of early stopping; expected one between {low_epsilon:.2g} and {high_epsilon:g}."
+            )
+        self.paid = account.spend([(release, 1)], what, item=item)
         # Secret, and the same for all questions: with a fresh one for each, the answers would cost more.
-        self._threshold = threshold + self._laplace(self._scale)
+        exact = (Fraction(threshold) - Fraction(self._middle)) / Fraction(self._half) * self._size * self._steps
+        self._threshold = round(exact) + discrete_laplace(Fraction(_SCALE))
         self.stopped = False
 
     def __call__(self, values: Iterable[float] | torch.Tensor) -> bool:
@@ -194,17 +213,117 @@ class EarlyStop:
             raise BudgetExceededError(
                 "early stopping has said stop, and its epsilon is spent; make another EarlyStop to ask again."
             )
-        total, _ = _clipped_sum(values, self._middle, self._half)
-        mean = self._middle + total / self._size
-        self.stopped = mean + self._laplace(2 * self._scale) >= self._threshold
+        total = sum(int(step) for step in np.rint(_clipped(values, self._middle, self._half) * self._steps))
+        self.stopped = total + discrete_laplace(Fraction(2 * _SCALE)) >= self._threshold
         return self.stopped
-
-    def _laplace(self, scale: float) -> float:
-        return scale * (self._random.expovariate(1.0) - self._random.expovariate(1.0))
 
     def __reduce__(self) -> Any:
         # A copy would answer a second time under the same noisy threshold.
         raise TypeError("EarlyStop cannot be copied or pickled; after a restart, make another, which is paid for anew")
+
+
+@dataclass(frozen=True)
+class PrivateCounts:
+    """Noisy numbers of values by category; all of it may be published.
+
+    Attributes:
+        counts: of each category, with noise: they may be below 0. Other values are not counted.
+        epsilon: of all counts together; their delta is 0.
+        sensitivity: how many values one unit has at most; twice that where a unit is replaced.
+        adjacency: under which epsilon holds.
+        unit: for which epsilon holds.
+        paid: the name of the use in the account.
+        what: the counts, in words.
+    """
+
+    counts: dict[str, int]
+    epsilon: float
+    sensitivity: int
+    adjacency: str
+    unit: str
+    paid: str
+    what: str
+
+    def statement(self) -> str:
+        """One line for a card."""
+        return (
+            f"{self.what}: numbers by {len(self.counts)} categories that were fixed beforehand, with discrete Laplace "
+            f"noise of scale {self.sensitivity} / {self.epsilon:g} (one {self.unit} changes their sum by at most "
+            f"{self.sensitivity}), drawn in integer arithmetic; epsilon {self.epsilon:g}, delta 0, under "
+            f"{self.adjacency}, unit {self.unit}."
+        )
+
+
+def private_counts(
+    values: Iterable[str],
+    categories: Sequence[str],
+    *,
+    account: Payer,
+    epsilon: float,
+    users: Iterable[Any] | None = None,
+    rows: int | None = None,
+    what: str = "counts",
+) -> PrivateCounts:
+    """How many values each category has, with noise: a histogram that may be published.
+
+    One record is in one category at most, and changes the counts by 1 in sum: discrete Laplace noise of scale
+    1 / epsilon on each makes all of them together epsilon-DP (Dwork and Roth 2014, Theorem 3.6). A user with k records
+    changes them by k, a record that is replaced by 2, and the noise grows with that. Call it in one process.
+
+    Args:
+        values: the category of each record. Values that are no category are not counted.
+        categories: fixed without looking at the values.
+        account: of the records; it pays before the noise is drawn.
+        epsilon: of all counts together, > 0.
+        users: whose each record is, in the same order, where the account protects users: at most ``rows`` records of
+            each, drawn at random, are counted. None: each value counts, and an account for users must bound them.
+        rows: of a user that count at most, >= 1; with ``users``.
+        what: the counts, in words, for the account.
+
+    Returns:
+        The noisy counts.
+
+    Raises:
+        PrivacyConfigError: no categories or one twice, epsilon out of range, or users without rows.
+        BudgetExceededError: the account does not cover it; nothing is released.
+        AccountingError: the account protects another unit.
+    """
+    found = [str(value) for value in values]
+    names = [str(name) for name in categories]
+    if not names or len(set(names)) != len(names):
+        raise PrivacyConfigError(f"categories={names!r} of private counts; expected at least one, each once.")
+    release = PureRelease(float(epsilon))
+    if (users is None) != (rows is None) or (rows is not None and (type(rows) is not int or rows < 1)):
+        raise PrivacyConfigError(
+            f"users {'given' if users is not None else 'not given'} and rows={rows!r} of private counts; give the "
+            "user of each value and a whole number >= 1 of values that count, or neither."
+        )
+    item: UnitName = "example"
+    if users is not None and rows is not None:
+        owners = list(users)
+        if len(owners) != len(found):
+            raise PrivacyConfigError(
+                f"{len(owners)} users of {len(found)} values to be counted; expected the user of each value."
+            )
+        owned: dict[Any, list[str]] = {}
+        for user, value in zip(owners, found, strict=True):
+            owned.setdefault(user, []).append(value)
+        drawn = random.SystemRandom().sample  # for each user apart: nobody's draw depends on who else is there
+        found = [value for own in owned.values() for value in (own if len(own) <= rows else drawn(own, rows))]
+        item = "user"
+    most = _most_of_one_unit(account.protects, item) * (rows or 1)
+    numbers = Counter(found)
+    paid = account.spend([(release, 1)], what, item=item)
+    scale = most / Fraction(release.epsilon)
+    return PrivateCounts(
+        counts={name: numbers[name] + discrete_laplace(scale) for name in names},
+        epsilon=release.epsilon,
+        sensitivity=most,
+        adjacency=account.protects.adjacency,
+        unit=account.protects.unit,
+        paid=paid,
+        what=what,
+    )
 
 
 def _range(low: float, high: float) -> tuple[float, float]:
@@ -221,26 +340,29 @@ def _divisor(size: int | None, count: int) -> int:
     return int(divisor)
 
 
-def _clipped_sum(values: Iterable[float] | torch.Tensor, middle: float, half: float) -> tuple[float, int]:
-    """The sum of the values less the middle, each in [-half, half], rounded once; and their number."""
+def _clipped(values: Iterable[float] | torch.Tensor, middle: float, half: float) -> np.ndarray:
+    """``[n]`` float64: the values less the middle, over half the range, each in [-1, 1]; NaN is 0."""
     every = values.detach().flatten().tolist() if isinstance(values, torch.Tensor) else [float(v) for v in values]
-    clipped = [0.0 if math.isnan(v) else min(half, max(-half, v - middle)) for v in every]
-    return math.fsum(clipped), len(clipped)
+    scaled = (np.asarray(every, np.float64) - middle) / half
+    return np.nan_to_num(np.clip(scaled, -1.0, 1.0), nan=0.0)
 
 
-def _reads_all(protects: Protects, size: int) -> Mechanism:
-    """A Gaussian release of a sum over all records, each at most 1, with noise multiplier 1."""
+def _reads_all(protects: Protects, size: int, item: UnitName) -> Mechanism:
+    """A Gaussian release of a sum over all values, each at most 1, with noise multiplier 1."""
     if protects.adjacency == "replace_one":  # its sensitivity of 2 is the theorem's
         return Mechanism(sampler="fixed_size", noise_multiplier=1.0, batch_size=size, dataset_size=size)
+    several = protects.unit == "user" and item == "example" and protects.examples_per_user is not None
     return Mechanism(
         sampler="poisson",
         noise_multiplier=1.0,
         sample_rate=1.0,
-        unit=protects.unit,
-        examples_per_user=protects.examples_per_user,
+        unit="user" if several else "example",
+        examples_per_user=protects.examples_per_user if several else None,
     )
 
 
-def _most_of_one_unit(protects: Protects) -> int:
-    """By how many half ranges one unit changes a sum: its records, twice that where a record is replaced."""
-    return (protects.examples_per_user or 1) * (2 if protects.adjacency == "replace_one" else 1)
+def _most_of_one_unit(protects: Protects, item: UnitName) -> int:
+    """By how many half ranges one unit changes a sum: its values, twice that where a unit is replaced."""
+    check_item([(_reads_all(protects, 1, item), 1)], protects, item)
+    values = protects.examples_per_user or 1 if item == "example" else 1
+    return values * (2 if protects.adjacency == "replace_one" else 1)

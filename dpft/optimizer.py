@@ -40,18 +40,6 @@ class Noise(Protocol):
         ...
 
 
-class Follower(Protocol):
-    """What follows the releases of an optimiser, such as an average of the weights."""
-
-    def before_release(self) -> None:
-        """Called before a release is recorded; an exception prevents it."""
-        ...
-
-    def after_release(self) -> None:
-        """Called when the inner optimiser has stepped on a release."""
-        ...
-
-
 class Sums(Protocol):
     """Holds the clipped sums instead of ``.grad``: of several processes, or in host memory."""
 
@@ -138,7 +126,6 @@ class DPOptimizer(torch.optim.Optimizer):
         self.sum_scale = float(sum_scale)
         self.noise: Noise = GaussianNoise(secure=secure_rng) if noise is None else noise
         self.releases = 0
-        self.followers: list[Follower] = []
         self._is_last = is_last
         self._on_release = on_release
         self._check = check
@@ -199,11 +186,6 @@ class DPOptimizer(torch.optim.Optimizer):
         self._step_inner()
         self.releases += 1
         self._spent = True
-        self._tell_followers()
-
-    def _tell_followers(self) -> None:
-        for follower in self.followers:
-            follower.after_release()
 
     def _fill_gradients(self) -> None:
         """Give each parameter of the inner optimiser its release."""
@@ -256,8 +238,6 @@ class DPOptimizer(torch.optim.Optimizer):
 
     def _before_release(self) -> None:
         """All checks that can prevent a release, then its line in the ledger."""
-        for follower in self.followers:
-            follower.before_release()
         parameters = self.parameters()
         if self._check is not None:
             self._check(parameters)

@@ -31,7 +31,7 @@ from dpft.optimizer import DPOptimizer, Noise
 from dpft.planning.hardware import measure
 from dpft.planning.plan import plan as predict
 from dpft.planning.result import Plan
-from dpft.privacy.account.account import Payer
+from dpft.privacy.account.payer import Payer
 from dpft.privacy.config import PrivacyConfig
 from dpft.privacy.samplers.sampler import Lengths, PhysicalBatchSampler, checked_lengths, draw_seed, make_sampler
 from dpft.run import LoopGuard, PrivacyRun, check_optimizer
@@ -107,7 +107,7 @@ def prepare(
             parameters; one process only. None: in ``.grad``, on the model's device.
         account: the :class:`dpft.Account` (or its file) of the records in ``dataset``: all planned releases are
             reserved there before the first one, or the run is refused. ``loader.privacy.close()`` frees what was not
-            used.
+            used. An account for users takes a dataset of users, or one whose ``privacy_unit`` is ``"user"``.
         test_seed: fixes sampling and noise, for tests only: the run is then not private, and the report says so.
 
     Returns:
@@ -145,7 +145,7 @@ def prepare(
     kind = ranks.together(check)
     unnamed, of_rows = privacy, collate_fn
     privacy, collate_fn, compared = ranks.together(
-        lambda: of_users(dataset, unnamed, of_rows, sequence_size(accelerator), account is not None)
+        lambda: of_users(dataset, unnamed, of_rows, sequence_size(accelerator))
     )
     sizes = ranks.together(lambda: None if lengths is None else checked_lengths(lengths, len(dataset)))
     key = ranks.from_first(os.urandom(16))
@@ -221,7 +221,8 @@ def prepare(
         payer_id = None if payer is None else payer.account_id
         seeded = test_seed is not None
         ledger = SharedLedger(ranks, lambda: open_ledger(path, privacy, schedule, clipping, seeded, payer_id))
-        run = PrivacyRun(schedule, ledger, clipping, seeded, continue_ledger, isolation != "off", payer)
+        item: Any = getattr(dataset, "privacy_unit", "example")
+        run = PrivacyRun(schedule, ledger, clipping, seeded, continue_ledger, isolation != "off", payer, item)
         return _assemble(
             accelerator,
             kind,
@@ -231,7 +232,7 @@ def prepare(
             run,
             sequence=sequence,
             on_host=sums_device == "cpu",
-            noise=_noise(run, ranks, accelerator, kind, model, optimizer, sums_device, test_seed),
+            noise=_noise(run, ranks, accelerator, kind, model, optimizer, sums_device, compared, test_seed),
             batches=PhysicalBatchSampler(
                 make_sampler(
                     schedule,
@@ -382,15 +383,19 @@ def _agreed_strategy(state: ClipState, kind: Kind, ranks: Ranks, max_batch_size:
 
 
 def _noise(
-    run: PrivacyRun, ranks: Ranks, accelerator: Any, kind: Kind, model: nn.Module, optimizer: Any, sums: Any, seed: Any
+    run: PrivacyRun,
+    ranks: Ranks,
+    accelerator: Any,
+    kind: Kind,
+    model: nn.Module,
+    optimizer: Any,
+    sums: Any,
+    data: Any,
+    seed: Any,
 ) -> Noise:
-    secret = None if seed is None else _test_secret(seed, run)
-    if run.schedule.strategy is not None:
-        engine, device = f"{kind} {sums or ''}".strip(), sums_device_of(accelerator, kind, sums)
-        return correlated_noise(run.schedule.strategy, ranks, run.ledger, model, optimizer, engine, device, secret)
-    return GaussianNoise(secret=secret, stream=ranks.rank, secure=run.schedule.secure_rng)
-
-
-def _test_secret(seed: int, run: PrivacyRun) -> bytes:
-    # It includes the count, so that a resumed test does not repeat the noise of the run that it resumes.
-    return seed.to_bytes(16, "big", signed=True) + run.steps.to_bytes(8, "big")
+    # With the count, so that a resumed test does not repeat the noise of the run that it resumes.
+    secret = None if seed is None else seed.to_bytes(16, "big", signed=True) + run.steps.to_bytes(8, "big")
+    if (strategy := run.schedule.strategy) is None:
+        return GaussianNoise(secret=secret, stream=ranks.rank, secure=run.schedule.secure_rng)
+    engine, device = f"{kind} {sums or ''}".strip(), sums_device_of(accelerator, kind, sums)
+    return correlated_noise(strategy, ranks, run.ledger, model, optimizer, engine, device, data, secret)

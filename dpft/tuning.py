@@ -27,8 +27,8 @@ import torch.distributed as dist
 from dpft.errors import AccountingError, BudgetExceededError, EngineError, PrivacyConfigError
 from dpft.evaluation import PrivateMean
 from dpft.privacy.account.account import Account
-from dpft.privacy.account.events import PureRelease, Release, Selection, Use
-from dpft.privacy.mechanism import Mechanism
+from dpft.privacy.account.events import PureRelease, Release, Selection, Use, check_item, one_training
+from dpft.privacy.mechanism import Mechanism, UnitName
 
 C = TypeVar("C")
 Distribution = Literal["poisson", "negative_binomial", "fixed"]
@@ -57,32 +57,43 @@ class Trial:
         self._over = False
 
     def reserve(
-        self, name: str, uses: Sequence[Use], what: str, *, ledger: Path | None = None, released: Sequence[Use] = ()
+        self,
+        name: str,
+        uses: Sequence[Use],
+        what: str,
+        *,
+        ledger: Path | None = None,
+        released: Sequence[Use] = (),
+        item: UnitName = "example",
     ) -> None:
         """Take some of the trial's releases.
 
         Raises:
             BudgetExceededError: they were not declared, or are used up, or the trial is over.
+            AccountingError: the examples are not the account's units.
         """
+        check_item(uses, self.protects, item)
+        uses = one_training(uses)
         if self._over:
             raise BudgetExceededError(f"{what} would be paid from a trial that is over; pay from the account.")
         others = [use for other, theirs in self._used.items() if other != name for use in theirs]
-        for release, count in _counted([*others, *uses]).items():
-            if count > self._declared[release]:
+        declared = self._declared
+        for (release, number), count in _counted([*others, *uses]).items():
+            if count > declared[release, number]:
                 raise BudgetExceededError(
-                    f"{what} would make {count} releases of {release} in one trial, and {self._declared[release]} "
+                    f"{what} would make {count} releases of {release} in one trial, and {declared[release, number]} "
                     "were declared for it; declare in trial=... all that a trial releases, alike for all candidates."
                 )
         self._used[name] = tuple(uses)
 
     def finish(self, name: str, uses: Sequence[Use]) -> None:
         """Give back what was not used, to this trial alone."""
-        self._used[name] = tuple(uses)
+        self._used[name] = tuple(one_training(uses))
 
-    def spend(self, uses: Sequence[Use], what: str) -> str:
+    def spend(self, uses: Sequence[Use], what: str, *, item: UnitName = "example") -> str:
         """Take releases that are made at once."""
         name = str(uuid.uuid4())
-        self.reserve(name, uses, what)
+        self.reserve(name, uses, what, item=item)
         return name
 
     def end(self) -> None:
@@ -175,7 +186,8 @@ def tune(
         )
         uses, number = [(selection, 1)], -1
         law = f"the best of a random number of trials ({distribution}, mean {trials:g}), Papernot and Steinke 2022"
-    account.spend(uses, what)
+    # What an example is, each trial asks those who pay from it.
+    account.spend(uses, what, item=account.protects.unit)
     randomness = np.random.default_rng(secrets.randbits(256))
     if number < 0:
         number = number_of_trials(randomness, float(trials), distribution, float(shape))
@@ -201,12 +213,20 @@ def tune(
     return best
 
 
-def _counted(uses: Sequence[Use]) -> Counter[Release]:
-    """How often each release is made; of a shuffled training the whole epochs, as each training begins one."""
-    total: Counter[Release] = Counter()
-    for release, count in uses:
+def _counted(uses: Sequence[Use]) -> Counter[tuple[Release, int]]:
+    """How often each release is made; of a shuffled training the whole epochs, as each training begins one.
+
+    Trainings with correlated noise do not add up: each is counted apart, and the longest is compared with the longest
+    that was declared. The number beside a release tells them apart; it is 0 for others.
+    """
+    total: Counter[tuple[Release, int]] = Counter()
+    for release, count in sorted(uses, key=lambda use: -use[1]):
         epoch = release.steps_per_epoch if isinstance(release, Mechanism) else None
-        total[release] += int(count) if epoch is None else math.ceil(count / epoch) * epoch
+        if isinstance(release, Mechanism) and release.strategy is not None:
+            number = sum(found == release for found, _ in total)
+            total[release, number] = int(count)
+        else:
+            total[release, 0] += int(count) if epoch is None else math.ceil(count / epoch) * epoch
     return total
 
 
@@ -216,8 +236,10 @@ def _fixed(trial: tuple[TrialUse, ...], trials: float) -> tuple[list[Use], int]:
     number = int(trials)
     uses: list[Use] = []
     for release, count in trial:
-        # A training with epochs starts one in each trial.
-        one_by_one = isinstance(release, Mechanism) and release.steps_per_epoch is not None
+        # A training with epochs starts one in each trial; one with correlated noise is not two shorter ones.
+        one_by_one = isinstance(release, Mechanism) and (
+            release.steps_per_epoch is not None or release.strategy is not None
+        )
         uses += [(release, count)] * number if one_by_one else [(release, count * number)]
     return uses, number
 

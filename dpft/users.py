@@ -23,7 +23,7 @@ import dataclasses
 import itertools
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,7 @@ from torch.utils.data import default_collate
 
 from dpft.errors import PrivacyConfigError
 from dpft.privacy.config import PrivacyConfig
+from dpft.privacy.mechanism import UnitName
 
 __all__ = ["UserDataset", "by_user"]
 
@@ -154,6 +155,9 @@ class UserDataset:
         """What an example is, for the statement."""
         return f"user (all rows of one user; at most {self.rows} of them are used in a step, drawn afresh each time)"
 
+    privacy_unit: ClassVar[UnitName] = "user"
+    """What one example is, for an account; a dataset of one's own whose examples are users says so too."""
+
     @property
     def undrawn(self) -> Undrawn:
         """What ranks compare, as their draws differ."""
@@ -185,7 +189,7 @@ class UserDataset:
 
 
 def of_users(
-    dataset: Any, privacy: PrivacyConfig, collate_fn: Collate | None, sequence: int, pays: bool
+    dataset: Any, privacy: PrivacyConfig, collate_fn: Collate | None, sequence: int
 ) -> tuple[PrivacyConfig, Collate | None, Any]:
     """Configuration, collate function and what ranks compare, for a dataset: as given, unless it is one of users.
 
@@ -194,11 +198,10 @@ def of_users(
         privacy: of the training.
         collate_fn: of rows.
         sequence: over how many ranks the tokens of an example are spread.
-        pays: whether the training pays from an account.
 
     Raises:
-        PrivacyConfigError: the ranks of one sequence would each draw other rows; an account, which does not know what
-            an example is; or see :meth:`UserDataset.configured`.
+        PrivacyConfigError: the ranks of one sequence would each draw other rows; or see
+            :meth:`UserDataset.configured`.
     """
     if not isinstance(dataset, UserDataset):
         return privacy, collate_fn, getattr(dataset, "undrawn", dataset)
@@ -206,12 +209,6 @@ def of_users(
         raise PrivacyConfigError(
             f"a dataset of users with sp_size {sequence}: the ranks that share the tokens of one example would each "
             "draw other rows of the user. Use sp_size 1."
-        )
-    if pays:
-        # Without one of its rows a user's gradient is another one, so that this is no guarantee for rows either.
-        raise PrivacyConfigError(
-            "a dataset of users with an account: the account adds up what examples spend, and cannot tell users from "
-            "rows, of which one user has several. Keep this training's ledger, and no account."
         )
     return dataset.configured(privacy), dataset.collate(collate_fn), dataset.undrawn
 

@@ -9,6 +9,7 @@ folder that can be published, and compared with the private ones, apart. Minutes
 folder holds and what the figures mean: docs/synthetic.md.
 """
 
+from pathlib import Path
 from typing import Any
 
 from finetune.run import main as run  # first of all: what it imports sets what torch reads when it is imported
@@ -19,7 +20,7 @@ from finetune.materials import Materials
 from finetune.recipe import Finished, Recipe
 from finetune.synthetic.options import SynthesisOptions
 from finetune.synthetic.records import conditioned_materials
-from finetune.synthetic.synthesis import synthesise
+from finetune.synthetic.synthesis import account_of, synthesise
 
 
 class Synthesize(Recipe):
@@ -45,6 +46,13 @@ class Synthesize(Recipe):
             "not accounted for: the recipe's defaults were chosen by the figures of several runs on such tickets, "
             "which are synthetic"
         )
+
+    def account(
+        self, options: SynthesisOptions, materials: Materials, accelerator: Accelerator, output: Path, privacy: Any
+    ) -> Path | None:
+        """With --distribution private the run's own, for training and counts; a resumed run has it."""
+        own = account_of(options, materials, accelerator, output, privacy)
+        return own or super().account(options, materials, accelerator, output, privacy)
 
     def after(self, finished: Finished) -> dict[str, Any]:
         """Generate, check, write, compare."""

@@ -151,6 +151,27 @@ def test_a_resume_is_bitwise_the_same() -> None:
     assert same(whole, halved)
 
 
+def test_the_state_is_made_before_a_checkpoint_is_loaded() -> None:
+    """As torch.distributed.checkpoint does it, where an engine has the sums: a step on zeros at a rate of zero."""
+
+    class Sums:
+        def __init__(self, p: nn.Parameter) -> None:
+            self.parameters = {"weight": p}
+
+        def discard(self) -> None:
+            pass
+
+    p = nn.Parameter(torch.ones(3))
+    inner = dpft.AdamWBC([p], lr=0.0)
+    optimizer = private(inner, sums=Sums(p))
+    p.grad = torch.zeros(3)
+    optimizer.step()
+    assert optimizer.releases == 0 and torch.equal(p.detach(), torch.ones(3))
+    assert inner.state[p].keys() == {"step", "exp_avg", "exp_avg_sq"} and not inner.state[p]["exp_avg_sq"].any()
+    with pytest.raises(WrapError, match="does not know the variance"):
+        optimizer._step_inner()
+
+
 def test_what_it_cannot_correct_is_refused(tmp_path: Path) -> None:
     p = nn.Parameter(torch.zeros(3))
     alone = dpft.AdamWBC([p])

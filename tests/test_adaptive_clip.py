@@ -59,12 +59,14 @@ class Silent(nn.Module):
         return self.layer(x)
 
 
-def test_noise_of_sum_and_count(path: Path) -> None:
+@pytest.mark.parametrize("seed", [3, None], ids=["seeded", "from the operating system"])
+def test_noise_of_sum_and_count(path: Path, seed: int | None) -> None:
     """The weight's steps are noise of deviation z_sum C_t / b, each with its own C; the counts' is in the Cs."""
     steps, b, clip = 100, 6, dpft.AdaptiveClip(count_noise=0.6, learning_rate=0.1)
     data = [{"x": torch.zeros(100)} for _ in range(12)]
     changes = {"sample_rate": 1.0, "num_steps": steps, "adaptive_clip": clip, "max_grad_norm": 1e-3}
-    training = Training(path, model=Silent(), dataset=data, changes=changes, max_physical_batch_size=5)
+    options: dict[str, Any] = {"changes": changes, "max_physical_batch_size": 5, "test_seed": seed}
+    training = Training(path, model=Silent(), dataset=data, **options)
     weight, moves = training.model.layer.weight, []
     before = weight.detach().clone()
     for batch in training.loader:

@@ -1,4 +1,4 @@
-"""The rules of the house that a program can read: layers, random numbers, file length, suppressions, private paths.
+"""Which part may import which, and which names are public. Rules for every file: ``test_source_rules.py``.
 
 Each rule is a function from source text to a list of complaints, so that it is tested on a bad sample too.
 """
@@ -6,17 +6,12 @@ Each rule is a function from source text to a list of complaints, so that it is 
 from __future__ import annotations
 
 import ast
-import io
-import os
-import re
-import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-MAX_LINES = 400
+from tests.project_files import ROOT, module_name, parsed, python_files, report
 
 # The one way that imports go, from top to bottom: a part of dpft may import itself and the parts named in its line.
 _LOW = {"errors"}
@@ -34,18 +29,17 @@ LAYERS: dict[str, set[str]] = {
     **dict.fromkeys(("custom", "long_context"), _GRADIENT),
     "planning": _GRADIENT | {"long_context", "privacy"},
     "secure_noise": _LOW | {"kernels"},
-    "noise": _LOW | {"secure_noise"},
+    **dict.fromkeys(("noise", "scalar_noise"), _LOW | {"secure_noise"}),
     "correlated_noise": _LOW | {"noise", "privacy"},
     "adamw_bc": _LOW,
     "optimizer": _LOW | {"adamw_bc", "noise", "privacy", "clipping"},
-    "weight_ema": _LOW | {"adamw_bc", "optimizer"},
-    "evaluation": _LOW | {"privacy", "noise"},
+    "evaluation": _LOW | {"privacy", "scalar_noise"},
     "tuning": _LOW | {"privacy", "evaluation"},
     "workers": _LOW,
     "loader": _LOW | {"privacy", "workers"},
     "users": _LOW | {"privacy"},
     "engines": _GRADIENT | _MECHANISM,
-    "run": _GRADIENT | _MECHANISM | {"engines"},
+    "run": _GRADIENT | _MECHANISM | {"engines", "scalar_noise"},
     "prepare": _GRADIENT | _MECHANISM | {"engines", "run", "planning", "users"},
     "trainer": _LOW | {"privacy", "loader", "wrap", "prepare"},
     "audit": _LOW | {"privacy", "prepare"},  # it shares no code with the gradients and the mechanism that it judges
@@ -61,6 +55,8 @@ INSIDE_TOOLS = {
     "tools.memory.simulate": frozenset({"kernels", "long_context", "planning"}),
     "tools.plan_noise": frozenset({"planning"}),
     "tools.auditing.plants": frozenset({"clipping", "loader", "noise", "optimizer", "privacy", "run"}),
+    "tools.auditing.plants_of_mechanisms": frozenset(_MECHANISM | {"clipping", "evaluation", "run"}),
+    **dict.fromkeys(("tools.auditing.queries", "tools.auditing.whole_runs"), frozenset({"audit", "privacy"})),
 }
 
 # The oracle is right because it shares nothing with what it judges: within kernels, only these may import it.
@@ -68,15 +64,9 @@ ORACLE = "dpft.kernels.reference"
 ORACLE_IMPORTERS = {"dpft.kernels", "dpft.kernels.reference"}
 
 
-def module_name(path: Path) -> str:
-    """Dotted name of a file below the project's root: ``dpft/rules/linear.py`` is ``dpft.rules.linear``."""
-    parts = list(path.relative_to(ROOT).with_suffix("").parts)
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
 def dpft_imports(source: str, module: str, is_package: bool = False) -> Iterator[tuple[int, str]]:
     """Yields ``(line, dotted name)`` for every import of dpft, wherever it stands (function, ``TYPE_CHECKING``)."""
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, a.name) for a in node.names if a.name.split(".")[0] == "dpft")
         elif isinstance(node, ast.ImportFrom):
@@ -136,7 +126,7 @@ def public_complaints(
         name = target.split(".", 1)[1] if "." in target else ""
         if name and name not in public and part_of(target) not in may_import:
             complaints.append(f"{module}:{line} imports {target}, which is not a public name of dpft")
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "dpft"):
             continue
         if node.attr not in public | may_import and not node.attr.startswith("__"):
@@ -169,85 +159,6 @@ def cycles(graph: dict[str, set[str]]) -> list[str]:
     for module in sorted(graph):
         visit(module, [])
     return found
-
-
-# Random numbers, suppressions, paths
-
-_DRAWS = {"bernoulli", "multinomial", "normal", "rand", "randint", "randn", "randperm"}
-_INPLACE_DRAWS = {"bernoulli_", "cauchy_", "exponential_", "normal_", "random_", "uniform_"}
-
-
-def randomness_complaints(source: str, module: str) -> list[str]:
-    """``*_like`` draws (they ignore the generator and take the parameter's dtype), and draws without a generator."""
-    complaints = []
-    for node in ast.walk(ast.parse(source)):
-        name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
-        if name in {"rand_like", "randint_like", "randn_like"}:
-            complaints.append(f"{module}:{node.lineno} uses {name}: draw float32 from an explicit generator")  # type: ignore[attr-defined]  # a name or an attribute, which have a line
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
-            draws = (of_torch and node.func.attr in _DRAWS) or node.func.attr in _INPLACE_DRAWS
-            if draws and not any(keyword.arg == "generator" for keyword in node.keywords):
-                complaints.append(f"{module}:{node.lineno} calls {node.func.attr} without generator=")
-    return complaints
-
-
-_SUPPRESSION = re.compile(
-    r"#\s*(?:type:\s*ignore|noqa|pyright:\s*ignore|pragma:\s*no cover)"
-    r"(?P<code>:\s*[A-Z]+\d+(?:\s*,\s*[A-Z]+\d+)*|\[[^\]]+\])?"
-)
-
-
-def suppression_complaints(source: str, module: str) -> list[str]:
-    """``type: ignore`` and ``noqa`` comments that name no error code, or give no reason on their line."""
-    complaints = []
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type != tokenize.COMMENT or not _SUPPRESSION.search(token.string):
-            continue
-        if any(not match["code"] and "pragma" not in match[0] for match in _SUPPRESSION.finditer(token.string)):
-            complaints.append(f"{module}:{token.start[0]} suppresses without naming the error code")
-        if len(re.findall("[A-Za-z]", _SUPPRESSION.sub("", token.string))) < 8:
-            complaints.append(f"{module}:{token.start[0]} suppresses without giving the reason on the line")
-    return complaints
-
-
-# Put together from pieces, so that this file does not mention what it looks for.
-_FOLDERS = "|".join(["wo" + "rk", "ro" + "ot", "ho" + r"me/\w+", "Us" + r"ers/\w+"])
-_PRIVATE_PATH = re.compile(r"(?<![\w.~$})-])/(?:" + _FOLDERS + r")(?![\w-])")
-
-
-def path_complaints(text: str, name: str) -> list[str]:
-    """Lines that mention a directory of somebody's machine."""
-    return [
-        f"{name}:{number} mentions a path of one machine: {line.strip()[:80]}"
-        for number, line in enumerate(text.splitlines(), 1)
-        if _PRIVATE_PATH.search(line)
-    ]
-
-
-# The project
-
-_NOT_OURS = {".git", ".venv", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", "__pycache__"}
-_NOT_OURS |= {"build", "dist", "outputs"}
-_TEXT = {"", ".cfg", ".ini", ".md", ".py", ".sh", ".toml", ".txt", ".yaml", ".yml"}
-
-
-def project_files() -> list[Path]:
-    """Every file of the project that people write."""
-    found: list[Path] = []
-    for directory, folders, files in os.walk(ROOT):
-        inner = [f for f in folders if f not in _NOT_OURS and not f.endswith(".egg-info")]
-        folders[:] = [f for f in inner if directory != str(ROOT) or not f.startswith(".") or f in {".ci", ".github"}]
-        found += [Path(directory, f) for f in files if Path(f).suffix in _TEXT and f not in _NOT_OURS]
-    return sorted(found)
-
-
-def python_files(*folders: str) -> list[Path]:
-    return [p for p in project_files() if p.suffix == ".py" and p.relative_to(ROOT).parts[0] in folders]
-
-
-def report(complaints: list[str]) -> None:
-    assert not complaints, "\n" + "\n".join(complaints)
 
 
 def test_imports_go_one_way() -> None:
@@ -290,26 +201,6 @@ def test_tests_use_public_names_or_the_part_they_mirror() -> None:
         may_import = frozenset({part} | LAYERS[part]) if part else frozenset()
         complaints += public_complaints(path.read_text(), module_name(path), public, may_import)
     report(complaints)
-
-
-def test_draws_take_a_generator() -> None:
-    report([c for p in python_files("dpft") for c in randomness_complaints(p.read_text(), module_name(p))])
-
-
-def test_no_module_is_too_long() -> None:
-    lengths = {p: len(p.read_text().splitlines()) for p in python_files("dpft", "recipes", "tools", "tests")}
-    report([f"{module_name(p)} has {n} lines: make it two modules" for p, n in lengths.items() if n > MAX_LINES])
-
-
-def test_suppressions_have_reasons() -> None:
-    files = python_files("dpft", "recipes", "tools", "tests")
-    report([c for p in files for c in suppression_complaints(p.read_text(), module_name(p))])
-
-
-def test_no_path_of_one_machine() -> None:
-    files = project_files()
-    assert ROOT / "setup.cfg" in files
-    report([c for p in files for c in path_complaints(p.read_text(errors="replace"), str(p.relative_to(ROOT)))])
 
 
 @pytest.mark.parametrize(
@@ -372,29 +263,3 @@ def test_mirrored_part() -> None:
 def test_cycle_checker() -> None:
     assert cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == ["a -> b -> c -> a"]
     assert not cycles({"a": {"b", "c"}, "b": {"c"}, "c": set()})
-
-
-def test_randomness_checker() -> None:
-    bad = "noise = torch.randn_like(p)\nx = torch.randn(3)\np.normal_(0, 1)\nq = randn_like(p)"
-    assert len(randomness_complaints(bad, "dpft.noise")) == 4
-    good = "torch.randn(3, generator=g)\np.normal_(generator=g)\nrng.normal(0, 1)\nx.random_walk()"
-    assert not randomness_complaints(good, "dpft.noise")
-
-
-def test_suppression_checker() -> None:
-    ignore, quiet = "# type: " + "ignore", "# no" + "qa"
-    reason = "  # the table is wide"
-    for bad in (ignore, f"{ignore}[misc]", f"{quiet}: E501", quiet + reason, ignore + reason):
-        assert suppression_complaints(f"x = 1  {bad}\n", "m"), bad
-    for good in (f"{ignore}[misc]{reason}", f"{quiet}: E501, F401 - the table is wide", "# plain"):
-        assert not suppression_complaints(f"x = 1  {good}\n", "m"), good
-    assert not suppression_complaints(f's = "{quiet}"\n', "m"), "a string is no comment"
-
-
-def test_path_checker() -> None:
-    for bad in ("wo" + "rk/shared", "ro" + "ot", "ho" + "me/ann/x"):
-        assert path_complaints(f"see /{bad} for it", "f")
-        assert path_complaints(f'path = "/{bad}"', "f")
-    root = "/ro" + "ot"
-    for good in (f"frame{root}", f"https://x.org{root}", f"~{root}", "and / or", f"{root}ed", f"{root}-level"):
-        assert not path_complaints(good, "f"), good

@@ -243,7 +243,7 @@ BLT = STRATEGIES[1]
 
 
 def start(ledger: Path, count: int, **changes: Any) -> tuple[NoiseSecret, ...]:
-    options: dict[str, Any] = {"run_id": "a", "strategy": BLT, "environment": ENVIRONMENT, **changes}
+    options: dict[str, Any] = {"run_id": "a", "strategy": BLT, "environment": ENVIRONMENT, "starts": [], **changes}
     return begin(ledger, count=count, secret=f"secret {count}".encode(), **options)
 
 
@@ -303,6 +303,8 @@ def test_a_line_that_a_crash_cut_is_dropped_and_any_other_damage_refused(tmp_pat
         ({"environment": {**ENVIRONMENT, "numpy": "2"}}, "numpy was '1' when the run began and is '2'"),
         ({"environment": {"the device": "cpu"}}, "numpy was '1' when the run began and is None"),
         ({"count": 2}, "do not fit the ledger: starts at .0, 3. releases, and the ledger counts 2"),
+        # A copy from before the second start: its noise would be drawn from the first one's secret.
+        ({"starts": [0, 2]}, "starts at .0, 3. releases, and the ledger has others at .2."),
     ],
     ids=str,
 )

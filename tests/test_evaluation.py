@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from scipy import stats
 
 import dpft
 import dpft.evaluation as module
-from dpft.errors import BudgetExceededError, PrivacyConfigError
+from dpft.errors import AccountingError, BudgetExceededError, PrivacyConfigError
 from dpft.privacy import Mechanism, PureRelease, epsilon
+
+GRID = module.GridGaussian(5.0)
 
 
 def account(path: Path, **changes: Any) -> dpft.Account:
@@ -33,22 +36,25 @@ _ANY = st.floats(allow_nan=True, allow_infinity=True)
 
 
 @hypothesis.given(st.lists(_ANY, max_size=8), _ANY, _ANY)
-def test_one_record_moves_the_sum_by_half_the_range_at_most(values: list[float], one: float, other: float) -> None:
-    middle, half = module._range(-2.0, 6.0)
+def test_one_record_moves_the_sum_by_one_unit_at_most(values: list[float], one: float, other: float) -> None:
+    """In whole steps, so that "at most" holds to the last bit."""
 
-    def total(records: list[float]) -> float:
-        return module._clipped_sum(records, middle, half)[0]
+    def total(records: list[float]) -> int:
+        return GRID.round(module._clipped(records, *module._range(-2.0, 6.0)))
 
-    assert abs(total([*values, one]) - total(values)) <= half * (1 + 1e-12)
-    assert abs(total([*values, one]) - total([*values, other])) <= 2 * half * (1 + 1e-12)
+    assert abs(total([*values, one]) - total(values)) <= GRID.steps
+    assert abs(total([*values, one]) - total([*values, other])) <= 2 * GRID.steps
 
 
-def test_the_sum_is_that_of_the_clipped_values_in_any_order() -> None:
+def test_values_are_clipped_in_any_order_and_type() -> None:
     values = [0.25, -7.0, 9.0, math.nan, math.inf, 0.5]
-    middle, half = module._range(0.0, 1.0)
-    expected = -0.25 - 0.5 + 0.5 + 0 + 0.5 + 0
-    for order in (values, values[::-1], torch.tensor(values), torch.tensor(values, dtype=torch.bfloat16)):
-        assert module._clipped_sum(order, middle, half) == (pytest.approx(expected), 6)
+    for order, back in (
+        (values, 1),
+        (values[::-1], -1),
+        (torch.tensor(values), 1),
+        (torch.tensor(values).bfloat16(), 1),
+    ):
+        assert module._clipped(order, *module._range(0.0, 1.0))[::back].tolist() == [-0.5, -1.0, 1.0, 0.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -64,18 +70,22 @@ def test_the_sum_is_that_of_the_clipped_values_in_any_order() -> None:
             {"composition": "pld", "unit": "user", "examples_per_user": 3},
             Mechanism(sampler="poisson", noise_multiplier=5.0, sample_rate=1.0, unit="user", examples_per_user=3),
         ),
+        (
+            {"unit": "user", "examples_per_user": 3},
+            Mechanism(sampler="poisson", noise_multiplier=5.0, sample_rate=1.0, unit="user", examples_per_user=3),
+        ),
     ],
 )
 def test_the_account_has_what_was_released(
     tmp_path: Path, header: dict[str, Any], releases: Mechanism, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stds: list[float] = []
-    monkeypatch.setattr(module.GaussianNoise, "add_", lambda self, tensor, std: stds.append(std) or tensor)
+    # A draw of one standard deviation, which is the noise multiplier times half the range, over the number of records.
+    monkeypatch.setattr(module.GridGaussian, "noised", lambda self, total: total / self.steps + self.std)
     payer = account(tmp_path, **header)
     found = mean([0.0, 1.0, 1.0, 1.0], payer, low=-1.0, high=3.0)
     assert payer.uses() == [(releases, 1)] and payer.entries()[0].name == found.paid
-    assert stds == [5.0 * 2.0]  # noise multiplier times half the range
-    assert found.value == 0.75 and found.standard_error == 10.0 / 4 and found.size == 4
+    assert found.standard_error == pytest.approx(10.0 / 4, rel=1e-6) and found.size == 4
+    assert found.value == pytest.approx(0.75 + 10.0 / 4, abs=1e-6)
     # The epsilon is that of the Gaussian whose sensitivity is what a neighbour moves: k records, or a whole range.
     moves = {"replace_one": 2, "user": 3}.get(header.get("adjacency", header.get("unit", "")), 1)
     alone = Mechanism(sampler="poisson", noise_multiplier=5.0 / moves, sample_rate=1.0)
@@ -89,7 +99,7 @@ def test_the_noise_is_gaussian_of_the_stated_error(tmp_path: Path) -> None:
     z = [(each.value - 0.2) / each.standard_error for each in found]
     assert len(set(z)) == 100 and found[0].standard_error == pytest.approx(0.15)
     assert stats.kstest(z, "norm").pvalue > 1e-4
-    assert all(stats.kstest(np.asarray(z) * factor, "norm").pvalue < 1e-2 for factor in (0.5, 2.0))
+    assert all(stats.kstest(np.asarray(z) * factor, "norm").pvalue < 1e-2 for factor in (1 / 3, 3.0))
 
 
 def test_epsilon_of_the_query_alone(tmp_path: Path) -> None:
@@ -106,9 +116,17 @@ def test_size_is_a_public_constant(tmp_path: Path) -> None:
     assert found.standard_error == pytest.approx(2.5 / 1000) and abs(found.value - 0.5 - 1.5 / 1000) < 0.1
 
 
+def test_noise_that_cannot_be_drawn_is_not_paid_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    payer = account(tmp_path)
+    monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives.ciphers", None)  # not installed
+    with pytest.raises(ImportError):
+        mean([0.5], payer)
+    assert payer.entries() == ()
+
+
 def test_nothing_is_drawn_that_is_not_paid_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     payer = account(tmp_path, epsilon=0.5)
-    monkeypatch.setattr(module.GaussianNoise, "add_", lambda *_: pytest.fail("noise before the account"))
+    monkeypatch.setattr(module.GridGaussian, "noised", lambda *_: pytest.fail("noise before the account"))
     with pytest.raises(BudgetExceededError):
         mean([0.5], payer, noise_multiplier=0.1)
     assert payer.entries() == ()
@@ -122,6 +140,8 @@ def test_nothing_is_drawn_that_is_not_paid_for(tmp_path: Path, monkeypatch: pyte
         {"high": math.nan},
         {"noise_multiplier": 0.0},
         {"noise_multiplier": math.inf},
+        {"noise_multiplier": 2.0**26},
+        {"item": "person"},
         {"noise_multiplier": None},
         {"epsilon": 1.0},
         {"size": 0},
@@ -137,7 +157,14 @@ def test_settings_that_are_refused(tmp_path: Path, changes: dict[str, Any]) -> N
 
 def test_the_statement_can_stand_in_a_card(tmp_path: Path) -> None:
     said = mean([0.5] * 40, account(tmp_path), what="accuracy").statement()
-    for words in ("accuracy:", "clipped to [0, 1]", "noise multiplier 5", "add_or_remove_one", "40 records"):
+    for words in (
+        "accuracy:",
+        "clipped to [0, 1]",
+        "noise multiplier 5",
+        "add_or_remove_one",
+        "40 records",
+        "ChaCha20",
+    ):
         assert words in said
 
 
@@ -175,20 +202,20 @@ def test_its_answers_cost_epsilon_at_most(
     bounds. The ratio must stay below e^epsilon, and come near: a smaller noise would exceed it.
     """
     scales: list[float] = []
-
-    def noted(self: dpft.EarlyStop, scale: float) -> float:
-        scales.append(scale)
-        return 0.0
-
-    monkeypatch.setattr(dpft.EarlyStop, "_laplace", noted)
+    monkeypatch.setattr(module, "discrete_laplace", lambda scale: scales.append(float(scale)) or 0)
     stop = stopper(account(tmp_path, **header), size=10)
     kept = [0.0] * 9
-    means = [module._clipped_sum([*kept, x], 0.5, 0.5)[0] / 10 for x in (0.0, 1.0)]
-    if not header:
-        means[0] = module._clipped_sum([*kept, math.nan], 0.5, 0.5)[0] / 10  # the record is not there
-    moves = means[1] - means[0]
+
+    def total(values: list[float]) -> float:
+        """In units of the threshold's scale: a draw is a whole number of 2^-40 of these."""
+        return float(np.rint(module._clipped(values, 0.5, 0.5) * stop._steps).sum()) / scales[0]
+
     assert not stop([*kept, 0.0])
-    threshold, question = scales
+    sums = [total([*kept, x]) for x in (0.0, 1.0)]
+    if not header:
+        sums[0] = total([*kept, math.nan])  # the record is not there
+    moves = sums[1] - sums[0]
+    threshold, question = 1.0, scales[1] / scales[0]
     t = np.linspace(-60 * threshold, 60 * threshold, 40_001)
     weight = stats.laplace.pdf(t, scale=threshold)
 
@@ -204,8 +231,123 @@ def test_its_answers_cost_epsilon_at_most(
     assert 0.8 < math.log(max(ratios)) <= 1.0 + 1e-6
 
 
-def test_laplace_noise(tmp_path: Path) -> None:
-    stop = stopper(account(tmp_path))
-    draws = [stop._laplace(2.0) for _ in range(3000)]
-    assert stats.kstest(draws, "laplace", args=(0, 2.0)).pvalue > 1e-4
-    assert stats.kstest(draws, "laplace", args=(0, 1.7)).pvalue < 1e-3
+def test_its_threshold_is_that_of_the_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "discrete_laplace", lambda scale: 0)
+    for threshold, low, high in ((0.3, 0.0, 1.0), (-0.2, -1.0, 1.0), (5.0, 0.0, 8.0)):
+        for off, answer in ((-1e-6, False), (1e-6, True)):
+            stop = stopper(account(tmp_path / f"{threshold}{off}"), threshold=threshold, low=low, high=high, size=4)
+            spread = [threshold + off + d * (high - low) / 9 for d in (-1, 1, 0.5, -0.5)]
+            assert stop(spread) is answer
+
+
+def test_neighbours_move_early_stopping_by_whole_steps(tmp_path: Path) -> None:
+    """Which the account paid for: half of epsilon, in scales, at most; for users and replaced records, too."""
+    for header, most in (
+        ({}, 1),
+        ({"adjacency": "replace_one"}, 2),
+        ({"unit": "user", "examples_per_user": 3}, 3),
+        ({"unit": "user"}, 1),
+    ):
+        item = "user" if header == {"unit": "user"} else "example"
+        for eps in (0.1, 0.7, 20.0):
+            stop = stopper(account(tmp_path / f"{header}{eps}", **header), epsilon=eps, item=item)
+            assert stop._steps * most <= module._SCALE * eps / 2 < (stop._steps + 1) * most
+    for eps in (1e-13, 1e5):
+        with pytest.raises(PrivacyConfigError, match="expected one between"):
+            stopper(account(tmp_path / f"{eps}"), epsilon=eps)
+
+
+# --------------------------------------------------------------------------------------------------- users
+def test_values_of_users_are_paid_for_as_what_they_are(tmp_path: Path) -> None:
+    users = account(tmp_path / "users", unit="user")
+    both = account(tmp_path / "both", unit="user", examples_per_user=3)
+    rows = account(tmp_path / "rows")
+    one = Mechanism(sampler="poisson", noise_multiplier=5.0, sample_rate=1.0)
+    for payer in (users, both):
+        mean([0.5] * 4, payer, item="user")
+        assert payer.uses()[-1] == (one, 1) and payer.entries()[-1].item == "user"
+    assert "a user is one example" in users.markdown() and "all records of one together" in users.markdown()
+    for wrong, item in ((users, "example"), (rows, "user")):
+        with pytest.raises(AccountingError, match="account for the unit"):
+            mean([0.5] * 4, wrong, item=item)
+        with pytest.raises(AccountingError, match="account for the unit"):
+            stopper(wrong, item=item)
+    assert len(users.entries()) == 1 and rows.entries() == ()
+
+
+# --------------------------------------------------------------------------------------------------- counts
+def counts(payer: dpft.Account, values: list[str], **changes: Any) -> dpft.PrivateCounts:
+    return dpft.private_counts(values, ["a", "b", "c"], **{"account": payer, "epsilon": 1.0, **changes})
+
+
+@pytest.mark.parametrize(
+    ("header", "more", "most"),
+    [
+        ({}, {}, 1),
+        ({"adjacency": "replace_one"}, {}, 2),
+        ({"unit": "user", "examples_per_user": 3}, {}, 3),
+        ({"unit": "user"}, {"users": [0, 0, 0, 1, 1], "rows": 2}, 2),
+    ],
+)
+def test_counts_have_the_noise_of_what_one_unit_changes(
+    tmp_path: Path, header: dict[str, Any], more: dict[str, Any], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scales: list[float] = []
+    payer = account(tmp_path, **header)
+
+    def drawn(scale: Any) -> int:
+        assert payer.uses() == [(PureRelease(0.5), 1)]  # paid before
+        scales.append(scale)
+        return 0
+
+    monkeypatch.setattr(module, "discrete_laplace", drawn)
+    found = counts(payer, ["a", "b", "a", "x", "b"], epsilon=0.5, **more)
+    assert scales == [2 * most] * 3 and found.sensitivity == most and found.paid == payer.entries()[0].name
+    if "users" not in more:
+        assert found.counts == {"a": 2, "b": 2, "c": 0}
+    assert sum(found.counts.values()) <= 4
+
+
+def test_a_user_counts_at_most_so_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever else is there; and which of the records count is drawn."""
+    monkeypatch.setattr(module, "discrete_laplace", lambda scale: 0)
+    payer = account(tmp_path, unit="user")
+    owners, values = ["u"] * 6 + ["v"], ["a", "a", "b", "b", "c", "c", "a"]
+    seen = [counts(payer, values, users=owners, rows=2, epsilon=0.1).counts for _ in range(20)]
+    assert all(sum(found.values()) == 3 for found in seen) and len({str(found) for found in seen}) > 1
+
+
+def test_counts_are_noised_by_the_discrete_laplace_law(tmp_path: Path) -> None:
+    names = [str(number) for number in range(1500)]
+    found = dpft.private_counts(names * 5, names, account=account(tmp_path), epsilon=0.7).counts
+    noise = np.array([found[name] - 5 for name in names])
+    ratio = math.exp(-0.7)
+    law = (1 - ratio) / (1 + ratio) * ratio ** np.abs(np.arange(-6, 7))
+    law[[0, -1]] = ratio**6 / (1 + ratio)
+    seen = np.bincount(np.clip(noise, -6, 6) + 6, minlength=13)
+    assert stats.chisquare(seen, law * len(names)).pvalue > 1e-4
+
+
+def test_counts_that_are_refused(tmp_path: Path) -> None:
+    payer, users = account(tmp_path / "a"), account(tmp_path / "b", unit="user")
+    for bad in (
+        {"epsilon": 0.0},
+        {"rows": 2},
+        {"users": ["u"]},
+        {"users": ["u"], "rows": 0},
+        {"users": [], "rows": 1},
+    ):
+        with pytest.raises(PrivacyConfigError):
+            counts(users, ["a"], **bad)
+    for categories in ([], ["a", "a"]):
+        with pytest.raises(PrivacyConfigError, match="expected at least one, each once"):
+            dpft.private_counts(["a"], categories, account=payer, epsilon=1.0)
+    with pytest.raises(AccountingError):
+        counts(users, ["a"])
+    with pytest.raises(AccountingError):
+        counts(payer, ["a"], users=["u"], rows=1)
+    with pytest.raises(BudgetExceededError):
+        counts(payer, ["a"], epsilon=100.0)
+    assert payer.entries() == users.entries() == ()
+    for words in ("epsilon 1, delta 0", "3 categories", "add_or_remove_one", "scale 1 / 1"):
+        assert words in counts(payer, ["a"]).statement()

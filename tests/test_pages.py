@@ -12,7 +12,6 @@ A page says in its source what is not run, and why, or what has to be there befo
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -20,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tools.common.reader import environment_with_commands
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -148,23 +149,11 @@ def test_each_block_runs_or_says_why_not(page: Path) -> None:
 @pytest.mark.parametrize("page", RUNNING, ids=lambda page: str(page.relative_to(ROOT)))
 def test_page_runs(page: Path, tmp_path: Path) -> None:
     """In an empty folder, beside the recipes and tools of the repository."""
-    commands = tmp_path / "commands"
-    commands.mkdir()
-    (commands / "dpft").write_text(
-        f"#!{sys.executable}\nimport sys\nfrom dpft.command_line import main\nsys.exit(main())\n", encoding="utf-8"
-    )
-    (commands / "dpft").chmod(0o755)
     folder = tmp_path / "reader"
     folder.mkdir()
     for name in ("recipes", "tools", "accelerate_config.yaml"):
         (folder / name).symlink_to(ROOT / name)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "PATH": os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "HF_HUB_OFFLINE": "1",
-    }
-    run_page(page, folder, sys.executable, environment)
+    run_page(page, folder, sys.executable, environment_with_commands(tmp_path / "commands"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -150,6 +150,42 @@ def test_each_start_of_a_shuffled_training_counts(tmp_path: Path) -> None:
     assert account.uses() == [(mechanism, 1)]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mechanism": "bandmf", "bands": 2, "sampler": "cyclic_poisson", "expected_batch_size": 3},
+        {"mechanism": "blt", "buffers": 2, "sampler": "fixed_order", "expected_batch_size": 3},
+    ],
+    ids=["bandmf", "blt"],
+)
+@pytest.mark.parametrize("composition", ["pld", "rdp"])
+def test_a_training_with_correlated_noise_pays_as_one(
+    tmp_path: Path, changes: dict[str, Any], composition: Any
+) -> None:
+    """In full before the first step, and over a resume: what its own ledger says it spent is what it has paid."""
+    account = dpft.Account.create(
+        tmp_path / "account.jsonl", epsilon=90.0, delta=1e-3, adjacency="zero_out", composition=composition
+    )
+    changes = {**changes, "num_steps": 6}
+    first = training(tmp_path, account, changes=changes)
+    mechanism = first.run.schedule.mechanism
+    assert account.uses() == [(mechanism, 6)] and mechanism.strategy is not None
+    full = account.spent()
+    first.train(3)
+    first.accelerator.save_state(str(tmp_path / "state"))
+    first.close()
+    assert account.settle() == [first.run.ledger.run_id] and account.uses() == [(mechanism, 3)]
+    assert account.spent() < full
+    again = training(tmp_path, account, changes=changes)
+    again.accelerator.load_state(str(tmp_path / "state"))
+    assert account.uses() == [(mechanism, 6)] and account.spent() == full
+    again.train()
+    again.run.close()
+    assert account.uses() == [(mechanism, 6)]
+    events = again.run.ledger.events()
+    assert account.spent() == dpft.privacy.compose_epsilon(events, 1e-3, accountant=composition)
+
+
 LIFE = """
 import sys
 from pathlib import Path

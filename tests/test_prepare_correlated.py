@@ -181,6 +181,31 @@ def test_a_resume_with_the_sums_elsewhere_ends(tmp_path: Path) -> None:
         train(tmp_path / "ledger", BANDMF, 1, continue_ledger=True, sums_device="cpu", make=adamless)
 
 
+@both
+def test_a_resume_with_the_examples_in_another_order_ends(changes: dict[str, Any], tmp_path: Path) -> None:
+    """An example would be in steps that are nearer to each other than the accounting assumes."""
+    train(tmp_path / "ledger", changes, 2)[0].close()
+    for reorder in (lambda items: items[::-1], lambda items: [*items[1:], items[0]]):
+        dataset = Seen()
+        dataset.items = reorder(dataset.items)
+        with pytest.raises(LedgerError, match=r"the order of the examples \(a digest of some\) was"):
+            Training(
+                tmp_path / "ledger", dataset=dataset, changes=changes, test_seed=None, continue_ledger=True
+            ).close()
+
+
+def test_a_resume_with_twice_the_examples_at_the_same_rate_ends(tmp_path: Path) -> None:
+    """Sample rate and strategy are as before, and yet most examples would change to another group."""
+    train(tmp_path / "ledger", BANDMF, 2)[0].close()
+    dataset = Seen()
+    dataset.items += dataset.items
+    changes = {**BANDMF, "expected_batch_size": 4}
+    before, now = config(**BANDMF).resolve(EXAMPLES), config(**changes).resolve(2 * EXAMPLES)
+    assert before.mechanism == now.mechanism
+    with pytest.raises(LedgerError, match="the number of examples was '12' when the run began and is '24'"):
+        Training(tmp_path / "ledger", dataset=dataset, changes=changes, test_seed=None, continue_ledger=True).close()
+
+
 def test_without_correlated_noise_there_is_no_file(tmp_path: Path) -> None:
     train(tmp_path / "ledger", {"num_steps": 1, "expected_batch_size": 2})[0].close()
     assert [path.name for path in tmp_path.iterdir()] == ["ledger"]

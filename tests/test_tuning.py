@@ -14,7 +14,7 @@ from scipy import special, stats
 import dpft
 import dpft.tuning as module
 from dpft.errors import AccountingError, BudgetExceededError, EngineError, PrivacyConfigError
-from dpft.privacy import Mechanism, Selection
+from dpft.privacy import Mechanism, Selection, Strategy
 
 STEP = Mechanism(sampler="poisson", noise_multiplier=2.0, sample_rate=0.01)
 FIGURE = Mechanism(sampler="poisson", noise_multiplier=20.0, sample_rate=1.0)
@@ -179,6 +179,53 @@ def test_a_trial_of_shuffled_trainings_counts_their_epochs(tmp_path: Path) -> No
     with pytest.raises(BudgetExceededError):
         trial.reserve("run", [(shuffled, 20), (shuffled, 30)], "it goes on", released=[(shuffled, 20)])
     trial.reserve("run", [(shuffled, 100)], "a whole epoch")
+
+
+CORRELATED = [
+    Mechanism(
+        sampler="cyclic_poisson",
+        noise_multiplier=1.5,
+        sample_rate=0.05,
+        strategy=Strategy(kind="bandmf", steps=40, min_separation=4, weights=(1.0, 0.5, 0.3, 0.2)),
+    ),
+    Mechanism(
+        sampler="fixed_order",
+        noise_multiplier=4.0,
+        batch_size=10,
+        dataset_size=100,
+        strategy=Strategy(kind="blt", steps=40, min_separation=10, weights=(0.3, 0.2), decays=(0.9, 0.4)),
+    ),
+]
+
+
+@pytest.mark.parametrize("mechanism", CORRELATED, ids=["bandmf", "blt"])
+def test_a_trial_of_trainings_with_correlated_noise_counts_each_by_itself(tmp_path: Path, mechanism: Any) -> None:
+    payer = account(tmp_path, adjacency="zero_out", epsilon=60.0)
+    trial = dpft.Trial(payer, [(mechanism, 40), (mechanism, 10)], tmp_path)
+    trial.reserve("a", [(mechanism, 10)], "a short one")
+    trial.reserve("a", [(mechanism, 10), (mechanism, 20)], "it goes on", released=[(mechanism, 10)])
+    trial.reserve("b", [(mechanism, 10)], "another short one")
+    with pytest.raises(BudgetExceededError):  # 30 and 11 are not within 40 and 10, though they are fewer together
+        trial.reserve("b", [(mechanism, 11)], "another")
+    with pytest.raises(BudgetExceededError):
+        trial.reserve("c", [(mechanism, 1)], "a third")
+    assert module._fixed(((mechanism, 40),), 3)[0] == [(mechanism, 40)] * 3
+
+
+def test_a_trial_asks_what_an_example_is(tmp_path: Path) -> None:
+    """As the account does, which the search has paid for its own unit."""
+    payer = account(tmp_path, unit="user")
+
+    def of(item: Any) -> Any:
+        def train(candidate: float, trial: dpft.Trial) -> tuple[float, None]:
+            trial.reserve("run", [(STEP, 5)], "a training", item=item)
+            return 1.0, None
+
+        return tune(payer, tmp_path / "t", train=train, scores="public", trials=1)
+
+    assert of("user") is not None and payer.entries()[0].item == "user"
+    with pytest.raises(AccountingError, match="account for the unit"):
+        of("example")
 
 
 def test_scores_are_what_they_are_said_to_be(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 import dpft
-from dpft.errors import PrivacyConfigError
+from dpft.errors import AccountingError, PrivacyConfigError
 from dpft.privacy import Mechanism
 from dpft.users import UserDataset, check_forwards, of_users
 from tests.oracle import Grads, oracle, relative_error, trainable
@@ -234,6 +234,28 @@ def test_the_statement_and_the_accountant_are_those_of_users(tmp_path: Path) -> 
     named.close()
 
 
+def test_a_training_on_users_pays_from_an_account_for_users(tmp_path: Path) -> None:
+    """Beside figures of their rows; rows alone, which protect nobody's others, do not."""
+    account = dpft.Account.create(
+        tmp_path / "account.jsonl", epsilon=50.0, delta=1e-3, unit="user", examples_per_user=3
+    )
+    options: dict[str, Any] = {"account": account, "test_seed": None, "changes": {"expected_batch_size": 2}}
+    training = Training(tmp_path / "ledger.jsonl", dataset=numbered_texts(), **options)
+    assert account.uses() == [(training.run.schedule.mechanism, 3)] and account.entries()[0].item == "user"
+    training.train().run.close()
+    assert account.uses() == [(training.run.schedule.mechanism, 3)]
+    assert "a user is one example" in account.markdown() and "at most 3 examples each" in account.markdown()
+    dpft.private_mean([0.5] * 6, low=0, high=1, account=account, noise_multiplier=20.0)
+    with pytest.raises(AccountingError, match="by_user makes users the examples"):
+        Training(tmp_path / "rows.jsonl", dataset=examples(len(OWNERS)), **options)
+
+    class OfOnesOwn(list):  # type: ignore[type-arg]  # whose items are users, however they are made
+        privacy_unit = "user"
+
+    Training(tmp_path / "own.jsonl", dataset=OfOnesOwn(examples(len(OWNERS))), **options).run.close()
+    assert [entry.item for entry in account.entries()] == ["user", "example", "user"]
+
+
 def numbered_texts(rows: int = 2) -> UserDataset:
     return dpft.by_user(examples(len(OWNERS)), OWNERS, rows=rows)
 
@@ -290,8 +312,8 @@ def test_what_ranks_compare_is_not_drawn() -> None:
     assert len(users.undrawn) == 5
     given = dpft.PrivacyConfig(**CONFIG)
     wrapped = mock.Mock(undrawn=marks)  # a dataset that draws from users
-    assert of_users(wrapped, given, None, 1, True) == (given, None, marks)
-    assert of_users([1], given, None, 2, True) == (given, None, [1])
+    assert of_users(wrapped, given, None, 1) == (given, None, marks)
+    assert of_users([1], given, None, 2) == (given, None, [1])
 
 
 # ------------------------------------------------------------------------------------------------------ refusals
@@ -328,10 +350,12 @@ def test_what_does_not_go_with_users_is_refused(tmp_path: Path) -> None:
         next(iter(training.loader))
     training.close()
     with pytest.raises(PrivacyConfigError, match="Use sp_size 1"):
-        of_users(numbered(), dpft.PrivacyConfig(**CONFIG), None, 2, False)
+        of_users(numbered(), dpft.PrivacyConfig(**CONFIG), None, 2)
     account = dpft.Account.create(tmp_path / "account.jsonl", epsilon=8.0, delta=1e-3)
-    with pytest.raises(PrivacyConfigError, match="cannot tell users from rows"):
-        Training(tmp_path / "c.jsonl", dataset=numbered_texts(), account=account, test_seed=None)
+    with pytest.raises(AccountingError, match="create an account with unit='user'"):
+        few = {"expected_batch_size": 2}
+        Training(tmp_path / "c.jsonl", dataset=numbered_texts(), account=account, test_seed=None, changes=few)
+    assert account.entries() == ()
     with pytest.raises(PrivacyConfigError, match="different numbers of rows"):
         check_forwards(numbered(), "per_example", True)
     for fine in (("one_pass", True), ("per_example", False)):

@@ -9,7 +9,6 @@ A notebook that fails is left as it was. tests/test_notebooks.py runs them in th
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shutil
 import sys
@@ -24,7 +23,10 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from traitlets import default
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script finds `tools` from its root
+
+from tools.common.reader import ROOT, environment_with_commands
+
 NOTEBOOKS = ROOT / "docs" / "tutorials"
 HANGS = 600  # seconds of one cell, after which it is taken to hang: no measure of speed
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -47,7 +49,6 @@ _check_commands()
 del _check_commands
 """
 _BASH = "set -eo pipefail\n"  # bash reads it before each script: `failing | tail` fails, too
-_DPFT = f"#!{sys.executable}\nimport sys\nfrom dpft.command_line import main\nsys.exit(main())\n"
 
 
 class _Kernel(AsyncKernelManager):
@@ -91,20 +92,14 @@ def execute(notebook: Any, scratch: Path) -> Any:
 
 def _environment(scratch: Path) -> dict[str, str]:
     """Of a reader who has installed dpft, and has no network, no caches and no settings."""
-    commands, startup = scratch / "commands", scratch / "ipython" / "profile_default" / "startup"
-    for made in (commands, startup):
-        made.mkdir(parents=True)
+    startup = scratch / "ipython" / "profile_default" / "startup"
+    startup.mkdir(parents=True)
     (startup / "commands.py").write_text(_STARTUP, encoding="utf-8")
     (scratch / "bash").write_text(_BASH, encoding="utf-8")
-    (commands / "dpft").write_text(_DPFT, encoding="utf-8")
-    (commands / "dpft").chmod(0o755)
     environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "PATH": os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ["PATH"]]),
+        **environment_with_commands(scratch / "commands"),
         "IPYTHONDIR": str(scratch / "ipython"),
         "HF_HOME": str(scratch / "huggingface"),
-        "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",  # the tutorials are for two CPU cores
         "DS_ACCELERATOR": "cpu",  # or DeepSpeed, where it is installed, says that it found no GPU
         "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm, of a widget for its bars

@@ -6,16 +6,19 @@ from dpft.audit.black_box import BlackBoxAudit, Canaries, black_box, draw_canari
 from dpft.audit.figures import plot
 from dpft.audit.result import WhiteBoxAudit
 from dpft.audit.statistics import Check, one_run_epsilon
+from dpft.audit.two_worlds import TwoWorldsAudit, two_worlds
 from dpft.audit.white_box import white_box
 
 __all__ = [
     "BlackBoxAudit",
     "Canaries",
     "Check",
+    "TwoWorldsAudit",
     "WhiteBoxAudit",
     "black_box",
     "draw_canaries",
     "one_run_epsilon",
     "plot",
+    "two_worlds",
     "white_box",
 ]

@@ -31,6 +31,8 @@ class ExpectedGradients:
     Attributes:
         names: of the trainable parameters, in the order in which they are laid out in one vector.
         sizes: elements of each.
+        clip_norm: C, to be set where it adapts.
+        norm: of the last gradient that was asked for, before it was clipped.
     """
 
     def __init__(self, model: nn.Module, dataset: Any, collate: Collate, schedule: PrivacySchedule) -> None:
@@ -39,6 +41,8 @@ class ExpectedGradients:
         self._parameters = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
         self.names = list(self._parameters)
         self.sizes = [p.numel() for p in self._parameters.values()]
+        self.clip_norm, self.norm = schedule.max_grad_norm, 0.0
+        self._groups = clipped_apart(self.names, schedule.clip_groups)
 
     def at(self, parameters: Tensor) -> None:
         """Go to other parameters, float64 ``[d]``."""
@@ -61,11 +65,35 @@ class ExpectedGradients:
                 "collated examples have labels. An audit cannot know another loss."
             )
         parts = torch.autograd.grad(loss, list(self._parameters.values()), allow_unused=True, materialize_grads=True)
-        gradient = torch.cat([part.flatten() for part in parts])
-        norm, bound = float(gradient.norm()), self._schedule.max_grad_norm
+        flat = [part.flatten() for part in parts]
+        self.norm = float(torch.cat(flat).norm())
+        clipped = list(flat)
+        for members, share in self._groups:
+            factor = self._factor(float(torch.cat([flat[i] for i in members]).norm()), share * self.clip_norm)
+            for i in members:
+                clipped[i] = flat[i] * factor
+        return torch.cat(clipped)
+
+    def _factor(self, norm: float, bound: float) -> float:
         if self._schedule.clip_function == "automatic":
-            return gradient * (bound / (norm + self._schedule.clip_gamma))
-        return gradient * min(1.0, bound / norm) if norm > 0 else gradient
+            return bound / (norm + self._schedule.clip_gamma)
+        return min(1.0, bound / norm) if norm > 0 else 1.0
+
+
+def clipped_apart(names: Sequence[str], spec: Any) -> list[tuple[list[int], float]]:
+    """Places of the parameters that are clipped together, with their share of the clip norm: squares add up to 1."""
+    if spec is None:
+        return [(list(range(len(names))), 1.0)]
+    if spec == "layer":
+        labels = [name.rpartition(".")[0] for name in names]
+        weight = dict.fromkeys(labels, 1.0)
+    else:
+        weight = dict(spec)
+        labels = [max((start for start in weight if name.startswith(start)), key=len) for name in names]
+    total = sum(value**2 for value in weight.values()) ** 0.5
+    return [
+        ([i for i, label in enumerate(labels) if label == group], value / total) for group, value in weight.items()
+    ]
 
 
 class WatchedDataset:

@@ -10,12 +10,15 @@ import numpy as np
 
 from dpft.audit.black_box import BlackBoxAudit
 from dpft.audit.result import WhiteBoxAudit
+from dpft.audit.two_worlds import TwoWorldsAudit
+
+_MOST_THRESHOLDS = 1000  # of the ROC
 
 
-def plot(audit: WhiteBoxAudit | BlackBoxAudit, path: str | Path) -> None:
+def plot(audit: WhiteBoxAudit | BlackBoxAudit | TwoWorldsAudit, path: str | Path) -> None:
     """Histogram of the scores and ROC, as PNG, with what the claim allows.
 
-    For a white-box audit that is the claimed noise around 0 and 1. For a black-box audit it is the region of
+    For a white-box audit that is the claimed noise around 0 and 1. For the others it is the region of
     (epsilon, delta): a true positive rate above ``exp(epsilon) FPR + delta`` refutes it.
 
     Raises:
@@ -48,7 +51,7 @@ def plot(audit: WhiteBoxAudit | BlackBoxAudit, path: str | Path) -> None:
         factor = math.exp(min(700.0, 700.0 if epsilon is None else epsilon))
         allowed = np.minimum(1.0, np.minimum(factor * rate + delta, 1 - (1 - delta - rate) / factor))
     if len(inside) and len(outside):
-        thresholds = np.sort(everyone)[::-1]
+        thresholds = np.sort(everyone)[:: -max(1, len(everyone) // _MOST_THRESHOLDS)]
         found = [[(scores >= t).mean() for t in thresholds] for scores in (outside, inside)]
         roc.plot([0, *found[0]], [0, *found[1]], color="tab:orange", label="attack")
     roc.plot(
@@ -75,8 +78,8 @@ def _gaussian_roc(rate: Any, mu: float) -> Any:
     return ndtr(mu + ndtri(rate))
 
 
-def _caption(audit: WhiteBoxAudit | BlackBoxAudit) -> str:
-    if isinstance(audit, BlackBoxAudit):
+def _caption(audit: WhiteBoxAudit | BlackBoxAudit | TwoWorldsAudit) -> str:
+    if not isinstance(audit, WhiteBoxAudit):
         return audit.statement
     claimed = audit.claimed
     return (

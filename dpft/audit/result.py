@@ -12,8 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dpft.audit.sampling import sampling_checks
+from dpft.audit.sampling import sampling_checks, turn_of
 from dpft.audit.statistics import (
+    CONFIDENCE,
+    FALSE_ALARM,
     Check,
     Samples,
     correlation_p_value,
@@ -25,20 +27,16 @@ from dpft.audit.statistics import (
 )
 from dpft.privacy import PrivacySchedule, epsilon
 
-# An audit of a sound mechanism fails with at most this probability, over all of its tests together, and again for the
-# bound of epsilon: once in 5,000 audits.
-FALSE_ALARM = 1e-4
-CONFIDENCE = 0.95  # of the bound that is reported
 _LAW_SAMPLES = 20_000
 
 
 class Observations:
-    """Sums over the observed releases, in units of the claimed noise.
+    """Sums over the observed releases, in units of the claimed noise: in each coordinate it is N(0, 1).
 
     Args:
         schedule: what is claimed, with the number of steps of the audit.
         examples: N.
-        parameters: elements of each trainable parameter, in the order of a release.
+        parameters: elements of each trainable parameter, and of what else is released, in the order of a release.
         kept: coordinates whose residuals are kept.
     """
 
@@ -47,7 +45,6 @@ class Observations:
     ) -> None:
         self.schedule, self.examples, self.parameters = schedule, examples, parameters
         self._kept = torch.from_numpy(kept)
-        self.noise = schedule.noise_multiplier * schedule.max_grad_norm
         self.segments: list[list[set[int]]] = []
         self.step_squares: list[float] = []
         self.parameter_squares = torch.zeros(len(parameters), dtype=torch.float64)
@@ -57,6 +54,8 @@ class Observations:
         self.score_variances: list[float] = []  # of the claimed noise
         self.members: list[float] = []
         self.others: list[float] = []
+        self.vote_members: list[float] = []
+        self.vote_others: list[float] = []
 
     @property
     def steps(self) -> int:
@@ -67,16 +66,24 @@ class Observations:
         """The run starts, or starts again."""
         self.segments.append([])
 
-    def add(self, drawn: set[int], release: Tensor, total: Tensor, directions: dict[int, Tensor]) -> None:
+    def add(
+        self,
+        drawn: set[int],
+        release: Tensor,
+        total: Tensor,
+        directions: dict[int, Tensor],
+        vote: tuple[int, float] | None = None,
+    ) -> None:
         """One release.
 
         Args:
             drawn: the examples in it.
-            release: float64 ``[d]``, times the expected batch size.
-            total: float64 ``[d]``, the sum of the clipped gradients of ``drawn``.
+            release: float64 ``[d]``.
+            total: float64 ``[d]``, the sum of the contributions of ``drawn``.
             directions: of each canary, float64 ``[d]``; what it contributes in its direction is 1.
+            vote: a canary, a different one each time, and what it adds to the last coordinate if it is drawn.
         """
-        residual = (release - total) / self.noise
+        residual = release - total
         squares = residual.square()
         self.segments[-1].append(drawn)
         self.step_squares.append(float(squares.sum()))
@@ -87,9 +94,13 @@ class Observations:
         self.along_signal += float(residual @ total)
         self.signal += float(total @ total)
         for index, direction in directions.items():
-            noise = float(residual @ direction) * self.noise
-            self.score_variances.append(float(direction @ direction) * self.noise**2)
-            (self.members if index in drawn else self.others).append(noise + (index in drawn))
+            self.score_variances.append(float(direction @ direction))
+            score = float(residual @ direction) + (index in drawn)
+            (self.members if index in drawn else self.others).append(score)
+        if vote is not None:
+            index, adds = vote
+            score = float(residual[-1]) / adds + (index in drawn)
+            (self.vote_members if index in drawn else self.vote_others).append(score)
 
 
 @dataclass(frozen=True)
@@ -161,14 +172,14 @@ def evaluate(seen: Observations) -> WhiteBoxAudit:
     steps, width = seen.steps, sum(seen.parameters.values())
     draws = sum(len(batch) for part in seen.segments for batch in part)
     scale = math.sqrt(sum(seen.step_squares) / (steps * width))
-    slope = 1.0 + seen.along_signal * seen.noise / seen.signal if seen.signal else math.nan
+    slope = 1.0 + seen.along_signal / seen.signal if seen.signal else math.nan
     claimed = {
         "epsilon": schedule.epsilon,
         "delta": schedule.target_delta,
         "steps": float(steps),
         "noise_multiplier": schedule.noise_multiplier,
         "max_grad_norm": schedule.max_grad_norm,
-        "sample_rate": schedule.sample_rate,
+        "sample_rate": schedule.sample_rate / turn_of(schedule),
     }
     measured = {
         "noise_multiplier": scale * schedule.noise_multiplier,
@@ -204,7 +215,7 @@ def _noise_checks(seen: Observations, scale: float) -> list[Check]:
     law = rows[:, : max(1, _LAW_SAMPLES // steps)].ravel()
     distance, law_p = normality_p_value(law)
     correlation, correlation_p = correlation_p_value(rows)
-    slope = seen.along_signal * seen.noise / seen.signal if seen.signal else 0.0
+    slope = seen.along_signal / seen.signal if seen.signal else 0.0
     z = seen.along_signal / math.sqrt(seen.signal) if seen.signal else 0.0
     constant = float(seen.sum.square().sum()) / steps
     return [
@@ -252,7 +263,14 @@ def _epsilon_lower(seen: Observations, inside: Samples, outside: Samples, draws:
     """Epsilon of the observed releases if one leaks as much as was seen to leak, and no more."""
     schedule, steps = seen.schedule, seen.steps
     each = 1.0 - (1.0 - confidence) / 2.0  # one half for mu, one for the sample rate
-    mu = gaussian_mu_lower(outside, inside, each)
+    if seen.vote_members or seen.vote_others:
+        half = 1.0 - (1.0 - each) / 2.0  # whole releases, or the vote alone: whichever proves more
+        votes = gaussian_mu_lower(np.array(seen.vote_others), np.array(seen.vote_members), half)
+        mu = max(votes, gaussian_mu_lower(outside, inside, half))
+    else:
+        mu = gaussian_mu_lower(outside, inside, each)
+    if schedule.sampler == "fixed_order":  # one release of all steps: an example is in several, which add up
+        mu *= math.sqrt(schedule.mechanism.strategy.participations)  # type: ignore[union-attr]  # it has one
     # The accountant has no use for less noise than this; a smaller mu is a bound, too.
     mu = min(mu, max(5.0, 2.0 / schedule.noise_multiplier))
     if mu <= 0.0:

@@ -17,6 +17,11 @@ from dpft.errors import MissingPackageError
 
 Samples = npt.NDArray[np.float64]
 
+# An audit of a sound mechanism fails with at most this probability, over all of its tests together, and again for the
+# bound of epsilon: once in 5,000 audits.
+FALSE_ALARM = 1e-4
+CONFIDENCE = 0.95  # of the bound that is reported
+
 # Where the sorted scores are cut into "in" and "out", in units of what a member adds. Fixed before the data are seen:
 # the bound below pays for their number.
 THRESHOLDS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -7,7 +7,9 @@
          |                                                                      |
          +------------------> release - sum of what was drawn = residual <------+
                                          |
-                 must be N(0, (sigma C)^2) in every coordinate, and nothing else (result.py)
+                 in units of the claimed noise, with its correlation over the steps undone (units.py)
+                                         |
+                 must be N(0, 1) in every coordinate, independent over the steps, and nothing else (result.py)
 
 The attacker knows everything but the noise and whether one canary was drawn. Nothing of the training is changed: the
 releases are read off the parameters, which are all that a training lets out.
@@ -29,12 +31,14 @@ from torch import Tensor, nn
 
 from dpft.audit.expected import Collate, ExpectedGradients, WatchedDataset, parameter_vector
 from dpft.audit.result import Observations, WhiteBoxAudit, evaluate
+from dpft.audit.units import Units
 from dpft.errors import PrivacyConfigError
 from dpft.prepare import prepare
 from dpft.privacy import PrivacyConfig
 
 # Small enough that the parameters hardly move; large enough that their rounding (2^-24) vanishes beside a step.
 RATE = 1e-2
+VOTE = "the count below the clip norm"  # a coordinate of the releases, where the clip norm adapts
 KEPT = 4096  # coordinates whose residuals are kept for the tests of the law and of repeated noise
 
 
@@ -86,16 +90,6 @@ def white_box(
             f"noise_multiplier={schedule.noise_multiplier:g}, unit={schedule.unit!r}; an audit needs a claim to test: "
             "noise above 0, and the unit 'example'."
         )
-    if schedule.strategy is not None:
-        raise PrivacyConfigError(
-            f"mechanism={privacy.mechanism!r}: an audit tests each release by itself, and the noise of these is "
-            "correlated over the steps; audit mechanism='dp_sgd'."
-        )
-    if schedule.adaptive_clip is not None or schedule.clip_groups is not None:
-        raise PrivacyConfigError(
-            "adaptive_clip or clip_groups: the audit expects one clip norm, of the whole gradient, in all releases; "
-            "audit the configuration without them."
-        )
     if wrong := {str(p.dtype) for p in model.parameters() if p.requires_grad} - {"torch.float32"}:
         raise ValueError(
             f"parameters are {sorted(wrong)}; expected float32: a release is read off the parameters, and would be "
@@ -109,12 +103,15 @@ def white_box(
     expected.of(0)  # what cannot be audited is found before anything is trained
     watched = WatchedDataset(dataset)
     chosen = rng.permutation(len(dataset))[:canaries].tolist()
+    planned = claimed.resolve(len(dataset))
+    sizes = dict(zip(expected.names, expected.sizes, strict=True))
     seen = Observations(
-        schedule=claimed.resolve(len(dataset)),
+        schedule=planned,
         examples=len(dataset),
-        parameters=dict(zip(expected.names, expected.sizes, strict=True)),
+        parameters=sizes if planned.adaptive_clip is None else {**sizes, VOTE: 1},
         kept=np.sort(rng.permutation(sum(expected.sizes))[:KEPT]),
     )
+    units = Units(planned)
     with tempfile.TemporaryDirectory(prefix="dpft-audit-") as scratch:
         parts = [steps // 2, steps - steps // 2] if restart and steps > 1 else [steps]
         for number, count in enumerate(parts):
@@ -137,7 +134,7 @@ def white_box(
                     accelerator.load_state(str(folder / "checkpoint"))
                 prepared.eval()
                 seen.start()
-                _observe(accelerator, prepared, stepped, loader, watched, expected, chosen, seen, count, say)
+                _observe(accelerator, prepared, stepped, loader, watched, expected, chosen, seen, units, count, say)
                 if number + 1 < len(parts):
                     accelerator.save_state(str(folder / "checkpoint"))
             finally:
@@ -155,6 +152,7 @@ def _observe(
     expected: ExpectedGradients,
     canaries: Sequence[int],
     seen: Observations,
+    units: Units,
     steps: int,
     say: Callable[[str], None],
 ) -> None:
@@ -174,10 +172,27 @@ def _observe(
         after = parameter_vector(model, expected.names)
         everyone = sorted(index for part in _from_all(drawn) for index in part)
         release = (before - after) / RATE * float(seen.schedule.expected_batch_size)
+        norm, next_norm = expected.clip_norm, loader.privacy.clip_norm
         expected.at(before)
-        gradients = {index: expected.of(index) for index in {*everyone, *canaries}}
-        total = sum((gradients[index] for index in everyone), torch.zeros_like(before))
-        seen.add(set(everyone), release, total, _attacked(gradients, canaries))
+        gradients = {}
+        for index in {*everyone, *canaries}:
+            gradient = expected.of(index)
+            gradients[index] = units.contribution(gradient, expected.norm <= norm, norm)
+        nothing = torch.zeros(sum(seen.parameters.values()), dtype=torch.float64)
+        total = sum((gradients[index] for index in everyone), nothing)
+        attacked = _attacked(gradients, canaries)
+        vote = None
+        if seen.schedule.adaptive_clip is not None and attacked:
+            voter = list(attacked)[seen.steps % len(attacked)]
+            vote = (voter, float(gradients[voter][-1]))
+        seen.add(
+            set(everyone),
+            units.released.row(units.release(release, norm, next_norm)),
+            units.expected.row(total),
+            attacked,
+            vote,
+        )
+        expected.clip_norm = next_norm
         before, drawn = after, []
         if seen.steps % 50 == 0:
             say(f"{seen.steps} releases observed")

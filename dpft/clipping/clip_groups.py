@@ -3,7 +3,7 @@
 An example's gradient is cut into one part for each group; the part of group g is clipped to ``C_g = C w_g``, where the
 squares of the shares w add up to 1. Together its clipped parts have a norm of at most ``sqrt(sum_g C_g^2) = C``: the
 sensitivity of the whole sum, and so noise and accounting, are those of a clip norm C over everything (McMahan, Ramage,
-Talwar, Zhang 2018, arXiv 1710.06963, section 3.2, "per-layer clipping"; He et al. 2023, arXiv 2212.01539, whose
+Talwar, Zhang 2018, arXiv 1710.06963, "per-layer clipping"; He et al. 2023, arXiv 2212.01539, whose
 "global" allocation is this one: the same noise on every coordinate).
 """
 

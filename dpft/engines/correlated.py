@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dpft.correlated_noise import CorrelatedNoise
-from dpft.engines.agreement import described, versions
+from dpft.engines.agreement import dataset_mark, described, versions
 from dpft.engines.deepspeed_config import offloads_optimizer
 from dpft.engines.engine import Kind
 from dpft.engines.ranks import Ranks
@@ -45,6 +45,7 @@ def correlated_noise(
     optimizer: torch.optim.Optimizer,
     engine: str,
     device: torch.device,
+    dataset: Any,
     secret: bytes | None = None,
 ) -> CorrelatedNoise:
     """The noise of a run, new or resumed; its secret is on disk when this returns. A collective.
@@ -57,6 +58,8 @@ def correlated_noise(
         optimizer: of the model's parameters, in whose order they get noise.
         engine: its name, and what else decides in which order parameters get noise.
         device: from :func:`sums_device_of`.
+        dataset: the examples, or what ranks compare in their place: their number and order decide which steps each
+            one can be in.
         secret: a known one, for tests only; None: from the operating system.
 
     Raises:
@@ -69,13 +72,13 @@ def correlated_noise(
             f"the ranks draw correlated noise on {', '.join(kinds)}; expected one kind of device, on which a resume "
             "can draw it again. Launch on equal GPUs, or use mechanism='dp_sgd'."
         )
-    environment = _environment(model, optimizer, engine, kinds[0])
     fresh = os.urandom(32) if secret is None else secret
 
     def write() -> tuple[NoiseSecret, ...]:
         if ranks.rank != 0:
             return ()  # it gets rank 0's
-        return begin(ledger.path, ledger.run_id, ledger.count, strategy, environment, fresh)
+        environment = _environment(model, optimizer, engine, kinds[0]) | _examples(dataset, ledger.run_id)
+        return begin(ledger.path, ledger.run_id, ledger.starts, ledger.count, strategy, environment, fresh)
 
     return CorrelatedNoise(strategy, ranks.from_first(ranks.together(write)), device)
 
@@ -91,4 +94,16 @@ def _environment(model: nn.Module, optimizer: torch.optim.Optimizer, engine: str
         "the device of the noise": device,
         **{name: version for name, version in versions().items() if name.split()[-1] in ("dpft", "numpy", "torch")},
         "the digest of the trained parameters, their order, shapes and dtypes,": parameters[:16],
+    }
+
+
+def _examples(dataset: Any, run_id: str) -> dict[str, str]:
+    """What decides which steps an example can be in, so that it stays so over a resume.
+
+    With other groups, or another order, an example could be in steps that are nearer to each other than the strategy
+    was made for. A sample of 16 examples sees a new order, and one example more or less among many.
+    """
+    return {
+        "the number of examples": str(len(dataset)),
+        "the order of the examples (a digest of some)": dataset_mark(dataset, run_id.encode()),
     }

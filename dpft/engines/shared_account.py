@@ -8,9 +8,11 @@ from pathlib import Path
 
 from dpft.engines.ranks import Ranks
 from dpft.errors import LedgerError
-from dpft.privacy.account.account import Account, Payer
+from dpft.privacy.account.account import Account
+from dpft.privacy.account.payer import Payer
 from dpft.privacy.accounting.accountant import Event
 from dpft.privacy.ledger import Ledger
+from dpft.privacy.mechanism import UnitName
 
 
 class SharedAccount:
@@ -42,15 +44,22 @@ class SharedAccount:
         payer = self._payer
         self._ranks.together(lambda: None if payer is None else act(payer))
 
-    def reserve(self, run_id: str, released: list[Event], planned: Event, ledger: Path) -> None:
+    def reserve(self, run_id: str, released: list[Event], planned: Event, ledger: Path, item: UnitName) -> None:
         """Reserve a training's releases, those before a restart included. A collective, before anything is released.
+
+        Args:
+            run_id: of the training.
+            released: before a restart.
+            planned: still to be released.
+            ledger: its file.
+            item: what one of its examples is.
 
         Raises:
             BudgetExceededError, AccountingError, LedgerError: on all ranks, as :meth:`Account.reserve`.
         """
         what = f"training of {planned[1] + sum(count for _, count in released)} steps"
         uses = [*released, planned]
-        self._first(lambda payer: payer.reserve(run_id, uses, what, ledger=ledger, released=released))
+        self._first(lambda payer: payer.reserve(run_id, uses, what, ledger=ledger, released=released, item=item))
 
     def finish(self, run_id: str, ledger: Path) -> None:
         """Free what the ledger does not have. No collective: ranks end at different times, and rank 0 has the account.

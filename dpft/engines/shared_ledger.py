@@ -52,6 +52,12 @@ class SharedLedger:
         """As :attr:`Ledger.count`: the same on all ranks."""
         return self._content.count + self._released
 
+    @property
+    def starts(self) -> list[int]:
+        """How many releases there were at each start that has made some."""
+        counts = [count for _, count in self.content().events]
+        return [sum(counts[:number]) for number, count in enumerate(counts) if count]
+
     def events(self) -> list[Event]:
         """As :meth:`Ledger.events`."""
         return of_one_run([event for event in self.content().events if event[1] > 0])

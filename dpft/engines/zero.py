@@ -133,6 +133,8 @@ class ZeroOptimizer(DPOptimizer):
         self._numbers = {id(flat): number for number, flat in enumerate(sums.layout.flats)}
         self._pending: set[int] | None = None  # flat partitions that the running release has not reached
         self._zero_sums = sums
+        # Buffers for gradients that DeepSpeed keeps, with its optimiser on the CPU; else it gives one at each step.
+        self._kept = {number for number, flat in enumerate(sums.layout.flats) if flat.grad is not None}
         super().__init__(optimizer, sums=sums, **mechanism)
 
     def _only_through_here(self, *_: Any) -> None:
@@ -168,7 +170,12 @@ class ZeroOptimizer(DPOptimizer):
                 "DeepSpeed has a gradient of its own, which did not come through the clip boundary: something besides "
                 "model(**batch).loss was differentiated, or another hook writes gradients. It was not applied."
             )
-        flat.grad.copy_(release)
+        if number in self._kept:
+            flat.grad.copy_(release)
+        else:
+            # Of a parameter that is alone in its partition, ZeRO-3's gradient is a view into the buffer that the next
+            # step's gradient is taken from: that one would be this release.
+            flat.grad = release
         self._pending.discard(number)
 
     def _begin(self) -> None:
@@ -203,7 +210,6 @@ class ZeroOptimizer(DPOptimizer):
                 "accelerator.backward(loss) before optimizer.step(), once for each batch, and do not replace the "
                 "optimiser that was passed to dpft.prepare."
             )
-        self._tell_followers()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """End the logical batch, once its release was made."""

@@ -28,12 +28,14 @@ poisson              add or remove one   C            Zhu, Dong, Wang 2022 (arXi
                                                       connect-the-dots, Doroshenko et al. 2022 (arXiv 2207.04380); RDP:
                                                       Mironov, Talwar, Zhang 2019 (arXiv 1908.10530)
 poisson, unit user   add or remove the   up to k C    mixture of Gaussians, Choquette-Choo et al. 2023
-                     user                             (arXiv 2310.15526)
-truncated_poisson    add or remove one   C, or 2 C    arXiv 2508.15089 (dp_accounting's TruncatedSubsampledGaussian)
-                                         if cut
+                     user                             (arXiv 2310.15526); RDP of the same pairs:
+                                                      :mod:`dpft.privacy.accounting.renyi`
+truncated_poisson    add or remove one   C, or 2 C    arXiv 2508.15089 (dp_accounting's TruncatedSubsampledGaussian);
+                                         if cut       RDP of the same pairs, as above
 fixed_size           replace one         2 C          Wang, Balle, Kasiviswanathan 2019 (arXiv 1808.00087), Theorem 27
-shuffle              zero out one        C            parallel composition within an epoch (McSherry 2009, Theorem 4;
-                                                      adaptive by fixing the permutation), Gaussians over the epochs
+shuffle              zero out one        C            parallel composition within an epoch (McSherry 2009,
+                                                      "Privacy integrated queries"; adaptive by fixing the
+                                                      permutation), Gaussians over the epochs
                                                       (Dong, Roth, Su 2019, arXiv 1905.02383, Corollary 3.3)
 balls_and_bins       zero out one        C            the pair of Chua et al. 2024 (arXiv 2412.16802), which dominates
                                                       an epoch adaptively; PLD by sums that grow in the convex order:
@@ -59,7 +61,8 @@ composed.
 - ``fixed_order``: the batches are fixed, and come round every b = ceil(N / batch size) steps. No amplification, and no
   secret.
 
-What these theorems need of a resume is that the steps go on counting and that no noise is drawn twice.
+What these theorems need of a resume is that the steps go on counting, that no noise is drawn twice, and that the
+examples keep their number and their order.
 
 What is not a training step, and pays from an account (:mod:`dpft.privacy.account`); h: half the range to which the
 value of a record is clipped. The adjacency is the account's. The sensitivities are those of add/remove and zero-out;
@@ -69,15 +72,27 @@ twice these for ``replace_one``, k times these for the unit user.
 release              sensitivity  theorem
 ===================  ===========  ====================================================================================
 private mean         h            Gaussian mechanism: ``poisson`` at sample rate 1 (``replace_one``: ``fixed_size`` of
-                                  all records)
-early stopping       h / size     AboveThreshold: Dwork, Roth 2014, Algorithm 1, Theorem 3.23; in PLD and RDP by its
-                                  dominating pair, randomised response (Kairouz, Oh, Viswanath 2015, arXiv 1311.0776)
+                                  all records); on whole numbers: :mod:`dpft.scalar_noise`
+early stopping       h            AboveThreshold: Dwork, Roth 2014, Algorithm 1, Theorem 3.23, on whole numbers; in PLD
+                                  and RDP by its dominating pair, randomised response (Kairouz, Oh, Viswanath 2015,
+                                  arXiv 1311.0776)
+counts               1, in L1     Laplace mechanism: Dwork, Roth 2014, Theorem 3.6, discrete; then as early stopping
 best of K trials     a trial's    Papernot, Steinke 2022 (arXiv 2110.03620), Theorem 2 (truncated negative binomial),
                                   Theorem 6 (Poisson); RDP
 all of an account    -            chosen by results: Renyi filter of a fixed order, Feldman, Zrnic 2021 (arXiv
                                   2008.11193), Theorem 3.1, interleaved: Haney et al. 2023 (arXiv 2309.05901); fixed
                                   beforehand: composition of PLDs
 ===================  ===========  ====================================================================================
+
+A training with correlated noise is one entry of an account, whatever its starts are, and is reserved whole. If it ends
+before its last step, it counts with the steps that it made:
+
+- with ``rdp`` also where results decided when. The theorem asks that, for each pair of neighbours, the Renyi
+  divergences of the single releases, each given those before it, add up to the budget at most. For ``fixed_order``,
+  row t of ``C x + z`` is, given the rows before, a Gaussian whose mean an example moves by the columns of its own
+  steps up to t: their squares up to any stop add up to those of the leading block for that example, which is at most
+  the sensitivity that is counted. For ``cyclic_poisson`` each round of b rows that has begun is one sampled Gaussian.
+- with ``pld`` only where they did not, as for every use of such an account.
 """
 
 from __future__ import annotations

@@ -18,8 +18,6 @@ KEPT = 2
 ABOUT = "written_by.json"
 # The folder of a checkpoint in which Accelerate has DeepSpeed save its state.
 DEEPSPEED = "pytorch_model"
-# Accelerate's third of the objects that the run registers (dpft's, the schedule of the learning rate, --ema).
-AVERAGE = "custom_checkpoint_2.pkl"
 
 
 class SaveError(RuntimeError):
@@ -84,22 +82,17 @@ def write(accelerator: Accelerator, folder: Path, **facts: Any) -> None:
     accelerator.wait_for_everyone()
 
 
-def find(accelerator: Accelerator, output: Path, averaged: bool = False) -> Checkpoint:
+def find(accelerator: Accelerator, output: Path) -> Checkpoint:
     """The checkpoint to resume from, in a form that this engine and this number of processes can load.
 
     To be called before the model is prepared, when DeepSpeed has to be configured for it. A collective.
 
-    Args:
-        accelerator: of the run.
-        output: the run's folder.
-        averaged: whether the run has an average of its weights (``--ema``).
-
     Raises:
         FileNotFoundError: there is none.
-        ValueError: another engine wrote it; or a run with an average, and this one has none, or the reverse.
+        ValueError: another engine wrote it.
         RuntimeError: DeepSpeed could not convert it.
     """
-    found = from_first(accelerator, lambda: _find(accelerator, output, averaged))
+    found = from_first(accelerator, lambda: _find(accelerator, output))
     if found.converted:
         plugin: Any = accelerator.state.deepspeed_plugin
         plugin.deepspeed_config["checkpoint"] = {"load_universal": True}
@@ -117,7 +110,7 @@ def load(accelerator: Accelerator, checkpoint: Checkpoint, strict: bool = True) 
         shutil.rmtree(checkpoint.path)
 
 
-def _find(accelerator: Accelerator, output: Path, averaged: bool) -> Checkpoint:
+def _find(accelerator: Accelerator, output: Path) -> Checkpoint:
     path = max(_whole(output), key=_step, default=None)
     if path is None:
         raise FileNotFoundError(
@@ -129,11 +122,6 @@ def _find(accelerator: Accelerator, output: Path, averaged: bool) -> Checkpoint:
     except FileNotFoundError:
         about = {"engine": WHOLE, "processes": 1}  # checkpoints without this file are of one process
     check_engine(accelerator, path, about["engine"])
-    if (path / AVERAGE).exists() != averaged:
-        raise ValueError(
-            f"--resume-from-checkpoint: {str(path)!r} has {'no' if averaged else 'an'} average of the weights. "
-            f"{'Leave --ema out' if averaged else 'Give the --ema of that run'}, or start anew."
-        )
     if is_of_others(accelerator, about["processes"]):
         return Checkpoint(_step(path), _convert(path), converted=True)
     return Checkpoint(_step(path), path)

@@ -212,7 +212,7 @@ def train(
             tokens = float((batch["attention_mask"] * weight[:, None]).sum()) / sequence_size(accelerator)
             sums += torch.tensor([loss.item() * examples, tokens, clipped, examples], dtype=torch.float64)
             last = prepared.ends_logical_batch
-            rate = optimizer.param_groups[0]["lr"]
+            rate, clip_norm = optimizer.param_groups[0]["lr"], prepared.clip_norm
             optimizer.step()
             optimizer.zero_grad()
             if not last:
@@ -240,6 +240,7 @@ def train(
                 "clipped_share": clipped / examples if examples and options.clipping != "none" else None,
                 "median_norm": _median(torch.cat(norms)),  # of this rank
                 "learning_rate": rate,
+                **({} if options.adaptive_clip is None else {"clip_norm": clip_norm}),
                 **({"unchanged_share": unchanged} if rounds else {}),
             }
             finished = step >= schedule.num_steps

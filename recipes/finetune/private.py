@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,8 +21,10 @@ from finetune.recipe import Recipe
 
 def privacy_config(options: Options) -> dpft.PrivacyConfig:
     """What the options say about privacy, checked."""
+    # What a recipe spends on the same records beside the training (--distribution private).
+    elsewhere = getattr(options, "epsilon_elsewhere", 0.0)
     return dpft.PrivacyConfig(
-        target_epsilon=options.target_epsilon,
+        target_epsilon=None if options.target_epsilon is None else options.target_epsilon - elsewhere,
         noise_multiplier=options.noise_multiplier,
         target_delta=options.target_delta,
         max_grad_norm=options.max_grad_norm,
@@ -32,7 +33,23 @@ def privacy_config(options: Options) -> dpft.PrivacyConfig:
         num_epochs=options.num_epochs,
         secure_rng=options.secure_rng,
         item=unit_of(options),
+        mechanism=cast(Any, options.mechanism),  # the command line has checked the choices
+        bands=options.bands,
+        buffers=options.buffers,
+        sampler=cast(Any, options.chosen_sampler),
+        max_batch_size=options.max_batch_size,
+        accountant=cast(Any, options.accountant),
+        adaptive_clip=_adaptive_clip(options),
+        clip_groups=cast(Any, options.groups()),
     )
+
+
+def _adaptive_clip(options: Options) -> dpft.AdaptiveClip | None:
+    """``--adaptive-clip``, with what was given beside it."""
+    if options.adaptive_clip is None:
+        return None
+    rate = {} if options.adaptive_clip_rate is None else {"learning_rate": options.adaptive_clip_rate}
+    return dpft.AdaptiveClip(quantile=options.adaptive_clip, count_noise=options.adaptive_clip_noise, **rate)
 
 
 def check_privacy(options: Options, examples: int) -> None:
@@ -52,9 +69,14 @@ def check_privacy(options: Options, examples: int) -> None:
             f"--expected-batch-size {privacy.expected_batch_size:g} is larger than the {examples}{unit} to train on; "
             "lower it. --advise suggests one."
         )
+    planned_schedule(options, examples)
+
+
+def planned_schedule(options: Options, examples: int) -> dpft.PrivacySchedule:
+    """What the options say about privacy, for so many examples; without the warnings, which :func:`prepare` gives."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # prepare gives them
-        privacy.resolve(examples)
+        warnings.simplefilter("ignore")
+        return privacy_config(options).resolve(examples)
 
 
 @dataclass
@@ -66,14 +88,12 @@ class Prepared:
         optimizer: adds the noise.
         loader: draws the logical batches.
         losses: of the recipe: the model's own loss of a batch, a scalar, or one for each example.
-        ema: the average of the weights, if it is asked for; :func:`average` makes it.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     loader: Any
     losses: Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor]
-    ema: dpft.WeightEMA | None = None
 
     @property
     def schedule(self) -> Any:
@@ -99,17 +119,19 @@ class Prepared:
         """Epsilon spent so far, rounded up unless ``exact``: cheap enough for a progress bar. None if not private."""
         return float(self.loader.privacy.epsilon(exact=exact)) if self.private else None
 
-    def exported(self) -> AbstractContextManager[None]:
-        """Within it the model has the weights that are evaluated and exported: averaged ones, if these are asked for.
-
-        It is not trained or checkpointed within it.
-        """
-        return nullcontext() if self.ema is None else self.ema.applied()
-
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """The mean of the examples' losses, whose backward computes the clipped sum."""
         losses = self.losses(self.model, batch)
         return dpft.clipped_loss(self.model, losses) if losses.dim() else losses
+
+    @property
+    def clip_norm(self) -> float:
+        """C of the current logical batch; it is public, also where it adapts."""
+        return float(self.loader.privacy.clip_norm)
+
+    def close(self) -> None:
+        """End the run: its account gets back what was not spent, and another run can open the ledger."""
+        self.loader.privacy.close()
 
     def clipped(self, batch: dict[str, torch.Tensor]) -> tuple[float, float, torch.Tensor]:
         """Numbers of clipped and of all examples in the last physical batch, and the norms [examples].
@@ -132,12 +154,13 @@ def prepare(
     ledger: Path,
 ) -> Prepared:
     """Make the parts of an ordinary loop private: the examples that the materials hold now, canaries among them."""
+    privacy = privacy_config(options)
     model, optimizer, loader = dpft.prepare(
         accelerator,
         model,
         optimizer,
         materials.train,
-        privacy_config(options),
+        privacy,
         collate_fn=materials.collate_train,
         max_physical_batch_size=options.max_physical_batch_size or 1,
         clipping=cast(Any, options.clipping),  # the command line has checked the choices
@@ -145,13 +168,9 @@ def prepare(
         sums_device=cast(Any, options.sums_device),
         lengths=recipe.lengths(materials.train),
         ledger_path=ledger,
+        account=recipe.account(options, materials, accelerator, ledger.parent, privacy),
     )
     return Prepared(model, optimizer, loader, recipe.losses)
-
-
-def average(accelerator: Accelerator, prepared: Prepared, decay: float) -> None:
-    """Average the weights from here on, and keep the average in checkpoints."""
-    prepared.ema = dpft.WeightEMA(accelerator, prepared.model, prepared.optimizer, decay)
 
 
 def corrected_adamw(options: Options, parameters: Iterable[nn.Parameter], learning_rate: float) -> dpft.AdamWBC:
@@ -161,7 +180,6 @@ def corrected_adamw(options: Options, parameters: Iterable[nn.Parameter], learni
         lr=learning_rate,
         betas=(options.adam_beta1, options.adam_beta2),
         weight_decay=options.weight_decay,
-        floor=options.adam_floor,
     )
 
 
@@ -185,6 +203,7 @@ def explain(model: nn.Module, options: Options) -> list[str]:
         clipping=cast(Any, options.clipping),  # the command line has checked the choices
         max_grad_norm=options.max_grad_norm,
         strategy=cast(Any, options.strategy),
+        clip_groups=cast(Any, options.groups()),
     )
     lines = []
     for size in sorted({options.max_physical_batch_size or 1, 1}, reverse=True):

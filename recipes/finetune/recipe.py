@@ -130,6 +130,22 @@ class Recipe:
         """How the options were chosen, as far as the epsilon does not account for it."""
         return options.tuning_note or (TUNED_ON_DOCSTRINGS if options.dataset == self.demonstration else None)
 
+    def account(
+        self, options: Any, materials: Materials, accelerator: Accelerator, output: Path, privacy: Any
+    ) -> Path | None:
+        """The file of the account that the training pays from, if there is one. A collective.
+
+        That of ``--account``; a recipe that uses the same records once more may make one.
+
+        Args:
+            options: of the run.
+            materials: of the run.
+            accelerator: of the run.
+            output: the run's folder.
+            privacy: the training's configuration.
+        """
+        return None if options.account is None else Path(options.account).expanduser()
+
     def after(self, finished: Finished) -> dict[str, Any]:
         """What is done with the exported model: figures for the card, by name. A collective."""
         return {}

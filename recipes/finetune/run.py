@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from dpft import DPFTError
 from finetune import auditing, checkpoints
+from finetune.account import check_account
 from finetune.advice import give_advice
 from finetune.best import Best
 from finetune.data.progress import timed
@@ -30,18 +31,13 @@ from finetune.export import export, reload_and_check
 from finetune.loop import History, check_optimizer, make_optimizer, make_scheduler, train, validation_row
 from finetune.materials import choose_physical
 from finetune.model import check_vocabulary, lengthen
-from finetune.output import LEDGER, METRICS, choose_output, no_trace
+from finetune.output import LEDGER, METRICS, choose_output, forget_noise, no_trace
 from finetune.parsing import parse
 from finetune.plain import train_without_privacy
-from finetune.private import Prepared, average, check_privacy, prepare, statement
+from finetune.private import Prepared, check_privacy, planned_schedule, prepare, privacy_config, statement
 from finetune.publish import check_login, publish
 from finetune.recipe import Finished, Recipe
 from finetune.report import Report, model_card, write_report
-
-AVERAGED = (
-    "the weights are an exponential moving average (decay {decay:g}) of those after each step, which is computed from "
-    "what was released: the epsilon is the same"
-)
 
 
 @contextmanager
@@ -67,6 +63,7 @@ def run(recipe: Recipe, options: Any) -> int:
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
     with one_line(recipe.name):
+        privacy_config(options)  # refuses what does not go together, before anything is loaded
         if options.push_to_hub is not None:
             check_login(options.push_to_hub)
         accelerator = make_accelerator(options)
@@ -87,14 +84,13 @@ def run(recipe: Recipe, options: Any) -> int:
             return 0
         with timed(accelerator, "calibrating the noise"):
             check_privacy(options, len(materials.train))
+            left = check_account(options, planned_schedule(options, len(materials.train)), accelerator)
         if options.dry_run:
-            dry_run(options, materials, model, accelerator)
+            dry_run(options, materials, model, accelerator, left)
             return 0
         output = choose_output(options, recipe.name, accelerator)
         with no_trace(accelerator, output):
-            checkpoint = None
-            if options.resume_from_checkpoint:
-                checkpoint = checkpoints.find(accelerator, output, averaged=options.ema is not None)
+            checkpoint = checkpoints.find(accelerator, output) if options.resume_from_checkpoint else None
             audit = auditing.begin(accelerator, options, materials, output) if options.audit else None
             best = Best(accelerator, output, strict=not options.load_in_4bit) if options.save_best else None
     with one_line(recipe.name), no_trace(accelerator, output):
@@ -104,8 +100,6 @@ def run(recipe: Recipe, options: Any) -> int:
         schedule = prepared.schedule
         scheduler = make_scheduler(options, prepared.optimizer, schedule.num_steps)
         accelerator.register_for_checkpointing(scheduler)
-        if options.ema is not None:
-            average(accelerator, prepared, options.ema)
     accelerator.project_configuration.set_directories(str(output))
     accelerator.init_trackers(recipe.name)
     history = History(output / METRICS if accelerator.is_main_process else None)
@@ -134,8 +128,7 @@ def run(recipe: Recipe, options: Any) -> int:
             )
 
         def evaluate(network: nn.Module) -> dict[str, float]:
-            with prepared.exported():
-                return recipe.measure(network, materials, accelerator)
+            return recipe.measure(network, materials, accelerator)
 
         def evaluated(step: int, measures: dict[str, float]) -> None:
             if best is not None:
@@ -168,6 +161,7 @@ def run(recipe: Recipe, options: Any) -> int:
                 f"interrupted after step {prepared.step} of {schedule.num_steps}, {spent_words(prepared)}; go on with "
                 f"the same options and --resume-from-checkpoint --output-dir {output}"
             )
+            prepared.close()
             accelerator.end_training()
             return 130
         after = evaluate(prepared.model)
@@ -178,23 +172,20 @@ def run(recipe: Recipe, options: Any) -> int:
             after = evaluate(prepared.model)
             accelerator.print(f"the best weights are those of step {best.step}; they are exported")
         accelerator.print(f"{warning}validation {in_words(after, 'after', recipe)} (before: {before['loss']:.3f})")
+        if options.sample_tokens:
+            samples["after"] = recipe.sample(prepared.model, materials, options, accelerator)
+            for when, text in samples.items():
+                accelerator.print(f"sample {when}: {json.dumps(text)}")
         # before the model is unwrapped and saved: the statement needs the ledger and the optimiser
         notes = [*recipe.notes(options), *([audit.note] if audit else [])]
         if best is not None:
             notes.append(best.note(prepared.step))
-        if options.ema is not None:
-            notes.append(AVERAGED.format(decay=options.ema))
         words = statement(prepared, recipe.tuning(options), *notes)
         spent = prepared.epsilon(exact=True)
-        with prepared.exported():
-            if options.sample_tokens:
-                samples["after"] = recipe.sample(prepared.model, materials, options, accelerator)
-                for when, text in samples.items():
-                    accelerator.print(f"sample {when}: {json.dumps(text)}")
-            losses = auditing.losses(audit, accelerator, prepared.model, materials) if audit else []
-            export(accelerator, prepared, recipe, materials, options, output)
-            if accelerator.is_main_process and options.reload_check:
-                reload_and_check(accelerator, recipe, options, materials, output, after["loss"])
+        losses = auditing.losses(audit, accelerator, prepared.model, materials) if audit else []
+        export(accelerator, prepared, recipe, materials, options, output)
+        if accelerator.is_main_process and options.reload_check:
+            reload_and_check(accelerator, recipe, options, materials, output, after["loss"])
         figures: dict[str, Any] = {
             **{f"validation {name}": value for name, value in named(before, "before", recipe).items()},
             **{f"validation {name}": value for name, value in named(after, "after", recipe).items()},
@@ -221,6 +212,8 @@ def run(recipe: Recipe, options: Any) -> int:
             report = Report(recipe, asked, words, figures, samples, private=spent is not None, audit=section)
             write_report(output, report, schedule, history.rows)
             card = model_card(report, published=True)
+        prepared.close()
+        forget_noise(accelerator, output)
         accelerator.end_training()
     accelerator.print(
         f"{warning}model, card, ledger, metrics and picture: {output} ({time.perf_counter() - began:.0f} s in all)"

@@ -40,7 +40,7 @@ def test_expected_gradients_are_the_oracles() -> None:
     assert torch.allclose(sum(expected.of(i) for i in range(3)), total, rtol=1e-6, atol=3e-8)
 
 
-@pytest.mark.parametrize("clip", ["abadi", "automatic"])
+@pytest.mark.parametrize("clip", ["abadi", pytest.param("automatic", marks=pytest.mark.slow)])
 def test_a_sound_run_is_recovered(clip: str, tmp_path: Path) -> None:
     found = audited(config(max_grad_norm=0.5, clip_function=clip, noise_multiplier=0.7))
     assert not found.violated, found.describe()

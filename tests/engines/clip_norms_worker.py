@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 import dpft
-from tests.engines.matrix_worker import MODELS, RATE, Bench, Examples, full_parameters, plain_llama
+from tests.engines.matrix_worker import RATE, Bench, Examples, full_parameters
+from tests.engines.models import MODELS, plain_llama
 from tests.oracle import trainable
 
 NUMBER, STEPS = 7, 3

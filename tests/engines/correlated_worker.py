@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from tests.engines.matrix_worker import CLIP, Bench, Examples, full_parameters, plain_llama
+from tests.engines.matrix_worker import CLIP, Bench, Examples, full_parameters
+from tests.engines.models import plain_llama
 
 BATCH, SIGMA, NUMBER = 3, 1.5, 9
 STARTS = (3, 2, 2)  # the steps of each
@@ -32,9 +34,11 @@ MECHANISMS: dict[str, dict[str, Any]] = {
 }
 
 
-def start(bench: Bench, mechanism: str, number: int, title: str) -> None:
+def start(
+    bench: Bench, mechanism: str, number: int, title: str, build: Callable[[], torch.nn.Module] = plain_llama
+) -> None:
     """One start of a run; rank r writes the weights after each step into ``correlated_TITLE_START_r.pt``."""
-    model, examples = plain_llama(), Examples(NUMBER)
+    model, examples = build(), Examples(NUMBER)
     examples.batch["labels"] = torch.full_like(examples.batch["labels"], -100)
     with torch.no_grad():
         for p in model.parameters():

@@ -1,6 +1,6 @@
 """What one engine does, case by case, against the float64 oracle. ``engine_worker.py`` runs it; it writes JSON.
 
-Weights are numbers that bf16 holds exactly, so that one oracle serves float32 and bf16.
+Weights (``models.py``) are numbers that bf16 holds exactly, so that one oracle serves float32 and bf16.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import dpft
 from accelerate import Accelerator
 from dpft.engines import sums
 from tests import zoo
+from tests.engines.models import MODELS, plain_llama
 from tests.engines.on_cpu import forget_ulysses, make_accelerator
 from tests.engines.verdicts import check_together
 from tests.oracle import PerExample, oracle, plain_error, relative_error, trainable
@@ -44,68 +44,6 @@ class Examples:
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         return {name: value[i] for name, value in self.batch.items()}
-
-
-def rounded(model: nn.Module) -> nn.Module:
-    """The model with weights that bf16 holds exactly."""
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(p.bfloat16().to(p.dtype))
-    return model
-
-
-def plain_llama() -> nn.Module:
-    return rounded(zoo.seeded(zoo.llama)("sdpa"))
-
-
-def tied_llama() -> nn.Module:
-    return rounded(zoo.seeded(lambda attention: zoo.llama(attention, tie_word_embeddings=True))("sdpa"))
-
-
-def grouped() -> nn.Module:  # two queries a key
-    return rounded(zoo.seeded(lambda attention: zoo.llama(attention, num_key_value_heads=2))("sdpa"))
-
-
-def frozen_embedding() -> nn.Module:
-    model = plain_llama()
-    model.get_submodule("model.embed_tokens").requires_grad_(False)
-    return model
-
-
-def with_lora() -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(0)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-    return rounded(get_peft_model(plain_llama(), config))
-
-
-def gpt2() -> nn.Module:
-    return rounded(zoo.seeded(zoo.gpt2)("sdpa"))
-
-
-def experts() -> nn.Module:
-    model: Any = rounded(zoo.seeded(zoo.qwen3_moe)("sdpa"))
-    model.set_experts_implementation("grouped_mm")  # ZeRO-3 needs it
-    return model
-
-
-def hybrid() -> nn.Module:
-    model: Any = rounded(zoo.seeded(zoo.hybrid)("sdpa"))
-    model._no_split_modules = ["Qwen3_5DecoderLayer"]  # FSDP's policy looks for that of images too, which it lacks
-    return model
-
-
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "llama": plain_llama,
-    "tied": tied_llama,
-    "grouped": grouped,
-    "frozen embedding": frozen_embedding,
-    "lora": with_lora,
-    "gpt2": gpt2,
-    "experts": experts,
-    "hybrid": hybrid,
-}
 
 
 class Bench:
@@ -296,12 +234,18 @@ class Bench:
         torch.save(after, self.output / f"{title}_{made[0].process_index}.pt")
         self.note(title, physical=counts)
 
-    def noise(self, title: str, precision: str) -> None:
+    def noise(self, title: str, precision: str, **more: Any) -> None:
         """Logical batches without an example release noise alone: N(0, (sigma C / b)^2) in every element, once."""
         model, sigma, expected = plain_llama(), 3.0, 4
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
         optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
-        privacy = {"noise_multiplier": sigma, "sample_rate": 1e-9, "expected_batch_size": expected, "num_steps": 3}
+        privacy = {
+            "noise_multiplier": sigma,
+            "sample_rate": 1e-9,
+            "expected_batch_size": expected,
+            "num_steps": 3,
+            **more,
+        }
         accelerator, prepared, stepped, loader = self.private(
             model, optimizer, Examples(6), precision, privacy=privacy, max_physical_batch_size=2
         )
@@ -317,7 +261,7 @@ class Bench:
             before = after
         loader.privacy.close()
         z = torch.stack(releases) * expected / (sigma * CLIP)
-        torch.save(z, self.output / f"noise_{precision}_{accelerator.process_index}.pt")
+        torch.save(z, self.output / f"noise_{title.split(', ')[1]}_{accelerator.process_index}.pt")
         self.note(title, examples=rows, sizes=[p.numel() for p in before.values()])
 
     def note(self, title: str, **facts: Any) -> None:

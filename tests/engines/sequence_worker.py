@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import dpft
-from tests.engines.matrix_worker import TOKENS, Bench, Examples, plain_llama
+from tests.engines.matrix_worker import TOKENS, Bench, Examples
+from tests.engines.models import plain_llama
 from tests.engines.verdicts import check_together
 
 

@@ -14,7 +14,8 @@ import torch
 from tests.clipping.test_clip_groups import clipped_apart
 from tests.engines.clip_norms_worker import ADAPTIVE, GROUPS, NUMBER, STEPS
 from tests.engines.launching import ENGINES
-from tests.engines.matrix_worker import MODELS, Examples, plain_llama
+from tests.engines.matrix_worker import Examples
+from tests.engines.models import MODELS, plain_llama
 from tests.oracle import Grads, oracle, relative_error, trainable
 
 pytestmark = pytest.mark.slow

@@ -17,7 +17,8 @@ from dpft.privacy.correlated.noise_secrets import NoiseSecret
 from dpft.privacy.correlated.strategy import Strategy
 from tests.engines.correlated_worker import BATCH, MECHANISMS, NUMBER, SIGMA, STARTS, STEPS
 from tests.engines.launching import ENGINES, launch, succeed
-from tests.engines.matrix_worker import CLIP, plain_llama
+from tests.engines.matrix_worker import CLIP
+from tests.engines.models import plain_llama
 
 pytestmark = pytest.mark.slow
 WORKER = Path(__file__).with_name("correlated_worker.py")
@@ -38,12 +39,14 @@ def strategy_of(mechanism: str) -> Strategy:
     return found
 
 
-def of_one_process(output: Path, title: str, mechanism: str, starts: int) -> list[list[torch.Tensor]]:
+def of_one_process(
+    output: Path, title: str, mechanism: str, starts: int, build: Callable[[], torch.nn.Module] = plain_llama
+) -> list[list[torch.Tensor]]:
     """What SGD makes of the noise alone, which the file of secrets determines."""
     lines = (output / f"_correlated_{title}.jsonl.noise").read_text().splitlines()[1:]
     secrets = [NoiseSecret(line["first"], bytes.fromhex(line["secret"])) for line in map(json.loads, lines)]
     assert [secret.first for secret in secrets] == [sum(STARTS[:number]) for number in range(starts)]
-    shapes = [p.shape for p in plain_llama().parameters()]
+    shapes = [p.shape for p in build().parameters()]
     found = []
     for number in range(starts):
         noise = CorrelatedNoise(strategy_of(mechanism), secrets[: number + 1])
@@ -57,8 +60,15 @@ def of_one_process(output: Path, title: str, mechanism: str, starts: int) -> lis
     return found
 
 
-def check_same(output: Path, title: str, mechanism: str, starts: int, ranks: list[int]) -> None:
-    expected = of_one_process(output, title, mechanism, starts)
+def check_same(
+    output: Path,
+    title: str,
+    mechanism: str,
+    starts: int,
+    ranks: list[int],
+    build: Callable[[], torch.nn.Module] = plain_llama,
+) -> None:
+    expected = of_one_process(output, title, mechanism, starts, build)
     for number, count in enumerate(ranks):
         for ours, theirs in zip(weights(output, title, number, count), expected[number], strict=True):
             assert ours.equal(theirs)
@@ -90,7 +100,7 @@ def test_noise_is_that_of_one_process_over_a_resume(engine: str, launched: Calla
         check_same(output, "offloaded", "bandmf", 2, [ranks] * 2)
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_a_resume_with_another_number_of_processes(
     engine: str, launched: Callable[[str], Path], tmp_path: Path
 ) -> None:

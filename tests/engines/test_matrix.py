@@ -23,7 +23,8 @@ from dpft.privacy.samplers.sampler import FixedSizeSampler
 from tests.engines.conftest import SITUATIONS, WORKER
 from tests.engines.correlated_worker import MECHANISMS
 from tests.engines.launching import ENGINES, launch, succeed
-from tests.engines.matrix_worker import ADAM, CLIP, STEPS, Examples, plain_llama
+from tests.engines.matrix_worker import ADAM, CLIP, STEPS, Examples
+from tests.engines.models import plain_llama
 from tests.engines.test_correlated import check_same
 from tests.oracle import oracle, plain_error, rows, trainable
 

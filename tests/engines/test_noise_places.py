@@ -76,4 +76,4 @@ def test_gpus_of_several_kinds_are_refused(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(ranks, "gather", lambda name: [name, "NVIDIA H200"])
     nothing: Any = None
     with pytest.raises(EngineError, match="on NVIDIA H200, cpu; expected one kind of device"):
-        correlated.correlated_noise(nothing, ranks, nothing, nothing, nothing, "ddp", torch.device("cpu"))
+        correlated.correlated_noise(nothing, ranks, nothing, nothing, nothing, "ddp", torch.device("cpu"), nothing)

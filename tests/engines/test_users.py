@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tests.engines.launching import ENGINES
-from tests.engines.matrix_worker import CLIP, Examples, plain_llama
+from tests.engines.matrix_worker import CLIP, Examples
+from tests.engines.models import plain_llama
 from tests.engines.users_worker import MOST, OWNERS, STEPS, USERS
 from tests.oracle import Grads, PerExample, oracle, relative_error
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 import dpft
-from tests.engines.matrix_worker import RATE, Bench, Examples, full_parameters, plain_llama
+from tests.engines.matrix_worker import RATE, Bench, Examples, full_parameters
+from tests.engines.models import plain_llama
 from tests.oracle import trainable
 
 OWNERS = [0, 1, 2, 1, 0, 3, 1, 4, 0, 1, 0, 3, 4, 0]  # 5, 4, 1, 2 and 2 rows

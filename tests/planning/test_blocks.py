@@ -40,16 +40,21 @@ def gpt2() -> nn.Module:
 CASES: list[tuple[Callable[[], nn.Module], int, int, bool, str | None, bool, Sharding | None]] = [
     # model, B, T, checkpointing, strategy, GPU, engine
     (llama, 1, 200, False, None, False, None),
-    (llama, 1, 200, True, "one_pass", False, None),
     (llama, 3, 64, False, "one_pass", False, None),
-    (llama, 3, 64, True, "two_pass", True, None),
     (lambda: llama(9000), 2, 64, True, "one_pass", False, None),  # the head has the peak
-    (gpt2, 3, 48, False, "one_pass", False, None),
     (llama, 1, 200, True, "one_pass", True, Sharding("fsdp2", 4)),
+    # These take long.
+    (llama, 1, 200, True, "one_pass", False, None),
+    (llama, 3, 64, True, "two_pass", True, None),
+    (gpt2, 3, 48, False, "one_pass", False, None),
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(part) for part in case[1:]))
+@pytest.mark.parametrize(
+    "case",
+    [*CASES[:-3], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[-3:])],
+    ids=["-".join(str(part) for part in case[1:]) for case in CASES],
+)
 def test_a_deep_model_is_that_of_shallow_ones(case: Any) -> None:
     make, examples, tokens, checkpointing, strategy, gpu, sharding = case
     twin = make_twin(make(), torch.bfloat16 if gpu else None, checkpointing)

@@ -107,6 +107,7 @@ def test_blocks_found_by_shapes_are_those_found_by_values() -> None:
     assert seen(by_shapes.blocks) == seen(by_values.blocks) != []
 
 
+@pytest.mark.slow
 def test_a_deep_model_is_that_of_shallow_ones_with_offload() -> None:
     """Two inputs in transit, so that blocks differ by their place up to the third."""
     twin = make_twin(install(llama(7), None, Offloader(HostCopies, LEAST)), None, None)

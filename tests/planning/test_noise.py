@@ -72,6 +72,7 @@ def test_time_is_that_of_moving_bytes_and_of_the_hosts_draws(name: str, bytes_of
         assert cost(name, machine=SLOW_CPU).seconds == pytest.approx(1.2 * cost("dp_sgd", machine=SLOW_CPU).seconds)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("simulated_once")
 def test_the_plan_has_to_hold_them() -> None:
     base: dict[str, Any] = {"hardware": HARDWARE["h100"], "optimizer": "adamw", "memory": 2**34}

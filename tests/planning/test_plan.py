@@ -82,7 +82,7 @@ def test_the_choice_is_the_fastest_that_fits() -> None:
         assert found.plain.time_ratio == found.plain.memory_ratio == 1
 
 
-@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("wrapped", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_model_is_only_read(wrapped: bool) -> None:
     """Values, gradients, hooks, mode, configuration, wrapping and random numbers are as before; hooks do not run."""
     model: Any = built("lora").eval()

@@ -22,6 +22,7 @@ SHUFFLE = Mechanism(sampler="shuffle", noise_multiplier=4.0, batch_size=10, data
 CUT = Mechanism(
     sampler="truncated_poisson", noise_multiplier=2.0, sample_rate=0.01, max_batch_size=20, dataset_size=1000
 )
+BALLS = Mechanism(sampler="balls_and_bins", noise_multiplier=4.0, batch_size=10, dataset_size=1000)
 USER = Mechanism(sampler="poisson", noise_multiplier=2.0, sample_rate=1.0, unit="user", examples_per_user=3)
 
 
@@ -60,6 +61,11 @@ def test_pld_composes_different_mechanisms_exactly(path: Path) -> None:
     steps = account.max_steps(DP_SGD, limit=3000)
     total = [(DP_SGD, 300 + steps), (QUERY, 1)]
     assert compose_epsilon(total, 1e-5) <= 3.0 < compose_epsilon([*total, (DP_SGD, 1)], 1e-5)
+
+
+@pytest.mark.parametrize("limit", [1, 4, 5, 16])
+def test_as_many_steps_as_were_asked_about_fit(limit: int, path: Path) -> None:
+    assert create(path).max_steps(DP_SGD, limit=limit) == limit
 
 
 def test_noise_multiplier_makes_it_fit_tightly(path: Path) -> None:
@@ -105,10 +111,13 @@ def test_a_training_that_goes_on_takes_its_own_place(path: Path) -> None:
 @pytest.mark.parametrize(
     ("header", "fits", "refused"),
     [
-        ({}, [DP_SGD, PureRelease(0.1)], [FIXED, SHUFFLE, USER, CUT]),
+        ({}, [DP_SGD, CUT, PureRelease(0.1)], [FIXED, SHUFFLE, USER, BALLS]),
         ({"composition": "pld"}, [DP_SGD, CUT, PureRelease(0.1)], [FIXED, SHUFFLE, USER]),
         ({"adjacency": "replace_one"}, [FIXED, PureRelease(0.1)], [DP_SGD, SHUFFLE, CUT, USER]),
-        ({"adjacency": "zero_out"}, [SHUFFLE, DP_SGD], [FIXED, CUT, USER]),
+        ({"adjacency": "zero_out"}, [SHUFFLE, DP_SGD], [FIXED, CUT, USER, BALLS]),
+        ({"adjacency": "zero_out", "composition": "pld"}, [SHUFFLE, DP_SGD, BALLS], [FIXED, CUT, USER]),
+        ({"unit": "user", "examples_per_user": 3}, [USER], [DP_SGD, FIXED]),
+        ({"unit": "user"}, [PureRelease(0.1)], [DP_SGD, USER, FIXED]),
         ({"composition": "pld", "unit": "user", "examples_per_user": 3}, [USER], [DP_SGD, FIXED]),
     ],
 )
@@ -152,8 +161,9 @@ def test_other_releases_that_no_account_pays_for(path: Path) -> None:
         ({"order": 4.0, "typical": DP_SGD}, PrivacyConfigError),
         ({"typical": FIXED}, AccountingError),
         ({"composition": "pld", "adjacency": "replace_one"}, AccountingError),
-        ({"unit": "user"}, PrivacyConfigError),
-        ({"unit": "user", "examples_per_user": 2}, AccountingError),
+        ({"unit": "person"}, PrivacyConfigError),
+        ({"examples_per_user": 2}, PrivacyConfigError),
+        ({"unit": "user", "examples_per_user": 0}, PrivacyConfigError),
         ({"records": "a | b"}, PrivacyConfigError),
     ],
 )

@@ -117,6 +117,9 @@ def test_configuration_goes_to_a_file_and_back() -> None:
     [
         ({"unit": "user", "examples_per_user": 2}, "its count is accounted for"),
         ({"sampler": "shuffle"}, "its count is accounted for"),
+        ({"sampler": "balls_and_bins"}, "its count is accounted for"),
+        ({"sampler": "cyclic_poisson", "mechanism": "bandmf", "bands": 2}, "its count is accounted for"),
+        ({"sampler": "fixed_order", "mechanism": "blt", "buffers": 2}, "its count is accounted for"),
         ({"clip_function": "automatic"}, "its count is accounted for"),
         ({"adaptive_clip": 0.5}, "expected a dpft.AdaptiveClip"),
     ],

@@ -196,7 +196,7 @@ def test_refused_when_resolved() -> None:
     with pytest.raises(AccountingError, match="accountant='rdp'"):
         make(sampler="fixed_size").resolve(10_000)
     with pytest.raises(AccountingError, match="pld"):
-        make(sampler="truncated_poisson", max_batch_size=99, accountant="rdp").resolve(10_000)
+        make(sampler="balls_and_bins", accountant="rdp").resolve(10_000)
     with pytest.raises(AccountingError, match="user"):
         make(sampler="shuffle", unit="user", examples_per_user=2).resolve(10_000)
 

@@ -246,6 +246,15 @@ def test_blt_where_an_example_may_be_in_every_step_is_independent_noise() -> Non
     assert rms_error(best_blt(16, 1, 2)) == pytest.approx(np.sqrt(16 * 17 / 2), rel=1e-4)
 
 
+@pytest.mark.parametrize(("find", "numbers"), [(best_banded, (40, 5)), (best_blt, (60, 20, 3))])
+def test_noise_in_float32_is_that_of_the_accounted_matrix(find: Any, numbers: tuple[int, ...]) -> None:
+    """Not of its rounding: a decay rounded up, over 10,000 steps, is a larger sensitivity than the accounted one."""
+    best = find(*numbers)
+    for value in (*best.weights, *best.decays):
+        assert float(np.float32(value)) == value
+    assert all(decay < 1 for decay in best.decays)
+
+
 def test_what_is_asked_for_is_possible() -> None:
     for bands in (0, 11):
         with pytest.raises(PrivacyConfigError, match="bands="):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,6 +28,7 @@ STATEMENTS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "poisson, all": ({"sample_rate": 1.0, "noise_multiplier": 9.0}, (60,)),
     "users": ({"unit": "user", "examples_per_user": 3, "noise_multiplier": 3.0}, (60,)),
     "users, all": ({"unit": "user", "examples_per_user": 3, "sample_rate": 1.0, "noise_multiplier": 40.0}, (30, 30)),
+    "users as examples": ({"item": dpft.by_user([0] * 4, [0, 0, 1, 1], rows=2).item}, (60,)),
     "truncated_poisson": ({"sampler": "truncated_poisson", "max_batch_size": 160}, (60,)),
     "fixed_size": ({"sampler": "fixed_size", "accountant": "rdp", "noise_multiplier": 2.0}, (40, 20)),
     "shuffle": ({"sampler": "shuffle"}, (60,)),
@@ -104,6 +106,28 @@ def test_one_statement_and_its_forgeries(script: ModuleType, tmp_path: Path) -> 
     (tmp_path / "none.json").write_text(json.dumps({**report, "epsilon_spent": "inf"}))
     (tmp_path / "none.md").write_text("# A model without a statement\n")
     assert script.main(tmp_path / "none.json") == script.main(tmp_path / "none.md") == 2
+
+
+@pytest.mark.parametrize("name", ["bandmf", "blt"])
+def test_less_noise_than_the_strategy_needs_is_seen(
+    name: str, script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """z's deviation is noise multiplier x scale x C, and the scale must be the sensitivity of the matrix."""
+    changes, _ = STATEMENTS[name]
+    report = report_of({**changes, "num_steps": 40}, (40,))
+    scale = float(report["sensitivity"].split()[0])
+    card = dpft.privacy_statement_markdown(report)
+    less = re.sub(r"noise multiplier x [\d.]+ x C", f"noise multiplier x {scale / 1.1:.10g} x C", card)
+    (tmp_path / "README.md").write_text(less)
+    (tmp_path / "report.json").write_text(
+        json.dumps({**report, "sensitivity": report["sensitivity"].replace(f"{scale:.6g}", f"{scale / 1.1:.6g}")})
+    )
+    assert less != card
+    for file in ("README.md", "report.json"):
+        assert script.main(tmp_path / file) == 2
+        assert "sensitivity of the strategy" in capsys.readouterr().out
+    (tmp_path / "README.md").write_text(card)
+    assert script.main(tmp_path / "README.md") == 0
 
 
 def test_noise_that_no_theorem_covers_is_refused(script: ModuleType) -> None:

@@ -101,7 +101,11 @@ def test_where_parameters_are_sharded_rank_0_generates(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--distribution", "private"], "need a budget of their own"),
+        (["--distribution", "private", "--weights", "a=1"], "got both --weights"),
+        (["--distribution", "private", "--histogram-epsilon", "0"], "--histogram-epsilon is 0"),
+        (["--distribution", "private", "--histogram-epsilon", "8"], "leaves nothing for the training"),
+        (["--distribution", "private", "--noise-multiplier", "0"], "a training that is not private"),
+        (["--distribution", "private", "--condition-on", "text"], "names 'text'"),
         (["--temperature", "0"], "--temperature is 0"),
         (["--weights", "a"], "no value and number"),
         (["--must-match", "("], "no regular expression"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
@@ -27,7 +27,7 @@ UNCLIPPED = "transformer.h.0.mlp.c_proj.weight"  # of the subject, a layer whose
 
 
 @contextmanager
-def _noise_times(factor: float) -> Iterator[None]:
+def noise_times(factor: float) -> Iterator[None]:
     add = GaussianNoise.add_
     with mock.patch.object(GaussianNoise, "add_", lambda self, tensor, std: add(self, tensor, std * factor)):
         yield
@@ -157,17 +157,18 @@ class Plant:
         name: on the command line.
         what: it does, in one line.
         entered: a context in which dpft has it.
+        subject: name of what is audited with it, in :mod:`tools.auditing.catalogue`.
     """
 
     name: str
     what: str
     entered: Callable[[], AbstractContextManager[None]]
+    subject: str = "white_box"
 
 
-NONE = Plant("none", "dpft as it is", nullcontext)
 PLANTS = (
-    Plant("no_noise", "no noise is added", lambda: _noise_times(0.0)),
-    Plant("half_noise", "the noise has half the claimed standard deviation", lambda: _noise_times(0.5)),
+    Plant("no_noise", "no noise is added", lambda: noise_times(0.0)),
+    Plant("half_noise", "the noise has half the claimed standard deviation", lambda: noise_times(0.5)),
     Plant(
         "noise_per_physical_batch",
         "noise is added once per physical batch, not per release",
@@ -187,15 +188,3 @@ PLANTS = (
     ),
     Plant("padding_counted", "padding rows contribute like examples", _padding_counted),
 )
-
-
-def find_plant(name: str) -> Plant:
-    """The plant of that name, or :data:`NONE`.
-
-    Raises:
-        ValueError: there is none.
-    """
-    for plant in (NONE, *PLANTS):
-        if plant.name == name:
-            return plant
-    raise ValueError(f"no plant {name!r}; expected none, all, or one of {', '.join(p.name for p in PLANTS)}")

@@ -60,13 +60,13 @@ def configuration(noise_multiplier: float = 1.0) -> dpft.PrivacyConfig:
     )
 
 
-def audited(steps: int, canaries: int, seed: int) -> WhiteBoxAudit:
+def audited(steps: int, canaries: int, seed: int, privacy: dpft.PrivacyConfig | None = None) -> WhiteBoxAudit:
     """One audit of dpft as it is at this moment."""
     return white_box(
         accelerator,
         model(),
         records(seed),
-        configuration(),
+        configuration() if privacy is None else privacy,
         collate_fn=collate,
         steps=steps,
         canaries=canaries,

@@ -30,8 +30,8 @@ CLIP_NORM_MUTATIONS = (
         "exact_count",
         "the count is released without noise",
         _RUN,
-        "float(optimizer.noise.add_(votes, schedule.count_noise))",
-        "float(votes)",
+        "noised = grid.noised(int(total) * grid.steps) / 2",
+        "noised = total / 2",
         ADAPTIVE,
     ),
     Mutation(

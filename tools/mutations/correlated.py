@@ -5,6 +5,7 @@ from __future__ import annotations
 from tools.mutations.mutation import Mutation
 
 LAW = ("tests/test_correlated_noise.py",)
+RESUME = ("tests/test_prepare_correlated.py",)
 
 _NOISE = "dpft/correlated_noise.py"
 _COUNTER = "np.array([0, number, self._place.number, step], np.uint64)"
@@ -65,5 +66,37 @@ CORRELATED_MUTATIONS = (
         "for step in range(secret.first, end):",
         "for step in range(end, end):",
         LAW,
+    ),
+    Mutation(
+        "correlated_order_forgotten",
+        "a resume may have the examples in another order, nearer to their earlier steps",
+        "dpft/engines/correlated.py",
+        "dataset_mark(dataset, run_id.encode())",
+        '"any"',
+        RESUME,
+    ),
+    Mutation(
+        "correlated_number_forgotten",
+        "a resume may have another number of examples, and so other groups",
+        "dpft/engines/correlated.py",
+        "str(len(dataset))",
+        '"any"',
+        RESUME,
+    ),
+    Mutation(
+        "correlated_secret_missing",
+        "the noise of a start whose secret is not in the file is drawn from another one's",
+        "dpft/privacy/correlated/noise_secrets.py",
+        "starts - set(firsts)",
+        "starts - starts",
+        LAW,
+    ),
+    Mutation(
+        "correlated_parameters_in_float64",
+        "the noise computes with roundings of the parameters whose sensitivity is accounted",
+        "dpft/privacy/correlated/optimum.py",
+        "nearest = values.astype(np.float32)",
+        "nearest = values.astype(np.float64)",
+        ("tests/privacy/test_correlated.py",),
     ),
 )

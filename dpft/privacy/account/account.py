@@ -8,11 +8,12 @@ import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from dpft.errors import BudgetExceededError, LedgerError, PrivacyConfigError
 from dpft.privacy.account import file as files
-from dpft.privacy.account.events import Protects, Release, Use, check_header, check_use, less, uses_epsilon
+from dpft.privacy.account.composition import uses_epsilon
+from dpft.privacy.account.events import Protects, Release, Use, check_header, check_item, check_use, less, one_training
 from dpft.privacy.account.file import AccountContent, Entry
 from dpft.privacy.account.filter import PrivacyFilter, check_budget
 from dpft.privacy.account.statement import account_markdown, stated, stated_use
@@ -21,26 +22,6 @@ from dpft.privacy.ledger import Ledger
 from dpft.privacy.mechanism import AccountantName, AdjacencyName, Mechanism, UnitName
 
 _MOST_STEPS, _LARGEST_NOISE = 10**9, 1e5
-
-
-class Payer(Protocol):
-    """What ``prepare`` and the queries pay from: an account, or the budget of one trial of a search."""
-
-    account_id: str
-    delta: float
-    protects: Protects
-    composition: AccountantName
-
-    def reserve(
-        self, name: str, uses: Sequence[Use], what: str, *, ledger: Path | None = None, released: Sequence[Use] = ()
-    ) -> None:
-        """As :meth:`Account.reserve`."""
-
-    def finish(self, name: str, uses: Sequence[Use]) -> None:
-        """As :meth:`Account.finish`."""
-
-    def spend(self, uses: Sequence[Use], what: str) -> str:
-        """As :meth:`Account.spend`."""
 
 
 class Account:
@@ -60,7 +41,7 @@ class Account:
         composition: ``rdp`` (a filter: uses may be chosen by earlier results) or ``pld`` (tighter, for uses that are
             all fixed beforehand).
         order: the filter's Renyi order; None with ``pld``.
-        protects: adjacency, unit, and examples per user.
+        protects: adjacency, unit, and examples per user; a run on other examples is refused.
         records: which records these are, in words.
     """
 
@@ -105,8 +86,10 @@ class Account:
                 None: Gaussian noise without sampling. Everything else can be paid, too.
             adjacency: which datasets are neighbours: ``add_or_remove_one`` (``poisson``, ``truncated_poisson``),
                 ``replace_one`` (``fixed_size``) or ``zero_out`` (``shuffle``, ``poisson``).
-            unit: ``example``, or ``user`` (needs ``composition="pld"``).
-            examples_per_user: with unit ``user``.
+            unit: whom the budget protects: ``example``, or ``user``, all of somebody's records together. Trainings on
+                users (:func:`dpft.by_user`) pay from an account for users alone.
+            examples_per_user: with unit ``user``, where uses count single records, too: an upper bound on those that
+                one user has, which the data keeps. None: a user is one example of every use.
             records: which records these are, in words, for the statement.
 
         Raises:
@@ -146,29 +129,39 @@ class Account:
 
     # ------------------------------------------------------------------------------------------ paying
     def reserve(
-        self, name: str, uses: Sequence[Use], what: str, *, ledger: Path | None = None, released: Sequence[Use] = ()
+        self,
+        name: str,
+        uses: Sequence[Use],
+        what: str,
+        *,
+        ledger: Path | None = None,
+        released: Sequence[Use] = (),
+        item: UnitName = "example",
     ) -> None:
         """Reserve all that a use may release, before it releases anything; on disk when this returns.
 
         Args:
             name: unique; the run's id for a training. A second reservation takes the place of the first one.
-            uses: mechanisms with their largest numbers of releases.
+            uses: mechanisms with their largest numbers of releases. Steps with correlated noise are one training's.
             what: what it is, in words.
             ledger: of a training, so that :meth:`settle` can read what a crashed one released.
             released: of a training that goes on, what it released before; part of ``uses``.
+            item: what one example of the mechanisms is: a record (``example``), or all records of a ``user``.
 
         Raises:
             BudgetExceededError: it does not fit; it must not begin.
-            AccountingError: no theorem composes it with this account.
+            AccountingError: no theorem composes it with this account, or the account protects another unit.
             LedgerError: the account is missing, damaged or an old copy, or could not be written.
         """
         where = None if ledger is None else os.path.relpath(Path(ledger).absolute(), self.path.absolute().parent)
-        self._reserve(files.reservation(name, what, tuple(uses), where), uses, released)
+        uses, released = one_training(uses), one_training(released)
+        self._reserve(files.reservation(name, what, tuple(uses), where, item=item), uses, released, item)
 
-    def _reserve(self, line: dict[str, Any], uses: Sequence[Use], released: Sequence[Use]) -> None:
+    def _reserve(self, line: dict[str, Any], uses: Sequence[Use], released: Sequence[Use], item: UnitName) -> None:
         name, what = line["reserve"], line["what"]
         if type(what) is not str or not what.strip() or "\n" in what or "|" in what:
             raise PrivacyConfigError(f"what={what!r}; expected a few words on one line: what pays from the account.")
+        check_item(uses, self.protects, item)
         with files.locked(self.path) as (fd, content):
             if content.header["account_id"] != self.account_id:
                 raise LedgerError(f"{self.path} is another account than the one that was opened; open it again.")
@@ -196,10 +189,15 @@ class Account:
         with files.locked(self.path) as (fd, content):
             if content.entry(name) is None:
                 raise LedgerError(f"the account {self.path} has no use named {name!r}; it may be an old copy.")
-            files.append(fd, content, self.path, files.finish(name, tuple(uses)))
+            files.append(fd, content, self.path, files.finish(name, tuple(one_training(uses))))
 
-    def spend(self, uses: Sequence[Use], what: str) -> str:
+    def spend(self, uses: Sequence[Use], what: str, *, item: UnitName = "example") -> str:
         """Pay for releases that are made at once, *before* they are made.
+
+        Args:
+            uses: mechanisms with their numbers of releases; each use of correlated noise is a training of its own.
+            what: what it is, in words.
+            item: as :meth:`reserve`.
 
         Returns:
             The name under which the account has them.
@@ -208,7 +206,7 @@ class Account:
             BudgetExceededError, AccountingError, LedgerError: as :meth:`reserve`; nothing may be released.
         """
         name = str(uuid.uuid4())
-        self._reserve(files.reservation(name, what, tuple(uses), None, open_=False), uses, ())
+        self._reserve(files.reservation(name, what, tuple(uses), None, open_=False, item=item), uses, (), item)
         return name
 
     def settle(self) -> list[str]:
@@ -304,6 +302,8 @@ class Account:
     def max_steps(self, mechanism: Release, limit: int = _MOST_STEPS) -> int:
         """The largest number of further releases of a mechanism that fits; 0 if none does.
 
+        With correlated noise they are those of one further training.
+
         Raises:
             AccountingError: no theorem composes it with this account.
         """
@@ -313,8 +313,10 @@ class Account:
         def fits(steps: int) -> bool:
             return self._fits([*before, (mechanism, steps)])
 
+        if isinstance(mechanism, Mechanism) and mechanism.strategy is not None:
+            limit = min(limit, mechanism.strategy.steps)
         low, high = 0, 1
-        while high < limit and fits(high):
+        while high <= limit and fits(high):
             low, high = high, high * 4
         high = min(high, limit + 1)
         while high - low > 1:

@@ -4,10 +4,10 @@
 release          theorem
 ===============  ======================================================================================================
 ``Mechanism``    that of its sampler (:mod:`dpft.privacy.mechanism`); a query that reads every record is Poisson
-                 sampling at rate 1 (``replace_one``: a fixed-size batch of all)
-``PureRelease``  epsilon-DP: dominated by randomised response (Kairouz, Oh, Viswanath 2015, arXiv 1311.0776, Theorem
-                 3.3), exactly in PLD and RDP; inside a selection as epsilon^2 / 2-zCDP (Bun, Steinke 2016, arXiv
-                 1605.02065, Proposition 1.4)
+                 sampling at rate 1 (``replace_one``: a fixed-size batch of all); steps with correlated noise are one
+                 training together, see :func:`dpft.privacy.accounting.accountant.of_one_run`
+``PureRelease``  epsilon-DP: dominated by randomised response (Kairouz, Oh, Viswanath 2015, arXiv 1311.0776), exactly
+                 in PLD and RDP
 ``Selection``    the best of a random number of trials: Papernot, Steinke 2022 (arXiv 2110.03620), Theorem 2 (truncated
                  negative binomial) and Theorem 6 (Poisson); RDP alone (dp_accounting's RepeatAndSelectDpEvent)
 ===============  ======================================================================================================
@@ -15,7 +15,6 @@ release          theorem
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -27,7 +26,6 @@ import numpy as np
 from dpft.errors import AccountingError, PrivacyConfigError
 from dpft.privacy.accounting import accountant as accounting
 from dpft.privacy.mechanism import AccountantName, AdjacencyName, Mechanism, UnitName
-from dpft.privacy.packages import import_package
 
 TrialsName = Literal["poisson", "negative_binomial"]
 
@@ -96,7 +94,7 @@ Use = tuple[Release, int]
 
 
 class Protects(NamedTuple):
-    """Whom an account protects: its adjacency and unit."""
+    """Whom an account protects: its adjacency and unit, and how many examples a user has (None: not bounded)."""
 
     adjacency: AdjacencyName
     unit: UnitName = "example"
@@ -134,9 +132,13 @@ def use_from_json(values: Any) -> Use:
 def described(release: Release) -> str:
     """A release in a few words, with its constants."""
     if isinstance(release, Mechanism):
-        constants = {name: value for name, value in release.to_dict().items() if name not in ("sampler", "unit")}
+        left_out = ("sampler", "unit", "strategy")
+        constants = {name: value for name, value in release.to_dict().items() if name not in left_out}
         shown = ", ".join(f"{name} {value:g}" for name, value in constants.items())
-        return f"{release.sampler} Gaussian ({shown})"
+        if release.strategy is None:
+            return f"{release.sampler} Gaussian ({shown})"
+        strategy = ", ".join(f"{name} {value}" for name, value in release.strategy.to_dict().items() if name != "kind")
+        return f"step of a training with correlated noise, {release.strategy.kind} ({shown}; {strategy})"
     if isinstance(release, PureRelease):
         return f"pure epsilon {release.epsilon:g}"
     law = "Poisson" if release.distribution == "poisson" else f"truncated negative binomial, shape {release.shape:g}"
@@ -152,6 +154,13 @@ def counted(uses: Sequence[Use]) -> Counter[Release]:
     return total
 
 
+def one_training(uses: Sequence[Use]) -> list[Use]:
+    """The uses of one run, whose correlated noise goes on over its starts: their steps are added up."""
+    mechanisms = [(release, count) for release, count in uses if isinstance(release, Mechanism)]
+    others: list[Use] = [use for use in uses if not isinstance(use[0], Mechanism)]
+    return [*accounting.of_one_run(mechanisms), *others]
+
+
 def less(uses: Sequence[Use], others: Sequence[Use]) -> bool:
     """Whether ``others`` make some release more often than ``uses`` do."""
     mine = counted(uses)
@@ -161,6 +170,8 @@ def less(uses: Sequence[Use], others: Sequence[Use]) -> bool:
 # --------------------------------------------------------------------------------------------------- checks
 def check_use(use: Use, protects: Protects, composition: AccountantName) -> None:
     """Refuse what an account cannot compose: another adjacency or unit, no theorem, no noise, no whole number.
+
+    What an example is, :func:`check_item` asks.
 
     Raises:
         AccountingError: saying what to use instead.
@@ -180,18 +191,49 @@ def check_use(use: Use, protects: Protects, composition: AccountantName) -> None
         _check_mechanism(release, protects, composition)
 
 
+def check_item(uses: Sequence[Use], protects: Protects, item: UnitName) -> None:
+    """Refuse releases whose examples are not what the account counts them as.
+
+    A release with unit ``example`` protects its examples, and only who makes it knows what these are: single records,
+    or users with all of their records (:func:`dpft.by_user`).
+
+    Args:
+        uses: as a payer gives them.
+        protects: the account's.
+        item: what one example is.
+
+    Raises:
+        PrivacyConfigError: another item.
+        AccountingError: single examples in an account for users, or the other way round.
+    """
+    if item not in get_args(UnitName):
+        raise PrivacyConfigError(f"item={item!r}; expected 'example' or 'user': what one example of a release is.")
+    if item == "user" and protects.unit == "example":
+        # Without one of its rows a user's gradient is another one, so that this is no guarantee for rows either.
+        raise AccountingError(
+            "users as examples, and an account for the unit example: a user is not one record; create an account with "
+            "unit='user' and enter every use of the records there."
+        )
+    for release, _ in uses:
+        if isinstance(release, Selection):
+            check_item(release.trial, protects, item)
+        elif isinstance(release, Mechanism) and release.unit == "example" and item != protects.unit:
+            raise AccountingError(_other_unit(release, protects))
+
+
+def _other_unit(mechanism: Mechanism, protects: Protects) -> str:
+    return (
+        f"a release for the unit {_unit(mechanism.unit, mechanism.examples_per_user)} and an account for the unit "
+        f"{_unit(protects.unit, protects.examples_per_user)}: they have no common epsilon; give the release the "
+        "account's unit (dpft.by_user makes users the examples), or create an account for the release's unit and "
+        "enter every use of the records there."
+    )
+
+
 def _check_mechanism(mechanism: Mechanism, protects: Protects, composition: AccountantName) -> None:
-    if (mechanism.unit, mechanism.examples_per_user) != (protects.unit, protects.examples_per_user):
-        raise AccountingError(
-            f"a release for the unit {_unit(mechanism.unit, mechanism.examples_per_user)} and an account for the unit "
-            f"{_unit(protects.unit, protects.examples_per_user)}: they have no common epsilon; give the release the "
-            "account's unit, or create an account for the release's unit and enter every use of the records there."
-        )
-    if mechanism.strategy is not None:
-        raise AccountingError(
-            "correlated noise in an account: an account adds up equal releases, and the steps of one training with "
-            "correlated noise are not equal; use mechanism='dp_sgd', or this run with its ledger and no account."
-        )
+    # The examples of a release are the account's units, unless it counts several examples of one user.
+    if mechanism.unit == "user" and (mechanism.unit, mechanism.examples_per_user) != protects[1:]:
+        raise AccountingError(_other_unit(mechanism, protects))
     # Poisson sampling has the same losses under zero-out as under add/remove.
     as_zero_out = protects.adjacency == "zero_out" and mechanism.sampler == "poisson"
     if mechanism.adjacency != protects.adjacency and not as_zero_out:
@@ -227,8 +269,10 @@ def check_header(composition: str, protects: Protects, records: str) -> None:
             "an account with composition='pld' under 'replace_one': no dominating pair is known that composes; use "
             "composition='rdp'."
         )
-    # Unit and examples per user are checked as a mechanism's are.
-    if protects.unit == "user" or protects.examples_per_user is not None:
+    if protects.unit not in get_args(UnitName):
+        raise PrivacyConfigError(f"unit={protects.unit!r}; expected 'example' or 'user'.")
+    # What it says of a user's examples is checked as a mechanism's is.
+    if protects.examples_per_user is not None:
         shape = Mechanism(
             sampler="poisson",
             noise_multiplier=1.0,
@@ -241,100 +285,3 @@ def check_header(composition: str, protects: Protects, records: str) -> None:
 
 def _unit(unit: str, examples: int | None) -> str:
     return unit if examples is None else f"{unit} (at most {examples} examples each)"
-
-
-# --------------------------------------------------------------------------------------------------- accounting
-def orders() -> tuple[float, ...]:
-    """The Renyi orders at which :func:`rdp_curve` gives values: dp_accounting's default ones."""
-    return tuple(import_package("dp_accounting.rdp.rdp_privacy_accountant").DEFAULT_RDP_ORDERS)
-
-
-def rdp_curve(uses: Sequence[Use], protects: Protects) -> np.ndarray:
-    """RDP of all uses together, at :func:`orders`; it adds up over the uses."""
-    return sum((_rdp_of_use(release, int(count), protects) for release, count in uses), np.zeros(len(orders())))
-
-
-def _rdp_of_use(release: Release, count: int, protects: Protects) -> np.ndarray:
-    if count == 0:
-        return np.zeros(len(orders()))
-    if isinstance(release, Mechanism):
-        return accounting.rdp_of(release, count)
-    return count * np.asarray(_rdp_of_one(release, protects))
-
-
-@functools.lru_cache(maxsize=64)
-def _rdp_of_one(release: PureRelease | Selection, protects: Protects) -> tuple[float, ...]:
-    dp, events = import_package("dp_accounting"), import_package("dp_accounting.dp_event")
-    if isinstance(release, PureRelease):
-        # Two buckets that are told apart by a ratio of e^epsilon: the pair that dominates every epsilon-DP release.
-        event = dp.RandomizedResponseDpEvent(noise_parameter=2 / (1 + math.exp(release.epsilon)), num_buckets=2)
-        relation = dp.NeighboringRelation.REPLACE_ONE
-    else:
-        relation = getattr(dp.NeighboringRelation, accounting._RELATIONS[protects.adjacency])
-        inner = dp.ComposedDpEvent([_inner_event(*use) for use in release.trial])
-        shape = math.inf if release.distribution == "poisson" else release.shape
-        event = events.RepeatAndSelectDpEvent(inner, release.trials, shape)
-    accountant = import_package("dp_accounting.rdp").RdpAccountant(neighboring_relation=relation)
-    accountant.compose(event)
-    return tuple(float(value) for value in accountant.rdp)
-
-
-def _inner_event(release: Mechanism | PureRelease, count: int) -> Any:
-    dp = import_package("dp_accounting")
-    if isinstance(release, PureRelease):
-        return dp.SelfComposedDpEvent(dp.ZCDpEvent(rho=release.epsilon**2 / 2, xi=0.0), count)
-    base, times = accounting._as_composition(release, count)
-    return dp.SelfComposedDpEvent(accounting.dp_event(base), times)
-
-
-def epsilon_of_rdp(curve: np.ndarray, delta: float) -> float:
-    """Epsilon at delta of an RDP curve: Canonne, Kamath, Steinke 2020 (arXiv 2004.00010), Proposition 12."""
-    if not curve.any():
-        return 0.0
-    return float(import_package("dp_accounting.rdp.rdp_privacy_accountant").compute_epsilon(orders(), curve, delta)[0])
-
-
-def uses_epsilon(uses: Sequence[Use], delta: float, protects: Protects, composition: AccountantName) -> float:
-    """The epsilon of all uses together, where what is used does not depend on results of earlier uses.
-
-    Args:
-        uses: what was released, or will be.
-        delta: in (0, 1).
-        protects: adjacency and unit.
-        composition: ``pld`` or ``rdp`` (at the best order).
-
-    Returns:
-        An upper bound.
-
-    Raises:
-        AccountingError: as :func:`check_use`, or delta is too small for PLD.
-    """
-    for use in uses:
-        check_use(use, protects, composition)
-    if composition == "rdp":
-        return epsilon_of_rdp(rdp_curve(uses, protects), delta)
-    mechanisms = accounting.merged([(r, int(n)) for r, n in uses if isinstance(r, Mechanism)])
-    pure = tuple((r.epsilon, int(n)) for r, n in uses if isinstance(r, PureRelease) and n > 0)
-    if not pure:
-        return accounting.compose_epsilon(mechanisms, delta)
-    return _pld_epsilon(tuple(mechanisms), pure, delta)
-
-
-@functools.lru_cache(maxsize=256)
-def _pld_epsilon(events: tuple[accounting.Event, ...], pure: tuple[tuple[float, int], ...], delta: float) -> float:
-    accounting.compose_cached(events, delta, "pld")  # its checks of delta and of the events among themselves
-    module = import_package("dp_accounting.pld.privacy_loss_distribution")
-    common = import_package("dp_accounting.pld.common")
-    finest = min(epsilon for epsilon, _ in pure) / 16
-    grid = [h for h in accounting._LADDER if h <= min(finest, accounting._LARGEST_FINE)] or [accounting._LADDER[0]]
-    h = max([accounting.discretization(mechanism) for mechanism, _ in events], default=grid[-1])
-    found = []
-    for extra in (0, 1) if any(m.sampler == "truncated_poisson" for m, _ in events) else (0,):
-        total = accounting.total_pld(events, h, extra) if events else None
-        for epsilon, count in pure:
-            parameters = common.DifferentialPrivacyParameters(epsilon, 0.0)
-            part = module.from_privacy_parameters(parameters, h).self_compose(count)
-            total = part if total is None else total.compose(part)
-        assert total is not None
-        found.append(float(total.get_epsilon_for_delta(delta)))
-    return max(found)

@@ -39,6 +39,7 @@ class Entry:
         open: not finished: its reservation counts in full.
         ledger: of a training: its path relative to the account's folder.
         time: of its last line, in UTC, truncated to the hour.
+        item: what one of its examples is: ``example`` (a record) or ``user``.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Entry:
     open: bool
     ledger: str | None
     time: str
+    item: str = "example"
 
 
 @dataclass(frozen=True)
@@ -146,10 +148,13 @@ def append(fd: int, content: AccountContent, file: Path, fields: dict[str, Any])
         ) from error
 
 
-def reservation(name: str, what: str, uses: tuple[Use, ...], ledger: str | None, open_: bool = True) -> dict[str, Any]:
+def reservation(
+    name: str, what: str, uses: tuple[Use, ...], ledger: str | None, open_: bool = True, item: str = "example"
+) -> dict[str, Any]:
     """The fields of a ``reserve`` line; ``open_=False``: all of it is released at once."""
     found = [use_to_json(use) for use in uses]
-    return {"reserve": name, "what": what, "uses": found, "ledger": ledger, "open": open_}
+    of_users = {} if item == "example" else {"item": item}
+    return {"reserve": name, "what": what, "uses": found, "ledger": ledger, "open": open_, **of_users}
 
 
 def finish(name: str, uses: tuple[Use, ...]) -> dict[str, Any]:
@@ -191,7 +196,13 @@ def parse(data: bytes, file: Path) -> AccountContent:
             if "reserve" in line:
                 name = str(line["reserve"])
                 entries[name] = Entry(
-                    name, str(line["what"]), uses, bool(line["open"]), line["ledger"], str(line["time"])
+                    name,
+                    str(line["what"]),
+                    uses,
+                    bool(line["open"]),
+                    line["ledger"],
+                    str(line["time"]),
+                    str(line.get("item", "example")),
                 )
             else:
                 name = str(line["finish"])

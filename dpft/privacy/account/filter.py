@@ -3,9 +3,10 @@
 Ordinary composition theorems fix every mechanism, and the number of them, before the first result is seen. Whoever
 looks at one training and then decides how much to spend on the next needs a *filter*: Renyi DP of one fixed order
 alpha, added up, never above a budget. Then the whole is (alpha, budget)-RDP, however the releases were chosen: Feldman
-and Zrnic 2021 (arXiv 2008.11193), Theorem 3.1; the same for the Gaussian's zCDP: Whitehouse et al. 2023 (arXiv
-2203.05481). Mechanisms that answer over time (a sparse vector) may be interleaved with others: Haney et al. 2023
-(arXiv 2309.05901), whose result holds for RDP of a fixed order. For the best order *afterwards* there is no theorem.
+and Zrnic 2021 (arXiv 2008.11193), Theorem 3.1; approximate zCDP has filters too: Whitehouse et al. 2023 (arXiv
+2203.05481). Mechanisms that answer over time (a sparse vector, a training with correlated noise) may be interleaved
+with others: Haney et al. 2023 (arXiv 2309.05901) show that every filter extends to the concurrent composition of
+interactive mechanisms for RDP of a fixed order. For the best order *afterwards* there is no theorem.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from dpft.errors import BudgetExceededError, PrivacyConfigError
-from dpft.privacy.account.events import Protects, Release, Use, check_use, epsilon_of_rdp, orders, rdp_curve
+from dpft.privacy.account.composition import epsilon_of_rdp, orders, rdp_curve
+from dpft.privacy.account.events import Protects, Release, Use, check_use
 
 
 def check_budget(epsilon: float, delta: float) -> None:
@@ -87,7 +89,7 @@ class PrivacyFilter:
             cost = np.asarray(orders())
         else:
             check_use((typical, 1), self.protects, "rdp")
-            cost = rdp_curve([(typical, 1)], self.protects)
+            cost = rdp_curve([(typical, 1)])
         # Below 2, the series of dp_accounting do not converge for every sampled Gaussian.
         return max(
             (alpha for alpha in orders() if alpha >= 2),
@@ -102,7 +104,7 @@ class PrivacyFilter:
         """RDP of the filter's order of some releases."""
         for use in uses:
             check_use(use, self.protects, "rdp")
-        return float(rdp_curve(uses, self.protects)[self._index])
+        return float(rdp_curve(uses)[self._index])
 
     def admits(self, uses: Sequence[Use]) -> bool:
         """Whether these releases fit beside those before them."""
@@ -129,15 +131,17 @@ class PrivacyFilter:
 
     def spent(self) -> float:
         """Epsilon at delta of the releases so far, *if they had been fixed beforehand* (at the best order)."""
-        return epsilon_of_rdp(rdp_curve(self._uses, self.protects), self.delta)
+        return epsilon_of_rdp(rdp_curve(self._uses), self.delta)
 
     def odometer(self) -> float:
         """A bound on the privacy loss so far that holds at all times at once, with probability 1 - delta.
 
-        exp((alpha - 1) (loss - RDP so far)) is a nonnegative supermartingale of mean at most 1 under the fixed order
-        alpha, so by Ville's inequality the loss never exceeds RDP so far + ln(1 / delta) / (alpha - 1), except with
-        probability delta: an odometer as Rogers et al. 2016 (arXiv 1605.08294) define it, by the argument of
-        Whitehouse et al. 2023 (arXiv 2203.05481). It is larger than :meth:`spent`, which no such claim holds for.
+        The loss is the log of the ratio of the two neighbours' probabilities of all that was released, on the records
+        that there are. exp((alpha - 1) (loss - RDP so far)) is a nonnegative supermartingale that begins at 1: given
+        the past, a release's RDP bounds the mean of its factor. So by Ville's inequality the loss never exceeds RDP so
+        far + ln(1 / delta) / (alpha - 1), except with probability delta. That is an odometer in the sense of Rogers et
+        al. 2016 (arXiv 1605.08294), from above; Whitehouse et al. 2023 (arXiv 2203.05481) build theirs from such
+        martingales. It is larger than :meth:`spent`, which no such claim holds for.
 
         Returns:
             Epsilon, >= 0; 0 before the first release.

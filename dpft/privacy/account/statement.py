@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from dpft.privacy.account.events import Protects, described
+from dpft.privacy.account.events import Protects, Release, described
 from dpft.privacy.account.file import Entry
 from dpft.privacy.accounting.accountant import rounded_up
+from dpft.privacy.mechanism import Mechanism
 from dpft.privacy.report import _ADJACENCY
 
 _GUARANTEE = {
@@ -19,23 +20,29 @@ _GUARANTEE = {
 
 def stated(protects: Protects, composition: str, order: float | None) -> dict[str, Any]:
     """What an account guarantees, and to whom."""
-    unit = protects.unit
+    unit, most = protects.unit, protects.examples_per_user
+    words = {"example": unit, "user": "user, all records of one together"}[unit]
     return {
         "guarantee": _GUARANTEE[composition].format(order=order),
         "adjacency": protects.adjacency,
         "neighbours": _ADJACENCY[protects.adjacency].format(unit=unit),
-        "unit": unit if unit == "example" else f"user, at most {protects.examples_per_user} examples each",
+        "unit": words if most is None else f"user, at most {most} examples each",
     }
 
 
 def stated_use(entry: Entry) -> dict[str, Any]:
     """One use."""
+
+    def words(release: Release) -> str:
+        of_users = entry.item == "user" and isinstance(release, Mechanism) and release.unit == "example"
+        return described(release) + ", a user is one example" * of_users
+
     return {
         "name": entry.name,
         "what": entry.what,
         "state": "reserved, counted in full" if entry.open else "finished",
         "time": entry.time,
-        "releases": [f"{count} x {described(release)}" for release, count in entry.uses],
+        "releases": [f"{count} x {words(release)}" for release, count in entry.uses],
     }
 
 

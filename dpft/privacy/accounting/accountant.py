@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from dpft.errors import AccountingError
-from dpft.privacy.accounting import allocation
+from dpft.privacy.accounting import allocation, renyi
 from dpft.privacy.mechanism import EPOCH_SAMPLERS, AccountantName, Mechanism
 from dpft.privacy.packages import import_package as _import
 
@@ -96,7 +96,8 @@ def rounded_up(value: float) -> str:
 def of_one_run(events: Sequence[Event]) -> list[Event]:
     """Joins the segments of a run whose noise is correlated over all of its starts; others stay as they are.
 
-    Its steps count on, and its noise goes on, over a resume: see :mod:`dpft.noise_secrets`.
+    Its steps count on, and its noise goes on, over a resume: see
+    :mod:`dpft.privacy.correlated.noise_secrets`.
     """
     joined: dict[Mechanism, int] = {}
     for mechanism, count in events:
@@ -120,16 +121,12 @@ def check_supported(mechanism: Mechanism, accountant: AccountantName) -> None:
             "sampler='fixed_size' with accountant='pld': no dominating pair is known that composes under replace-one "
             "adjacency; use accountant='rdp' (Wang et al. 2019, Theorem 27), or sampler='poisson'."
         )
-    if mechanism.sampler == "truncated_poisson" and accountant == "rdp":
-        raise AccountingError(
-            "sampler='truncated_poisson' with accountant='rdp': only a PLD bound is known; use accountant='pld'."
-        )
     if mechanism.sampler == "balls_and_bins" and accountant == "rdp":
+        # Its pair is not two mixtures on a line.
         raise AccountingError(
-            "sampler='balls_and_bins' with accountant='rdp': only its PLD is implemented; use accountant='pld'."
+            "sampler='balls_and_bins' with accountant='rdp': only its PLD is implemented; use accountant='pld' (of an "
+            "account: composition='pld')."
         )
-    if mechanism.unit == "user" and accountant == "rdp":
-        raise AccountingError("unit='user' with accountant='rdp': only a PLD bound is implemented; use 'pld'.")
 
 
 def discretization(mechanism: Mechanism, *, coarse: bool = False) -> float:
@@ -177,22 +174,13 @@ def merged(events: Sequence[Event]) -> list[Event]:
 
 @functools.lru_cache(maxsize=4096)
 def compose_cached(events: tuple[Event, ...], delta: float, accountant: AccountantName, coarse: bool = False) -> float:
-    for mechanism, _ in events:
-        check_supported(mechanism, accountant)
-    if not 0 < delta < 1:
-        raise AccountingError(f"delta={delta!r}; expected a number strictly between 0 and 1.")
+    check_events(events, delta, accountant)
     if not events:
         return 0.0
-    _check_common(events)
     if any(mechanism.noise_multiplier == 0 for mechanism, _ in events):
         return math.inf
     if accountant == "rdp":
         return _compose_rdp(events, delta)
-    if delta < _SMALLEST_DELTA:
-        raise AccountingError(
-            f"delta={delta!r} is below {_SMALLEST_DELTA}, where PLD in float64 gives no bound any more; take "
-            "a larger delta, or accountant='rdp'."
-        )
     # The coarsest of the intervals: it costs least, and its error only increases epsilon.
     h = max(discretization(mechanism, coarse=coarse) for mechanism, _ in events)
     if any(mechanism.sampler == "truncated_poisson" for mechanism, _ in events):
@@ -202,9 +190,35 @@ def compose_cached(events: tuple[Event, ...], delta: float, accountant: Accounta
     return _compose_pld(events, delta, h, 0)
 
 
-def _check_common(events: tuple[Event, ...]) -> None:
+def check_events(
+    events: tuple[Event, ...], delta: float, accountant: AccountantName, *, one_unit: bool = True
+) -> None:
+    """Refuses what no theorem composes, and a delta for which there is no arithmetic.
+
+    Args:
+        events: to be composed.
+        delta: of the epsilon.
+        accountant: ``pld`` or ``rdp``.
+        one_unit: all must have the same unit; False where an account knows that the examples of some are its units.
+
+    Raises:
+        AccountingError: saying what to use instead.
+    """
+    for mechanism, _ in events:
+        check_supported(mechanism, accountant)
+    if not 0 < delta < 1:
+        raise AccountingError(f"delta={delta!r}; expected a number strictly between 0 and 1.")
+    _check_common(events, one_unit)
+    if accountant == "pld" and delta < _SMALLEST_DELTA and all(m.noise_multiplier > 0 for m, _ in events) and events:
+        raise AccountingError(
+            f"delta={delta!r} is below {_SMALLEST_DELTA}, where PLD in float64 gives no bound any more; take "
+            "a larger delta, or accountant='rdp'."
+        )
+
+
+def _check_common(events: tuple[Event, ...], one_unit: bool) -> None:
     units = {(mechanism.unit, mechanism.examples_per_user) for mechanism, _ in events}
-    if len(units) > 1:
+    if one_unit and len(units) > 1:
         raise AccountingError(
             f"releases for different privacy units on the same data, {sorted(units, key=str)}: they have no common "
             "epsilon; keep the unit of the first run, or start a new ledger on data that was not used before."
@@ -336,6 +350,11 @@ def _chi(sensitivities: Any, probabilities: Any, sigma: float) -> float:
 def _rdp_of_one(mechanism: Mechanism) -> tuple[float, ...]:
     """RDP of one release at dp_accounting's default orders; RDP adds up over releases."""
     dp_accounting = _import("dp_accounting")
+    orders = _import("dp_accounting.rdp.rdp_privacy_accountant").DEFAULT_RDP_ORDERS
+    if mechanism.sampler == "truncated_poisson":
+        return tuple(renyi.of_truncated(mechanism, orders).tolist())
+    if mechanism.unit == "user":
+        return tuple(renyi.of_mixture(*_mixture(mechanism), mechanism.noise_multiplier, orders).tolist())
     # Under zero-out, Poisson sampling has the losses that it has under add/remove, under which dp_accounting has them.
     adjacency = "add_or_remove_one" if mechanism.sampler == "cyclic_poisson" else mechanism.adjacency
     relation = getattr(dp_accounting.NeighboringRelation, _RELATIONS[adjacency])

@@ -31,7 +31,9 @@ class EpsilonMeter:
         delta: in (0, 1).
         horizon: the planned number of releases, >= 1.
         accountant: ``pld`` or ``rdp``.
-        history: earlier releases on the same data; ``steps`` does not count them.
+        history: earlier releases on the same data; ``steps`` does not count them. With correlated noise those of
+            earlier starts of this training: its noise goes on over them. What another training released, even with
+            an equal mechanism, has noise of its own: compose it with :func:`~dpft.privacy.compose_epsilon`.
     """
 
     def __init__(

@@ -4,7 +4,8 @@ It holds the secret of the generator of each start of a run, one line each, writ
 its first release. Whoever reads it can take the noise out of every release: it is made readable by its owner only
 (mode 0600), is in no checkpoint, and should be deleted when the training is over.
 
-- the header: format, run id, the strategy, and the environment, on which the drawn numbers depend;
+- the header: format, run id, the strategy, and the environment: whatever the drawn numbers depend on, and the number
+  and a digest of the examples, whose order decides which steps each one can be in;
 - ``first``: the number of releases in the ledger when a start began, and its secret.
 
 A run whose ledger has releases cannot go on without the file. A last line that a crash truncated is dropped: the start
@@ -14,7 +15,7 @@ that wrote it had made no release.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,16 +49,23 @@ def secrets_path(ledger: Path) -> Path:
 
 
 def begin(
-    ledger: Path, run_id: str, count: int, strategy: Strategy, environment: Mapping[str, str], secret: bytes
+    ledger: Path,
+    run_id: str,
+    starts: Iterable[int],
+    count: int,
+    strategy: Strategy,
+    environment: Mapping[str, str],
+    secret: bytes,
 ) -> tuple[NoiseSecret, ...]:
     """Write the secret of a start, and return once it is on disk. The ledger must be open, which locks both.
 
     Args:
         ledger: its file.
         run_id: of the ledger.
+        starts: how many releases were in the ledger at each start that made releases.
         count: releases in the ledger.
         strategy: of the noise.
-        environment: whatever else the drawn numbers depend on.
+        environment: whatever else must be as it was when the run began.
         secret: fresh bytes from the operating system.
 
     Returns:
@@ -86,7 +94,7 @@ def begin(
         raise LedgerError(f"cannot open the secrets of the noise {path}: {error}.") from error
     try:
         os.fchmod(fd, 0o600)
-        earlier = _earlier(fd, path, header, count) if count else ()
+        earlier = _earlier(fd, path, header, set(starts), count) if count else ()
         line = {"first": count, "secret": secret.hex()}
         write(fd, (b"" if count else encode(header)) + encode(line))
         fsync_directory(path)
@@ -97,7 +105,7 @@ def begin(
     return (*earlier, NoiseSecret(count, secret))
 
 
-def _earlier(fd: int, path: Path, header: dict[str, Any], count: int) -> tuple[NoiseSecret, ...]:
+def _earlier(fd: int, path: Path, header: dict[str, Any], starts: set[int], count: int) -> tuple[NoiseSecret, ...]:
     data = read_all(fd)
     *lines, torn = data.split(b"\n")
     if torn:
@@ -108,7 +116,7 @@ def _earlier(fd: int, path: Path, header: dict[str, Any], count: int) -> tuple[N
             f"the secrets of the noise {path} are damaged: the earlier noise cannot be drawn again. Restore the file; "
             "without it, begin a new run with another ledger_path."
         )
-    began, *starts = [fields for fields in found if fields is not None]
+    began, *lines_of_starts = [fields for fields in found if fields is not None]
     for name in ("dpft_noise", "run_id", "strategy"):
         if began.get(name) != header[name]:
             raise LedgerError(
@@ -120,13 +128,16 @@ def _earlier(fd: int, path: Path, header: dict[str, Any], count: int) -> tuple[N
         if before.get(name) != now.get(name):
             raise LedgerError(
                 f"{name} was {before.get(name)!r} when the run began and is {now.get(name)!r}: the earlier noise "
-                "would come out different, and later noise not take it back. Resume with what the run began with."
+                "would come out different, or examples be in other steps than the accounting assumes. Resume with "
+                "what the run began with."
             )
     try:
-        secrets = tuple(NoiseSecret(int(start["first"]), bytes.fromhex(start["secret"])) for start in starts)
+        secrets = tuple(NoiseSecret(int(start["first"]), bytes.fromhex(start["secret"])) for start in lines_of_starts)
         firsts = [secret.first for secret in secrets]
         if firsts[:1] != [0] or firsts != sorted(firsts) or firsts[-1] > count:
             raise ValueError(f"starts at {firsts} releases, and the ledger counts {count}")
+        if missing := sorted(starts - set(firsts)):
+            raise ValueError(f"starts at {firsts} releases, and the ledger has others at {missing}")
     except (KeyError, TypeError, ValueError) as error:
         raise LedgerError(
             f"the secrets of the noise {path} do not fit the ledger: {error}. One of the two is an old copy: give "

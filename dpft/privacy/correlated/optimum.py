@@ -19,7 +19,8 @@ from dpft.privacy.correlated.strategy import Strategy, Vector, blt_coefficients,
 from dpft.privacy.packages import import_package
 
 # Of the parameters. The error is flat at its minimum: rounding costs nothing, and hides the last digits, in which two
-# machines differ, from a ledger that compares mechanisms.
+# machines differ, from a ledger that compares mechanisms. Then to float32, in which the noise is computed: the matrix
+# whose sensitivity is accounted must be the one that makes the noise, and not what float32 makes of it.
 _DECIMALS = 6
 _MOST_WEIGHT = 1 - 10.0**-_DECIMALS
 _MOST_BUFFERS = 10
@@ -93,7 +94,7 @@ def best_banded(steps: int, bands: int) -> Strategy:
 
     start = square_root_coefficients(bands)[1:]
     found = _minimise(loss, start, jac=True) if bands > 1 else start
-    weights = (1.0, *(round(float(value), _DECIMALS) for value in found))
+    weights = (1.0, *_in_float32(np.round(found, _DECIMALS)))
     return Strategy(kind="bandmf", steps=steps, min_separation=bands, weights=weights)
 
 
@@ -140,9 +141,7 @@ def best_blt(steps: int, min_separation: int, buffers: int, error: str = "rms") 
         found.append((loss(best), best))
     weights, decays = parameters(min(found, key=lambda pair: pair[0])[1])
     order = np.argsort(-decays)
-    rounded = [np.round(values[order], _DECIMALS + 2) for values in (weights, decays)]
-    rounded[1] = np.minimum(rounded[1], 1 - 10.0 ** -(_DECIMALS + 2))
-    lists = [tuple(float(value) for value in values) for values in rounded]
+    lists = [_in_float32(np.round(values[order], _DECIMALS + 2)) for values in (weights, decays)]
     return Strategy(kind="blt", steps=steps, min_separation=min_separation, weights=lists[0], decays=lists[1])
 
 
@@ -154,6 +153,13 @@ def square_root_coefficients(steps: int) -> Vector:
     """
     k = np.arange(1, steps)
     return np.cumprod(np.concatenate([[1.0], (2 * k - 1) / (2 * k)]))
+
+
+def _in_float32(values: Vector) -> tuple[float, ...]:
+    """The nearest float32 numbers, below 1 where they were at most that."""
+    nearest = values.astype(np.float32)
+    below = np.nextafter(np.float32(1), np.float32(0))
+    return tuple(float(value) for value in np.where(values <= 1, np.minimum(nearest, below), nearest))
 
 
 def _minimise(loss: Callable[..., Any], start: Vector, jac: bool | None = None) -> Vector:

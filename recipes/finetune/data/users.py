@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -68,6 +68,8 @@ class Users:
         if self.drawn is not None:
             return {"records": self.drawn[user]}
         return {"records": [self.records[number] for number in self.numbers[user].tolist()]}
+
+    privacy_unit: ClassVar[str] = "user"  # for an account that pays
 
     @property
     def undrawn(self) -> Any:

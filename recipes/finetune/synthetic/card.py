@@ -1,8 +1,8 @@
 """The folder of the synthetic data, which can be published whole: the texts as parquet, and their data card.
 
-Nothing in it is computed from a private record but through the model, and so it costs nothing beyond the model's
-epsilon (post-processing: Dwork and Roth 2014, proposition 2.1). Figures that compare with private records are in
-another folder.
+Nothing in it is computed from a private record but through the model and, with --distribution private, noisy counts.
+So it costs nothing beyond the epsilon of these (post-processing: Dwork and Roth 2014, proposition 2.1). Figures that
+compare with private records are in another folder.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from finetune.output import CARD
+from finetune.report import tags
 from finetune.synthetic.checks import Rules
 from finetune.synthetic.conditions import Conditions
 from finetune.synthetic.generation import Sampling
@@ -33,6 +34,8 @@ class Made:
         conditions: of the texts.
         values_from_data: whether the set of values was taken from the private records.
         distribution: how many texts of each condition, in words.
+        counted: instead: of the noisy counts of the private records, in words.
+        account: the statement of what training and counts spent together, as Markdown.
         sampling: how they were drawn.
         rules: which were kept.
         generated: number of texts before the checks.
@@ -40,6 +43,7 @@ class Made:
         cut: kept texts that the model had not ended.
         rejected: reason to number.
         versions: of the libraries.
+        mechanism: of the training's noise.
     """
 
     model: str
@@ -56,6 +60,9 @@ class Made:
     cut: int
     rejected: dict[str, int]
     versions: str
+    counted: str | None = None
+    account: str = ""
+    mechanism: str = "dp_sgd"
 
 
 def write(
@@ -102,9 +109,14 @@ def card(made: Made) -> str:
     columns = ", ".join(f"`{column}`" for column in made.conditions.columns)
     trained = "with differential privacy" if made.private else "WITHOUT PRIVACY"
     covered = COVERED if made.private else NOT_PRIVATE
+    if made.counted is not None:
+        covered = COVERED_COUNTS.replace("@", COVERED.partition("It bounds")[2])
+        texts_of_each = f"follows from noisy counts of the private records: {made.counted} Negative counts are 0"
+    else:
+        texts_of_each = f"follows from {made.distribution},\nand not from the private records"
     values = VALUES_FROM_DATA if made.values_from_data else "Which values there are was given."
     return f"""---
-tags: [synthetic, {"differential-privacy, dp-sgd, dpft" if made.private else "not-private, dpft"}]
+tags: [synthetic, {tags(made.mechanism if made.private else None)}]
 task_categories: [text-generation, text-classification]
 configs: [{{config_name: default, data_files: {DATA}}}]
 ---
@@ -114,14 +126,13 @@ configs: [{{config_name: default, data_files: {DATA}}}]
 after a header with the values of {columns}; here headers were given to the model, and it wrote the texts. A label is
 what was asked for: that the text fits it was not verified.
 
-{made.statement.strip()}
+{made.account}{made.statement.strip()}
 
 ### What the epsilon covers
 
 {covered}
 
-{values} How many texts of each condition were generated follows from {made.distribution},
-and not from the private records.
+{values} How many texts of each condition were generated {texts_of_each}.
 
 ## How it was made
 
@@ -151,6 +162,10 @@ among the training data, and of what it said. It does **not** cover
   which of several data sets is published.
 
 It says nothing about truth, fairness or quality: read some before you use them."""
+COVERED_COUNTS = """\
+This data was computed from the model and from noisy counts of the same records, and from nothing else that is private
+(post-processing). What it costs is what **both** cost together: the epsilon of the privacy account above, and not that
+of the training alone. It bounds@"""
 NOT_PRIVATE = """\
 **Nothing: the training was NOT PRIVATE.** Texts may be copies of records. Treat them as you treat the records."""
 VALUES_FROM_DATA = """\

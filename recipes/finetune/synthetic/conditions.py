@@ -4,7 +4,8 @@
     Return the running event loop.
 
 The loss of a record is that of its text: the header is given, in training and in generation. Which values there are,
-and how many texts of each are generated, is public; how many private records have each value is not used.
+and how many texts of each are generated, is public. How many private records have each value is used only with noise
+(:mod:`finetune.synthetic.histogram`).
 """
 
 from __future__ import annotations
@@ -25,10 +26,6 @@ from finetune.data.documents import IGNORED_LABEL
 MOST = 10_000  # conditions
 OTHER = "other"  # where it is among the public values: of the records with a value that is not
 SEPARATOR = " | "
-NO_HISTOGRAM = (
-    "--distribution private: noisy counts of the private records need a budget of their own, which this recipe does "
-    "not spend. Give --distribution uniform, or --weights from public knowledge (--weights a=3,b=1)."
-)
 BECOMES_PUBLIC = (
     "--values was not given: the set of values of {} is taken from the private records, and becomes public with every "
     "text. Name the values by --values, or be sure that the set tells nothing"
@@ -122,16 +119,21 @@ class Conditions:
                     "and one above 0. Give 0 to those that are not wanted."
                 )
         shares = [math.prod(weights.get(value, 1.0) for value in some.values()) for some in self.all()]
-        exact = [number * share / sum(shares) for share in shares]
-        counts = [math.floor(x) for x in exact]
-        # the largest remainders get what rounding down left over; of equal ones the first
-        for i in sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])[: number - sum(counts)]:
-            counts[i] += 1
-        return counts
+        return in_proportion(number, shares)
 
     def words(self) -> str:
         """The values, for a message or a card."""
         return "; ".join(f"{column}: {', '.join(values)}" for column, values in self.values.items())
+
+
+def in_proportion(number: int, shares: Sequence[float]) -> list[int]:
+    """``number`` divided in proportion to shares, of which one is above 0."""
+    exact = [number * share / sum(shares) for share in shares]
+    counts = [math.floor(x) for x in exact]
+    # the largest remainders get what rounding down left over; of equal ones the first
+    for i in sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])[: number - sum(counts)]:
+        counts[i] += 1
+    return counts
 
 
 def parse_columns(words: str) -> tuple[str, ...]:

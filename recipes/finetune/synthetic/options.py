@@ -9,8 +9,9 @@ from finetune.data.labelled import ENCODER
 from finetune.option import again, option
 from finetune.options import Options
 from finetune.synthetic.checks import Rules
-from finetune.synthetic.conditions import NO_HISTOGRAM, parse_columns, parse_weights
+from finetune.synthetic.conditions import parse_columns, parse_weights
 from finetune.synthetic.generation import Sampling
+from finetune.synthetic.histogram import MARGIN
 
 
 @dataclass
@@ -44,8 +45,11 @@ class SynthesisOptions(Options):
     distribution: str = option(
         "uniform",
         "synthesis",
-        "how many texts of each condition. private is refused: noisy counts need a budget of their own",
+        "how many texts of each condition. private: as many in proportion as there are records, counted with noise",
         choices=("uniform", "private"),
+    )
+    histogram_epsilon: float = option(
+        0.5, "synthesis", "of --target-epsilon, what the noisy counts of --distribution private get", metavar="EPSILON"
     )
     weights: str | None = option(
         None, "synthesis", "instead: public weights of the values of a column, such as a=3,b=1", metavar="WEIGHTS"
@@ -91,7 +95,7 @@ class SynthesisOptions(Options):
         """
         super().__post_init__()
         if self.distribution == "private":
-            raise ValueError(NO_HISTOGRAM)
+            self._check_histogram()
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"--temperature is {self.temperature:g}; expected a finite number above 0.")
         if not 0 < self.top_p <= 1:
@@ -104,6 +108,28 @@ class SynthesisOptions(Options):
         parse_columns(self.condition_on)
         parse_weights(self.weights)
         self.rules()
+
+    def _check_histogram(self) -> None:
+        if not 0 < self.histogram_epsilon < float("inf"):
+            raise ValueError(f"--histogram-epsilon is {self.histogram_epsilon:g}; expected a finite number above 0.")
+        if self.weights is not None:
+            raise ValueError("got both --weights and --distribution private, which counts the records. Give one.")
+        if self.account is not None:
+            raise ValueError(
+                "got both --account and --distribution private, which pays from an account of the run. Give one."
+            )
+        if self.clipping == "none" or self.noise_multiplier == 0:
+            raise ValueError("--distribution private with a training that is not private: no epsilon covers both.")
+        if self.target_epsilon is not None and self.target_epsilon <= self.epsilon_elsewhere:
+            raise ValueError(
+                f"--target-epsilon {self.target_epsilon:g} leaves nothing for the training beside "
+                f"--histogram-epsilon {self.histogram_epsilon:g}. Lower the second one."
+            )
+
+    @property
+    def epsilon_elsewhere(self) -> float:
+        """What of the target the training must not spend."""
+        return self.histogram_epsilon + MARGIN if self.distribution == "private" else 0.0
 
     @property
     def parsed_weights(self) -> dict[str, float] | None:

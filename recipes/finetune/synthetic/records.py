@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datasets import Dataset
 
 from accelerate import Accelerator
+from finetune.data.checks import values_of
 from finetune.data.corpora import TROUBLES, in_validation, synthetic_tickets
 from finetune.data.examples import make_collate, text_column
 from finetune.data.labelled import PACKAGES
@@ -39,6 +40,8 @@ class ConditionedMaterials(Materials):
         room: tokens that the longest header leaves of ``--seq-len``.
         real: the training records, as they are trained on: cut where the examples are.
         held_out: all held-out records, likewise.
+        headers: of the training records, before they are cut; private.
+        owners: the user of each of them, with ``--user-column``; private.
     """
 
     conditions: Conditions
@@ -47,6 +50,8 @@ class ConditionedMaterials(Materials):
     room: int
     real: Labelled
     held_out: Labelled
+    headers: list[str]
+    owners: list[str] | None
 
 
 def load_records(options: SynthesisOptions) -> tuple[Dataset, Dataset]:
@@ -94,6 +99,8 @@ def conditioned_materials(options: SynthesisOptions, accelerator: Accelerator) -
         train, held_out = (
             tokenise_conditioned(part, conditions, tokenizer, options.seq_len, column) for part in records
         )
+    if warning and options.distribution == "private":
+        raise ValueError("--distribution private counts the records of values that are public. Name them by --values.")
     if warning:
         accelerator.print(f"warning: {warning}")
     conditions.counts(options.generate, options.parsed_weights)  # refused now, not after the training
@@ -118,6 +125,12 @@ def conditioned_materials(options: SynthesisOptions, accelerator: Accelerator) -
         for examples, part in zip((train, held_out), records, strict=True)
     )
     examples, collate_train = by_user(options, train, records[0], collate, accelerator)
+    headers, owners = [], None
+    if options.distribution == "private" and accelerator.is_main_process:  # which counts them
+        headers = [conditions.header(row) for row in records[0].select_columns(list(columns))]
+        owners = None if options.user_column is None else list(values_of(records[0], options.user_column))
     return ConditionedMaterials(
-        tokenizer, examples, chosen, collate, collate_train, conditions, bool(warning), column, room, real, out
+        *(tokenizer, examples, chosen, collate, collate_train, conditions, bool(warning), column, room, real, out),
+        headers,
+        owners,
     )

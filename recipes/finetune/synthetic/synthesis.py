@@ -9,13 +9,15 @@ from typing import Any
 
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+import dpft
 from accelerate import Accelerator
 from finetune.engine import WHOLE, compute_dtype, engine_name, from_first, unsharded
-from finetune.output import MEASURES, SYNTHETIC
+from finetune.output import ACCOUNT, DISTRIBUTION, MEASURES, SYNTHETIC
 from finetune.recipe import Finished
 from finetune.report import described, shown, versions
-from finetune.synthetic import card, comparison
+from finetune.synthetic import card, comparison, histogram
 from finetune.synthetic.checks import check
+from finetune.synthetic.conditions import in_proportion
 from finetune.synthetic.downstream import Classifier, Labelled
 from finetune.synthetic.generation import Generated, Sampling, gathered, generate
 from finetune.synthetic.options import SynthesisOptions
@@ -47,6 +49,45 @@ def texts_of(
     return gathered(accelerator, share)
 
 
+def account_of(
+    options: SynthesisOptions, materials: Any, accelerator: Accelerator, output: Path, privacy: Any
+) -> Path | None:
+    """The file of the account that a run pays from: a new one, or that of a run that is resumed. A collective."""
+
+    def find() -> Path | None:
+        if options.resume_from_checkpoint:
+            return output / ACCOUNT if (output / ACCOUNT).exists() else None
+        if options.distribution != "private":
+            return None
+        (output / DISTRIBUTION).unlink(missing_ok=True)
+        return histogram.create_account(
+            output,
+            privacy.resolve(len(materials.train)),
+            options.histogram_epsilon,
+            options.target_epsilon,
+            options.user_column is not None,
+            described(options.dataset),
+        )
+
+    return from_first(accelerator, find)
+
+
+def _counted(finished: Finished) -> dict[str, Any]:
+    """The noisy counts of the training records, and the statement of the account that paid for them. For one rank."""
+    options, materials = finished.options, finished.materials
+    assert isinstance(materials, ConditionedMaterials)
+    categories = [materials.conditions.header(some) for some in materials.conditions.all()]
+    found = histogram.counts(
+        finished.output,
+        options.histogram_epsilon,
+        materials.headers,
+        categories,
+        materials.owners,
+        options.records_per_user,
+    )
+    return {**found, "account": dpft.Account.open(finished.output / ACCOUNT).markdown() + "\n"}
+
+
 def synthesise(finished: Finished) -> dict[str, Any]:
     """Generate, check, write, compare. A collective.
 
@@ -58,6 +99,10 @@ def synthesise(finished: Finished) -> dict[str, Any]:
     assert isinstance(materials, ConditionedMaterials)
     accelerator, conditions = finished.accelerator, materials.conditions
     counts = conditions.counts(options.generate, options.parsed_weights)
+    counted: dict[str, Any] | None = None
+    if options.distribution == "private":
+        counted = from_first(accelerator, lambda: _counted(finished))
+        counts = in_proportion(options.generate, histogram.shares(counted))
     asked = [some for some, count in zip(conditions.all(), counts, strict=True) for _ in range(count)]
     headers = [conditions.header(some) for some in asked]
     sampling = options.sampling(materials.room)
@@ -79,6 +124,8 @@ def synthesise(finished: Finished) -> dict[str, Any]:
         conditions=conditions,
         values_from_data=materials.values_from_data,
         distribution=f"public weights ({options.weights})" if options.weights else "a uniform distribution",
+        counted=None if counted is None else counted["statement"],
+        account="" if counted is None else counted["account"],
         sampling=sampling,
         rules=options.rules(),
         generated=len(generated),
@@ -86,6 +133,7 @@ def synthesise(finished: Finished) -> dict[str, Any]:
         cut=sum(not generated[i].ended for i in kept),
         rejected=rejected,
         versions=versions(),
+        mechanism=options.mechanism,
     )
     folder = finished.output / SYNTHETIC
     from_first(accelerator, lambda: card.write(folder, [asked[i] for i in kept], texts, materials.text_column, made))

@@ -85,6 +85,7 @@ def test_simulated_ranks_divide_what_their_engine_divides() -> None:
         assert found["peak_memory_mb"] == pytest.approx(found["breakdown"]["total_allocated_mb"])
 
 
+@pytest.mark.slow
 def test_long_context_on_the_device_and_on_the_host() -> None:
     """An input of 1,100 x 256 float32 is offloaded, and in no total; simulated as real, plain and private."""
     changes: dict[str, Any] = {"long_context": True, "hidden_dim": 256, "seq_len": 1100, "num_layers": 1}
