@@ -19,6 +19,7 @@ from finetune.loop import make_optimizer, make_scheduler
 from finetune.materials import Materials
 from finetune.options import Options
 from finetune.recipe import Recipe
+from tools.mechanisms.average import Average
 from tools.mechanisms.settings import (
     BANDS,
     BATCH,
@@ -120,7 +121,7 @@ def train(training: Training, evaluated: int) -> dict[str, Any]:
             ledger_path=Path(folder) / "ledger.jsonl",
             test_seed=training.seed,
         )
-        averages = [dpft.WeightEMA(accelerator, model, optimizer, decay=d) for d in DECAYS] if variant.averaged else []
+        averages = [Average(model, optimizer, decay=d) for d in DECAYS] if variant.averaged else []
         scheduler = make_scheduler(options, optimizer, schedule.num_steps)
         began = time.process_time()
         model.train()

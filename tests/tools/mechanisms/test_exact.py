@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import dpft
-from dpft.privacy import Strategy, rms_error
 from tools.mechanisms import exact
 from tools.mechanisms.settings import BANDS, BATCH, EPSILONS, SEEDS, STEPS, VARIANTS, Training
 from tools.mechanisms.training import privacy_config, train
@@ -19,12 +18,12 @@ EXAMPLES = 3517
 @pytest.mark.parametrize(
     "strategy",
     [
-        Strategy(kind="bandmf", steps=9, min_separation=4, weights=(1.0, 0.5, 0.375, 0.2)),
-        Strategy(kind="blt", steps=9, min_separation=5, weights=(0.3, 0.2), decays=(0.9, 0.4)),
+        exact.Strategy(kind="bandmf", steps=9, min_separation=4, weights=(1.0, 0.5, 0.375, 0.2)),
+        exact.Strategy(kind="blt", steps=9, min_separation=5, weights=(0.3, 0.2), decays=(0.9, 0.4)),
     ],
     ids=lambda strategy: strategy.kind,
 )
-def test_noise_in_the_last_weights_is_that_of_the_inverse_matrix(strategy: Strategy) -> None:
+def test_noise_in_the_last_weights_is_that_of_the_inverse_matrix(strategy: exact.Strategy) -> None:
     """Also with constant rates, where the last weights have the last sum of the releases."""
     c = strategy.coefficients()
     matrix = np.array([[c[i - j] if i >= j else 0.0 for j in range(9)] for i in range(9)])
@@ -33,7 +32,7 @@ def test_noise_in_the_last_weights_is_that_of_the_inverse_matrix(strategy: Strat
     assert exact.last_error(strategy, rates) == pytest.approx(np.linalg.norm(rates @ inverse))
     sums = np.tril(np.ones((9, 9))) @ inverse
     assert exact.last_error(strategy, np.ones(9)) == pytest.approx(np.linalg.norm(sums[-1]))
-    assert rms_error(strategy) == pytest.approx(np.linalg.norm(sums) / 3)
+    assert exact.rms_error(strategy) == pytest.approx(np.linalg.norm(sums) / 3)
 
 
 def test_noise_of_independent_releases() -> None:
