@@ -91,12 +91,11 @@ def equal_utility(curve: Mapping[float, Losses], reference: Losses) -> Equal:
     Every mean is drawn from the normal distribution with its error: the reference's, too.
     """
     draw = random.Random(0).gauss
-    best = crossing({epsilon: found.mean for epsilon, found in curve.items()}, reference.mean)
+    points = [(epsilon, found.mean, found.error) for epsilon, found in curve.items()]
+    target, error = reference.mean, reference.error
+    best = crossing({epsilon: middle for epsilon, middle, _ in points}, target)
     drawn = sorted(
-        crossing(
-            {epsilon: draw(found.mean, found.error) for epsilon, found in curve.items()},
-            draw(reference.mean, reference.error),
-        )
+        crossing({epsilon: draw(middle, of_mean) for epsilon, middle, of_mean in points}, draw(target, error))
         for _ in range(DRAWS)
     )
     return Equal(best, drawn[DRAWS // 20], drawn[DRAWS - 1 - DRAWS // 20])
