@@ -285,6 +285,9 @@ def test_an_account_is_created_shown_and_settled(tmp_path: Path, capsys: pytest.
     words = ["account", "create", path, "--epsilon", "4", "--delta", "1e-5", "--records", "letters"]
     assert "epsilon 4 at delta 1e-05, rdp" in said(capsys, *words)
     assert main(words) == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
+    words = ["create", str(tmp_path / "users.jsonl"), "--epsilon", "4", "--delta", "1e-5", "--unit", "user"]
+    said(capsys, "account", *words, "--examples-per-user", "3")
+    assert dpft.Account.open(tmp_path / "users.jsonl").protects[1:] == ("user", 3)
     account, schedule = dpft.Account.open(path), CONFIG.resolve(1000)
     content = Ledger.read(ledger(tmp_path))
     planned = [(schedule.mechanism, schedule.num_steps)]

@@ -30,6 +30,7 @@ from finetune.parsing import parse
 from finetune.privacy_options import MECHANISMS, SAMPLER_OF, SAMPLERS
 from finetune.private import planned_schedule, privacy_config
 from finetune.report import tags
+from tests.engines.launching import launch, succeed
 
 ROOT = Path(__file__).resolve().parents[2]
 # Quick to calibrate, and to run on the ninety records of the fixture, of which about 80 are trained on.
@@ -352,3 +353,13 @@ def test_an_interrupted_run_goes_on(
     assert ("_ledger.jsonl.noise is deleted" in capsys.readouterr().out) is bool(mechanism)
     assert [(e.open, sum(n for _, n in e.uses)) for e in paid.entries()] == [(False, 6)] * bool(extra)
     stated(output)
+
+
+@pytest.mark.slow
+def test_two_ranks_pay_once_and_have_one_clip_norm(tmp_path: Path, records: str) -> None:
+    paid = account(tmp_path, 4.0)
+    words = [*SMALL, *NOISE, "--adaptive-clip", "0.5", "--dataset", records, "--output-dir", str(tmp_path / "run")]
+    recipe = ROOT / "tests" / "engines" / "recipe_on_cpu.py"
+    succeed(launch("ddp", recipe, *words, "--account", str(paid.path), scratch=tmp_path, timeout=200))
+    assert [(e.open, sum(n for _, n in e.uses)) for e in paid.entries()] == [(False, 6)]
+    stated(tmp_path / "run")
