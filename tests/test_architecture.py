@@ -51,6 +51,7 @@ LAYERS["__init__"] = set(LAYERS)
 INSIDE_TOOLS = {
     "tools.benchmarks.norm_times": frozenset({"kernels"}),
     "tools.engines.worker": frozenset({"engines"}),
+    "tools.mechanisms.exact": frozenset({"privacy"}),
     "tools.measure_long_context": frozenset({"long_context"}),
     "tools.memory.simulate": frozenset({"kernels", "long_context", "planning"}),
     "tools.plan_noise": frozenset({"planning"}),
