@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from dpft import audit
+from dpft.adamw_bc import AdamWBC
 from dpft.clipping.passes import BookKeeping
 from dpft.clipping.state import ClipStats
 from dpft.custom import check_rule, register_rule
@@ -54,6 +55,7 @@ __version__ = "0.1.0"  # setup.cfg reads it from here: a string, not a computati
 __all__ = [
     "Account",
     "AccountingError",
+    "AdamWBC",
     "AdaptiveClip",
     "Advice",
     "BookKeeping",

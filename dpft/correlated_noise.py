@@ -35,6 +35,7 @@ from torch import Tensor
 from dpft.errors import WrapError
 from dpft.noise import Place
 from dpft.privacy.correlated.noise_secrets import NoiseSecret
+from dpft.privacy.correlated.optimum import noise_coefficients
 from dpft.privacy.correlated.strategy import Strategy
 
 # Elements of a block: small, as a rank draws whole blocks to have its part; large where each one launches a kernel.
@@ -96,6 +97,11 @@ class CorrelatedNoise:
     def for_release(self, std: float, sensitivity: float, elements: int) -> float:
         """``std``: nothing is rounded."""
         return std
+
+    def std_in_release(self, std: float) -> float:
+        """Standard deviation of an element's noise in the release that is being made: the norm of its row of C^-1."""
+        row = noise_coefficients(self.strategy)[: self.position + 1]
+        return std * self.strategy.scale * float(np.linalg.norm(row))
 
     def add_(self, tensor: Tensor, std: float, place: Place | None = None) -> Tensor:
         """Add the noise of this step to the next of the tensors, in place.

@@ -80,6 +80,10 @@ class GaussianNoise:
             return std
         return widened(std, sensitivity, elements)
 
+    def std_in_release(self, std: float) -> float:
+        """``std``: a discrete Gaussian's differs from it by far less than its rounding."""
+        return std
+
     def _sequence(self, *purpose: int) -> np.random.SeedSequence:
         return np.random.SeedSequence(self._entropy, spawn_key=(self._stream, *purpose))
 

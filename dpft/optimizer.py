@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dpft.adamw_bc import AdamWBC, local
 from dpft.errors import WrapError
 from dpft.noise import GaussianNoise, Place
 
@@ -32,6 +33,10 @@ class Noise(Protocol):
 
         ``place`` is that of a shard's elements; None: the whole of the next parameter.
         """
+        ...
+
+    def std_in_release(self, std: float) -> float:
+        """Standard deviation of what :meth:`add_` of ``std`` adds to an element in the release that is being made."""
         ...
 
 
@@ -185,6 +190,8 @@ class DPOptimizer(torch.optim.Optimizer):
     def _fill_gradients(self) -> None:
         """Give each parameter of the inner optimiser its release."""
         std = self.noise_std(self.parameters() if self.sums is None else self.sums.parameters.values())
+        if isinstance(self.inner, AdamWBC):
+            self.inner.noise_variance = (self.noise.std_in_release(std) / self.expected_batch_size) ** 2
         if self.sums is not None:
             self.sums.release(self.noise, std, self.expected_batch_size)
             names = {id(p): name for name, p in self.sums.parameters.items()}
@@ -216,11 +223,13 @@ class DPOptimizer(torch.optim.Optimizer):
             not self.state
             and not self._spent
             and all("lr" in group and float(group["lr"]) == 0 for group in self.param_groups)
-            and all(p.grad is not None and not bool(_local(p.grad).any()) for p in parameters)
+            and all(p.grad is not None and not bool(local(p.grad).any()) for p in parameters)
         )
 
     @torch.no_grad()
     def _rehearse(self) -> None:
+        if isinstance(self.inner, AdamWBC):
+            self.inner.noise_variance = 0.0
         try:
             self._step_inner()
         finally:
@@ -314,11 +323,6 @@ class DPOptimizer(torch.optim.Optimizer):
             f"DPOptimizer(noise_multiplier={self.noise_multiplier}, max_grad_norm={self.max_grad_norm}, "
             f"expected_batch_size={self.expected_batch_size}{private}, inner={self.inner!r})"
         )
-
-
-def _local(tensor: Any) -> Tensor:
-    """This rank's shard of a sharded tensor; any other tensor unchanged."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _accumulate_in_float32(parameters: Iterable[nn.Parameter]) -> None:

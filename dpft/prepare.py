@@ -232,7 +232,7 @@ def prepare(
             run,
             sequence=sequence,
             on_host=sums_device == "cpu",
-            noise=_noise(run, ranks, accelerator, kind, model, optimizer, sums_device, compared, test_seed),
+            noise=_noise(run, ranks, accelerator, kind, (model, optimizer), sums_device, compared, test_seed),
             batches=PhysicalBatchSampler(
                 make_sampler(
                     schedule,
@@ -387,8 +387,7 @@ def _noise(
     ranks: Ranks,
     accelerator: Any,
     kind: Kind,
-    model: nn.Module,
-    optimizer: Any,
+    trained: tuple[Any, Any],
     sums: Any,
     data: Any,
     seed: Any,
@@ -398,4 +397,4 @@ def _noise(
     if (strategy := run.schedule.strategy) is None:
         return GaussianNoise(secret=secret, stream=ranks.rank, secure=run.schedule.secure_rng)
     engine, device = f"{kind} {sums or ''}".strip(), sums_device_of(accelerator, kind, sums)
-    return correlated_noise(strategy, ranks, run.ledger, model, optimizer, engine, device, data, secret)
+    return correlated_noise(strategy, ranks, run.ledger, *trained, engine, device, data, secret)

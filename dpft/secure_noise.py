@@ -42,6 +42,7 @@ _DECIDED = -CUT
 _CHUNK = 1 << 15  # on the host: what it needs fits into a second-level cache
 _CHUNK_ON_DEVICE = 1 << 21
 _BEFORE_NEW_NONCE = 1 << 36  # bytes; the counter of ChaCha20 ends after 2^38
+_MOST_STEPS = float((1 << 44) - 1)  # of a value; beyond it, sums with a draw would not be exact in float64
 _ROUNDED = 1 + 2.0**-8  # a value in steps, below 2^44, is rounded to 2^-53 of itself before it is to whole steps
 
 Whole = npt.NDArray[np.int64]
@@ -215,8 +216,10 @@ class SecureNoise:
     def add_(self, flat: Tensor, std: float) -> None:
         """Round each value to whole steps of ``std / STD``, and add a draw to it, in place.
 
+        Values beyond 2^44 steps are first brought to this bound, which moves no two sums further apart.
+
         Args:
-            flat: ``[n]`` float32 or float64, contiguous, of at most 2^44 steps each.
+            flat: ``[n]`` float32 or float64, contiguous.
             std: standard deviation of the noise, in the units of ``flat``, as :func:`widened` gave it.
         """
         if flat.device.type == "cpu":
@@ -226,7 +229,7 @@ class SecureNoise:
 
     def _add_on_device(self, flat: Tensor, std: float) -> None:
         for part in flat.split(_CHUNK_ON_DEVICE):
-            steps = part.double().mul_(STD / std).round_()
+            steps = part.double().mul_(STD / std).clamp_(-_MOST_STEPS, _MOST_STEPS).round_()
             part.copy_(steps.add_(self.draw_on(part.device, part.numel())).mul_(std / STD))
 
     def _add_on_host(self, flat: npt.NDArray[Any], std: float) -> None:
@@ -235,6 +238,7 @@ class SecureNoise:
             steps, whole = self._steps[: len(values)], self._whole[: len(values)]
             np.copyto(steps, values)  # numpy converts faster by a copy than within an operation
             steps *= STD / std
+            np.clip(steps, -_MOST_STEPS, _MOST_STEPS, out=steps)
             np.rint(steps, out=steps)
             np.copyto(whole, self.draw(len(values)))
             steps += whole

@@ -50,8 +50,9 @@ class Synthesize(Recipe):
     def account(
         self, options: SynthesisOptions, materials: Materials, accelerator: Accelerator, output: Path, privacy: Any
     ) -> Path | None:
-        """With --distribution private: what training and counts of the records pay from; a resumed run has it."""
-        return account_of(options, materials, accelerator, output, privacy)
+        """With --distribution private the run's own, for training and counts; a resumed run has it."""
+        own = account_of(options, materials, accelerator, output, privacy)
+        return own or super().account(options, materials, accelerator, output, privacy)
 
     def after(self, finished: Finished) -> dict[str, Any]:
         """Generate, check, write, compare."""

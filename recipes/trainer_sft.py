@@ -16,7 +16,7 @@ from finetune.environment import set_threads  # first of all: it sets what torch
 # isort: split
 import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
@@ -25,6 +25,7 @@ import dpft
 from finetune.comparison import Result, report, without_privacy
 from finetune.data.loading import load_texts
 from finetune.options import BASE_MODEL
+from finetune.privacy_options import MECHANISMS, SAMPLER_OF
 
 try:
     from trl import SFTConfig, SFTTrainer
@@ -44,6 +45,11 @@ class Task:
         noise_multiplier: sigma.
         expected_batch_size: examples of a logical batch, in expectation.
         clip_norm: C.
+        mechanism: of the noise, as ``dpft.PrivacyConfig``; with ``bands`` or ``buffers``.
+        bands: of ``bandmf``.
+        buffers: of ``blt``.
+        sampler: if not given, the one of the mechanism.
+        account: that the private training pays from.
         compare: also without privacy, to show what privacy costs.
         compare_learning_rate: of that; without noise and clipping another one is right.
     """
@@ -55,6 +61,11 @@ class Task:
     noise_multiplier: float | None = field(default=None, metadata={"help": "in the place of an epsilon"})
     expected_batch_size: int = field(default=320, metadata={"help": "records of a step, in expectation"})
     clip_norm: float = field(default=1.0, metadata={"help": "largest norm of a record's gradient"})
+    mechanism: str = field(default="dp_sgd", metadata={"help": "of the noise", "choices": MECHANISMS})
+    bands: int | None = field(default=None, metadata={"help": "of bandmf"})
+    buffers: int | None = field(default=None, metadata={"help": "of blt"})
+    sampler: str | None = field(default=None, metadata={"help": "poisson; of bandmf and blt their own"})
+    account: str | None = field(default=None, metadata={"help": "file of the dpft.Account that it pays from"})
     compare: bool = field(default=True, metadata={"help": "also train without privacy"})
     compare_learning_rate: float = field(default=4e-3, metadata={"help": "learning rate without privacy"})
 
@@ -95,6 +106,10 @@ def main() -> None:
         max_grad_norm=task.clip_norm,
         num_steps=args.max_steps if args.max_steps > 0 else None,
         num_epochs=None if args.max_steps > 0 else args.num_train_epochs,
+        mechanism=cast(Any, task.mechanism),
+        bands=task.bands,
+        buffers=task.buffers,
+        sampler=cast(Any, task.sampler or SAMPLER_OF.get(task.mechanism, "poisson")),
     )
 
     def load() -> Any:
@@ -102,12 +117,14 @@ def main() -> None:
         return AutoModelForCausalLM.from_pretrained(task.model, dtype=dtype)
 
     common = {"train_dataset": train, "eval_dataset": test, "processing_class": tokenizer}
-    trainer = dpft.private_trainer(SFTTrainer)(model=load(), args=args, privacy=privacy, **common)
+    paid = {"privacy_options": {"account": task.account}} if task.account else {}
+    trainer = dpft.private_trainer(SFTTrainer)(model=load(), args=args, privacy=privacy, **paid, **common)
     results = [Result("before training", trainer.evaluate())]
     trainer.train()
     results.append(Result(f"private, epsilon {trainer.epsilon:.2f}", trainer.evaluate(), trainer.epsilon))
     trainer.save_model(args.output_dir)
     trainer.create_model_card(model_name="private")
+    trainer.private_loader.privacy.close()  # the account gets back what was not spent
     if task.compare:
         plain = SFTTrainer(
             model=load(), args=without_privacy(args, task.expected_batch_size, task.compare_learning_rate), **common

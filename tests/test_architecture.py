@@ -17,7 +17,7 @@ from tests.project_files import ROOT, module_name, parsed, python_files, report
 _LOW = {"errors"}
 _ARITHMETIC = _LOW | {"kernels", "rules"}
 _GRADIENT = _ARITHMETIC | {"clipping", "models", "wrap"}
-_MECHANISM = _LOW | {"privacy", "noise", "correlated_noise", "optimizer", "loader", "workers"}
+_MECHANISM = _LOW | {"adamw_bc", "privacy", "noise", "correlated_noise", "optimizer", "loader", "workers"}
 
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
@@ -31,7 +31,8 @@ LAYERS: dict[str, set[str]] = {
     "secure_noise": _LOW | {"kernels"},
     **dict.fromkeys(("noise", "scalar_noise"), _LOW | {"secure_noise"}),
     "correlated_noise": _LOW | {"noise", "privacy"},
-    "optimizer": _LOW | {"noise", "privacy", "clipping"},
+    "adamw_bc": _LOW,
+    "optimizer": _LOW | {"adamw_bc", "noise", "privacy", "clipping"},
     "evaluation": _LOW | {"privacy", "scalar_noise"},
     "tuning": _LOW | {"privacy", "evaluation"},
     "workers": _LOW,
@@ -50,6 +51,7 @@ LAYERS["__init__"] = set(LAYERS)
 INSIDE_TOOLS = {
     "tools.benchmarks.norm_times": frozenset({"kernels"}),
     "tools.engines.worker": frozenset({"engines"}),
+    "tools.mechanisms.exact": frozenset({"privacy"}),
     "tools.measure_long_context": frozenset({"long_context"}),
     "tools.memory.simulate": frozenset({"kernels", "long_context", "planning"}),
     "tools.plan_noise": frozenset({"planning"}),

@@ -231,6 +231,13 @@ def test_what_can_come_out_does_not_depend_on_the_sum(std: float) -> None:
         assert np.array_equal((released.round() - steps).numpy(), draws(1000))
 
 
+def test_sums_too_large_for_exact_arithmetic_are_brought_to_the_bound() -> None:
+    values, bound = torch.tensor([1e30, -math.inf, 2.0**44, 0.0, math.nan], dtype=torch.float64), 2.0**44 - 1
+    SecureNoise().add_(values, STD)  # a step is 1
+    assert (values[:3] - torch.tensor([bound, -bound, bound])).abs().max() < CUT * STRIDE**TERMS
+    assert values[:4].equal(values[:4].round()) and values[4].isnan()
+
+
 def test_a_float32_release_is_the_exact_one_rounded_once() -> None:
     total = torch.linspace(-3, 3, 70_000)
     single, double = total.clone(), total.double()

@@ -7,7 +7,7 @@ import json
 from typing import Any, get_args
 
 from dpft.privacy.account.account import Account
-from dpft.privacy.mechanism import AdjacencyName
+from dpft.privacy.mechanism import AdjacencyName, UnitName
 
 
 def add_to(commands: Any) -> None:
@@ -36,6 +36,8 @@ def add_to(commands: Any) -> None:
     )
     names = get_args(AdjacencyName)
     action.add_argument("--adjacency", choices=names, default=names[0], help="which datasets are neighbours")
+    action.add_argument("--unit", choices=get_args(UnitName), default="example", help="whom it protects")
+    action.add_argument("--examples-per-user", type=int, help="unit user: of uses that count single rows", metavar="K")
     action.add_argument("--records", default="", help="which records these are, in words", metavar="TEXT")
     action.set_defaults(run=create)
 
@@ -62,6 +64,8 @@ def create(args: argparse.Namespace) -> str:
         delta=args.delta,
         composition=args.composition,
         adjacency=args.adjacency,
+        unit=args.unit,
+        examples_per_user=args.examples_per_user,
         records=args.records,
     )
     return (

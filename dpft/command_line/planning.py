@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from dpft.command_line.mechanism import add_mechanism, mechanism_of
 from dpft.planning.hardware import HARDWARE
 from dpft.planning.plan import plan
 from dpft.planning.simulate import ENGINES
+from dpft.privacy.config import PrivacyConfig
 
 GIB = 2**30
 
@@ -27,7 +29,24 @@ def add_to(commands: Any) -> None:
     command.add_argument("--hardware", choices=sorted(HARDWARE), default="h100", help="default h100")
     command.add_argument("--memory", type=float, help="of a device, in GiB; that of the hardware", metavar="GIB")
     command.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw", help="default adamw")
+    add_mechanism(command, default=None)
+    command.add_argument("--secure-noise", action="store_true", help="noise from a cryptographic generator")
     command.set_defaults(run=of_step)
+
+
+def noise_of(args: argparse.Namespace) -> PrivacyConfig | None:
+    """A training with the noise that was asked about; None if none was. The plan needs none of the other constants."""
+    _, constants = mechanism_of(args)
+    if args.mechanism is None and args.bands is None and args.buffers is None and not args.secure_noise:
+        return None
+    return PrivacyConfig(
+        noise_multiplier=1.0,
+        target_delta=1e-6,
+        expected_batch_size=1,
+        num_steps=1,
+        secure_rng=args.secure_noise,
+        **constants,
+    )
 
 
 def of_step(args: argparse.Namespace) -> str:
@@ -37,6 +56,7 @@ def of_step(args: argparse.Namespace) -> str:
 
     if args.batch_size != "auto" and not args.batch_size.isdigit():
         raise ValueError(f"--batch-size is {args.batch_size!r}; expected a whole number or auto")
+    privacy = noise_of(args)
     try:
         config = AutoConfig.from_pretrained(args.model)
     except OSError as error:
@@ -60,5 +80,6 @@ def of_step(args: argparse.Namespace) -> str:
             args.optimizer,
             long_context=args.long_context,
             sequence_parallel=args.sequence_parallel,
+            privacy=privacy,
         )
     )

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from dpft.adamw_bc import AdamWBC
 from dpft.engines import deepspeed_config
 from dpft.engines.engine import Kind, kind_of
 from dpft.engines.sequence import sequence_size
@@ -240,6 +241,11 @@ def check_model(accelerator: Any, kind: Kind, model: nn.Module, optimizer: Any) 
     if sequence_size(accelerator) != 1:
         _check_splittable(accelerator, model)
     if kind.startswith("zero"):
+        if isinstance(optimizer, AdamWBC):
+            raise EngineError(
+                f"AdamWBC under {kind}: DeepSpeed steps on flat partitions, where it was not tried. Use "
+                "torch.optim.AdamW, or launch with ddp.yaml or fsdp2.yaml."
+            )
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         if deepspeed_config.replaces_optimizer(config) and kinds[0] not in _OFFLOADED:
             raise EngineError(

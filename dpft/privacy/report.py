@@ -23,6 +23,7 @@ _MECHANISM = {
     "cyclic_poisson": "banded matrix factorisation (correlated Gaussian noise), amplified by cyclic Poisson sampling",
     "fixed_order": "BLT matrix factorisation (correlated Gaussian noise), no amplification claimed",
 }
+_PARTS = {"bandmf": "bands", "blt": "buffers"}
 GROUPS = "sensitivity C, the same noise on every parameter (McMahan et al. 2018, arXiv 1710.06963)"
 _LIBRARIES = ("dpft", "dp-accounting", "numpy", "scipy", "torch", "accelerate", "transformers")
 
@@ -129,9 +130,7 @@ def privacy_statement_markdown(report: dict[str, Any]) -> str:
     Returns:
         Markdown, beginning with a heading of level two, ending with a newline.
     """
-    unit = report.get("item") or report["unit"]
-    if report["unit"] == "user":
-        unit = f"user (at most {report['examples_per_user']} examples each)"
+    unit = unit_of(report)
     lines = ["## Privacy statement", ""]
     if not report["private"]:
         lines += [f"**NOT PRIVATE: {'; '.join(report['not_private_because'])}.** No guarantee of any kind holds.", ""]
@@ -182,10 +181,29 @@ def privacy_statement_markdown(report: dict[str, Any]) -> str:
     if len(report["segments"]) > 1:
         lines += ["", "Releases, over all starts of the run:", ""]
         for segment in report["segments"]:
-            constants = ", ".join(f"{key} {value}" for key, value in segment["mechanism"].items())
-            lines.append(f"- {segment['releases']}: {constants}")
+            lines.append(f"- {segment['releases']}: {constants_of(segment, report)}")
     lines += ["", "Assumptions:", "", *(f"- {line}" for line in report["assumptions"])]
     return "\n".join(lines) + "\n"
+
+
+def unit_of(report: dict[str, Any]) -> str:
+    """What is protected, in words, of a report."""
+    if report["unit"] == "user":
+        return f"user (at most {report['examples_per_user']} examples each)"
+    return str(report.get("item") or report["unit"])
+
+
+def constants_of(segment: dict[str, Any], report: dict[str, Any]) -> str:
+    """The constants of a start of the run, in words.
+
+    Without the accountant's unit where the report says what an example is: it would be ``example`` in any case. The
+    strategy of correlated noise is named only: the statement has its numbers.
+    """
+    left_out = {"strategy", *(["unit"] if report.get("item") else [])}
+    found = [f"{key} {value}" for key, value in segment["mechanism"].items() if key not in left_out]
+    if (strategy := segment["mechanism"].get("strategy")) is not None:
+        found.append(f"strategy {strategy['kind']} of {len(strategy['weights'])} {_PARTS[strategy['kind']]}")
+    return ", ".join(found)
 
 
 def _correlation(report: dict[str, Any]) -> list[tuple[str, str]]:

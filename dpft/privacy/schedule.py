@@ -12,6 +12,7 @@ from dpft.errors import MissingPackageError, PrivacyConfigError
 from dpft.privacy.accounting.accountant import Event, discretization, epsilon, rounded_up
 from dpft.privacy.accounting.epsilon_meter import EpsilonMeter
 from dpft.privacy.adaptive_clip import AdaptiveClip
+from dpft.privacy.correlated.optimum import rms_error
 from dpft.privacy.correlated.strategy import Strategy
 from dpft.privacy.mechanism import RATED, WITHOUT_N, AccountantName, Mechanism, SamplerName, UnitName
 
@@ -85,6 +86,17 @@ class PrivacySchedule:
         if self.adaptive_clip is None:
             return None
         return self.adaptive_clip.count_std(self.noise_multiplier, self.expected_batch_size)
+
+    @property
+    def noise_in_sums(self) -> float:
+        """Root mean square, over t, of the noise in the sum of the first t releases, on one coordinate.
+
+        In units of the clip norm (the first one, where it adapts). It is what is in the weights after t steps of plain
+        SGD, and compares mechanisms; with momentum, Adam or a rate that falls it is a guide and no measure.
+        """
+        if self.strategy is not None:
+            return self.noise_multiplier * rms_error(self.strategy)
+        return float(self.sum_noise_multiplier * math.sqrt((self.num_steps + 1) / 2))
 
     @property
     def epsilon(self) -> float:

@@ -65,8 +65,12 @@ class DPTrainingArguments(transformers.TrainingArguments):
     expected_batch_size: int = field(default=256, metadata={"help": "examples of a logical batch, in expectation"})
     noise_multiplier: float | None = field(default=None, metadata={"help": "sigma, in the place of an epsilon"})
     sampler: str = field(
-        default="poisson", metadata={"help": "poisson, truncated_poisson, fixed_size, shuffle or balls_and_bins"}
+        default="poisson",
+        metadata={"help": "poisson, truncated_poisson, fixed_size, shuffle, balls_and_bins; that of the mechanism"},
     )
+    mechanism: str = field(default="dp_sgd", metadata={"help": "dp_sgd; bandmf with bands, blt with buffers"})
+    bands: int | None = field(default=None, metadata={"help": "of bandmf, with sampler cyclic_poisson"})
+    buffers: int | None = field(default=None, metadata={"help": "of blt, with sampler fixed_order"})
     max_batch_size: int | None = field(default=None, metadata={"help": "cap of truncated_poisson"})
     clip_function: str = field(default="abadi", metadata={"help": "abadi or automatic"})
     accountant: str = field(default="pld", metadata={"help": "pld or rdp"})
@@ -83,6 +87,7 @@ class DPTrainingArguments(transformers.TrainingArguments):
             for name in (
                 *("target_epsilon", "target_delta", "expected_batch_size", "noise_multiplier", "max_grad_norm"),
                 *("sampler", "max_batch_size", "clip_function", "accountant", "secure_rng"),
+                *("mechanism", "bands", "buffers"),
             )
         }
         by_steps = self.max_steps > 0

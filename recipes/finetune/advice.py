@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import dpft
 from accelerate import Accelerator
 from finetune.data.progress import timed
 from finetune.data.users import Users, unit_of
+from finetune.noise import compared, plan_of, taken
 from finetune.output import OUTPUTS
+from finetune.private import planned_schedule
 
 COLUMN = 19
 
@@ -40,6 +43,9 @@ def give_advice(name: str, options: Any, model: nn.Module, train: Any, accelerat
             token_budget=None if options.num_epochs is None else options.num_epochs * examples * tokens,
         )
     accelerator.print("\n".join(lines(advice)))
+    advised = replace(options, expected_batch_size=advice.batch, num_steps=advice.steps, num_epochs=None)
+    for line in noise_of(advised, model, examples, accelerator):
+        accelerator.print(line)
     if isinstance(train, Users):
         accelerator.print(f"note: an example is one {unit_of(options)}")
         with timed(accelerator, "comparing users with records as examples"):
@@ -57,6 +63,18 @@ def give_advice(name: str, options: Any, model: nn.Module, train: Any, accelerat
         OUTPUTS.mkdir(exist_ok=True)
         picture(advice, OUTPUTS / f"{name}_advice.png")
     accelerator.print(f"epsilon and noise by batch and steps: {OUTPUTS / f'{name}_advice.png'}; nothing was trained")
+
+
+def noise_of(options: Any, model: nn.Module, examples: int, accelerator: Accelerator) -> list[str]:
+    """What the mechanism of the options is worth with the batch and the steps that were advised, and what it takes."""
+    try:
+        schedule = planned_schedule(options, examples)
+    except dpft.DPFTError as error:
+        return [f"{'mechanism':{COLUMN}}{options.mechanism}, not with this batch and these steps: {error}"]
+    plan = plan_of(model, replace(options, max_physical_batch_size=1), accelerator)
+    found = [f"{'mechanism':{COLUMN}}{taken(options.mechanism, schedule, plan)}"]
+    words = compared(options, schedule, examples)
+    return found if words is None else [*found, f"{'noise in all':{COLUMN}}{words}"]
 
 
 def lines(advice: dpft.Advice) -> list[str]:

@@ -22,7 +22,7 @@ from transformers.training_args import OptimizerNames
 from accelerate import Accelerator
 from finetune.engine import WHOLE, engine_name, sequence_size
 from finetune.options import Options
-from finetune.private import Prepared
+from finetune.private import Prepared, corrected_adamw
 from finetune.watch import RunWatch
 
 
@@ -212,7 +212,7 @@ def train(
             tokens = float((batch["attention_mask"] * weight[:, None]).sum()) / sequence_size(accelerator)
             sums += torch.tensor([loss.item() * examples, tokens, clipped, examples], dtype=torch.float64)
             last = prepared.ends_logical_batch
-            rate = optimizer.param_groups[0]["lr"]
+            rate, clip_norm = optimizer.param_groups[0]["lr"], prepared.clip_norm
             optimizer.step()
             optimizer.zero_grad()
             if not last:
@@ -240,6 +240,7 @@ def train(
                 "clipped_share": clipped / examples if examples and options.clipping != "none" else None,
                 "median_norm": _median(torch.cat(norms)),  # of this rank
                 "learning_rate": rate,
+                **({} if options.adaptive_clip is None else {"clip_norm": clip_norm}),
                 **({"unchanged_share": unchanged} if rounds else {}),
             }
             finished = step >= schedule.num_steps
@@ -296,7 +297,7 @@ def rounds_updates(accelerator: Accelerator, options: Options, model: nn.Module)
 
 
 def make_optimizer(options: Options, model: nn.Module, learning_rate: float | None = None) -> torch.optim.Optimizer:
-    """The optimiser of the trainable parameters, the same with and without privacy.
+    """The optimiser of the trainable parameters.
 
     Args:
         options: of the run.
@@ -305,17 +306,25 @@ def make_optimizer(options: Options, model: nn.Module, learning_rate: float | No
 
     Raises:
         ImportError: ``--optim`` is of a package that is not installed.
+        ValueError: ``--optim adamw_bc`` of bfloat16 weights.
     """
+    rate, trained = options.learning_rate if learning_rate is None else learning_rate, _trained(model)
+    if options.optim == "adamw_bc":
+        return corrected_adamw(options, trained, rate)
     chosen: Any = SimpleNamespace(
         optim=OptimizerNames("adamw_torch" if options.optim == "adamw" else options.optim),
         optim_args=None,
-        learning_rate=options.learning_rate if learning_rate is None else learning_rate,
+        learning_rate=rate,
         adam_beta1=options.adam_beta1,
         adam_beta2=options.adam_beta2,
         adam_epsilon=1e-8,
     )
     cls, settings = Trainer.get_optimizer_cls_and_kwargs(chosen)
-    return cls([p for p in model.parameters() if p.requires_grad], weight_decay=options.weight_decay, **settings)
+    return cls(trained, weight_decay=options.weight_decay, **settings)
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def check_optimizer(options: Options, accelerator: Accelerator) -> None:
@@ -325,7 +334,7 @@ def check_optimizer(options: Options, accelerator: Accelerator) -> None:
         ValueError: names the engine.
     """
     engine = engine_name(accelerator)
-    if engine != WHOLE and options.optim not in ("adamw", "adamw_torch", "sgd"):
+    if engine != WHOLE and options.optim not in ("adamw", "adamw_torch", "adamw_bc", "sgd"):
         raise ValueError(
             f"--optim {options.optim} under {engine}, which gives it shards of tensors; expected adamw or sgd. Or "
             "launch one process, or ddp.yaml."

@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import ClassVar
 
 from finetune.option import option
+from finetune.privacy_options import PrivacyOptions
 
 BASE_MODEL = Path(__file__).resolve().parent.parent / "assets" / "base_model"
 
 DEFAULT_PHYSICAL = 32
+GROUPS = ("model", "data", "privacy", "execution", "optimisation", "output")  # as --help shows them
 SCHEDULES: tuple[str, ...] = ("cosine", "linear", "constant", "constant_with_warmup")
 SCHEDULES += ("cosine_with_restarts", "polynomial", "inverse_sqrt")
 OPTIMISERS: tuple[str, ...] = ("adamw", "adamw_torch", "adamw_torch_fused", "sgd", "adafactor")
-OPTIMISERS += ("adamw_8bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_8bit")
+OPTIMISERS += ("adamw_8bit", "paged_adamw_8bit", "lion_8bit", "paged_lion_8bit", "adamw_bc")
 
 
 @dataclass
-class Options:
+class Options(PrivacyOptions):
     """All options of a recipe; the defaults are the demonstration, which needs no network and no GPU.
 
     Attributes:
@@ -140,52 +142,6 @@ class Options:
         choices=("none", "documents"),
     )
 
-    target_epsilon: float | None = option(
-        8.0, "privacy", "epsilon to spend in the whole run; the noise is calibrated to it", metavar="EPSILON"
-    )
-    target_delta: float = option(1e-6, "privacy", "delta; well below one over the number of examples", metavar="DELTA")
-    noise_multiplier: float | None = option(
-        None,
-        "privacy",
-        "noise in units of the clip norm, instead of a target epsilon; 0 is not private",
-        metavar="SIGMA",
-    )
-    max_grad_norm: float = option(
-        1.0, "privacy", "clip norm C of an example's gradient over all parameters", metavar="C"
-    )
-    expected_batch_size: float = option(
-        512,
-        "privacy",
-        "expected size B of a logical batch; each of N examples is included independently with probability B / N",
-        metavar="B",
-    )
-    num_steps: int | None = option(
-        None,
-        "privacy",
-        "logical batches, each one noisy update; if neither they nor epochs are given, as many as the demonstration",
-        also=("max_steps",),
-    )
-    num_epochs: float | None = option(
-        None, "privacy", "instead of steps: expected passes over the data", also=("num_train_epochs",)
-    )
-    secure_rng: bool = option(
-        False, "privacy", "noise from a cryptographic generator, hardened against floating-point attacks"
-    )
-    tuning_note: str | None = option(
-        None,
-        "privacy",
-        "for the card: how the hyperparameters were chosen, which the epsilon does not account for",
-        metavar="TEXT",
-    )
-
-    audit: int = option(
-        0,
-        "privacy",
-        "random canary records, each added with probability 1/2 and looked for in the final model: a lower bound of "
-        "epsilon for the card. It grows with their number; a thousand prove at most 5.4. 0: no audit",
-        metavar="CANARIES",
-    )
-
     clipping: str = option(
         "flash",
         "execution",
@@ -228,7 +184,8 @@ class Options:
         "adamw",
         "optimisation",
         "optimiser, by its name in transformers' Trainer, which steps on the noisy sum. Those of 8 bits need "
-        "bitsandbytes; those that step within the backward, before there is a sum, cannot be private",
+        "bitsandbytes; those that step within the backward, before there is a sum, cannot be private. adamw_bc: AdamW "
+        "with the noise's variance subtracted from its second moment (dpft.AdamWBC)",
         choices=OPTIMISERS,
     )
     learning_rate: float = option(5e-3, "optimisation", "peak of the learning rate", metavar="LR")
@@ -321,15 +278,7 @@ class Options:
 
     def __post_init__(self) -> None:
         """Refuse contradictory or out-of-range options. ``dpft.PrivacyConfig`` checks the privacy parameters."""
-        if self.noise_multiplier is not None and self.target_epsilon is not None:
-            raise ValueError(
-                f"got both --target-epsilon {self.target_epsilon:g} and --noise-multiplier {self.noise_multiplier:g}; "
-                "one follows from the other. Give one of them."
-            )
-        if self.num_steps is not None and self.num_epochs is not None:
-            raise ValueError(
-                f"got both --num-steps {self.num_steps} and --num-epochs {self.num_epochs:g}; give one of them."
-            )
+        super().__post_init__()
         if self.num_steps is None and self.num_epochs is None:
             self.num_steps = self.steps
         least = dict.fromkeys(("seq_len", "max_physical_batch_size", "max_eval_examples", "cpu_threads"), 1)
@@ -370,6 +319,8 @@ class Options:
             raise ValueError("--user-column is empty; expected the name of a column.")
         if self.user_column is not None and self.pack == "documents":
             raise ValueError("--user-column has a row for each record, and --pack documents several. Leave one out.")
+        if self.user_column is None and self.records_drawn == "afresh":
+            raise ValueError("--records-drawn afresh is of a user's records; give --user-column, or leave it out.")
         if self.in_rows and self.strategy == "per_example":
             given = "--user-column" if self.user_column else "--pack documents"
             instead = "" if self.user_column else ", or give a --seq-len of at least --max-tokens-in-memory"

@@ -13,10 +13,20 @@ from finetune.options import Options
 
 OUTPUTS = Path("outputs")
 LEDGER = "ledger.jsonl"
+SECRETS = f"_{LEDGER}.noise"  # of correlated noise: what takes the noise out of every release
 METRICS, CARD, PICTURE, CHECKPOINTS = "metrics.jsonl", "README.md", "training.png", "checkpoints"
 ADAPTER = "adapter"
 SYNTHETIC, MEASURES = "synthetic", "measures_private.json"  # of synthesize_dp.py
 ACCOUNT, DISTRIBUTION = "account.jsonl", "distribution.json"  # of its --distribution private
+
+
+def forget_noise(accelerator: Accelerator, output: Path) -> None:
+    """Delete the secrets of correlated noise, if there are any: a training that is over draws no noise again."""
+    if accelerator.is_main_process and (output / SECRETS).exists():
+        (output / SECRETS).unlink()
+        accelerator.print(
+            f"{output / SECRETS} is deleted, as the training is over: with it the noise can be taken out"
+        )
 
 
 @contextmanager
@@ -79,14 +89,8 @@ def _clear(folder: Path, ledger: Path, overwrite: bool) -> None:
         if (folder / ACCOUNT).exists():
             (folder / ACCOUNT).rename(folder / f"{earlier}{ACCOUNT}")
     ledger.unlink(missing_ok=True)  # a run that ended before its first release
-    for name in (
-        METRICS,
-        CARD,
-        PICTURE,
-        MEASURES,
-        ACCOUNT,
-        DISTRIBUTION,
-    ):  # they describe the old run; the model's files are overwritten
+    # they describe the old run, which cannot go on; the model's files are overwritten
+    for name in (METRICS, CARD, PICTURE, MEASURES, SECRETS, ACCOUNT, DISTRIBUTION):
         (folder / name).unlink(missing_ok=True)
     for inner in (CHECKPOINTS, ADAPTER, SYNTHETIC):
         shutil.rmtree(folder / inner, ignore_errors=True)

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from finetune.options import Options
+from finetune.options import GROUPS, Options
 
 
 def _value_type(annotation: Any) -> type:
@@ -75,11 +75,13 @@ def build_parser(
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file with any of the options below; the command line wins"
     )
-    groups: dict[str, argparse._ArgumentGroup] = {}
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
     kinds = _types(options)
     for f in _used(options):
         meta = f.metadata
-        group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
+        if meta["group"] not in groups:
+            groups[meta["group"]] = parser.add_argument_group(meta["group"])
+        group = groups[meta["group"]]
         flags = [flag for name in (f.name, *meta["also"]) for flag in _flags(name)]
         text = meta["help"]
         if meta["also"]:

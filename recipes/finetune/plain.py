@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ def train_without_privacy(
     """
     model = lengthen(recipe.model(options, weight_dtype(options, accelerator)), options, accelerator)
     model = model.to(accelerator.device).train()
-    optimizer = make_optimizer(options, model, options.compare_learning_rate)
+    like = "adamw" if options.optim == "adamw_bc" else options.optim  # without noise it is the same
+    optimizer = make_optimizer(replace(options, optim=like), model, options.compare_learning_rate)
     scheduler = make_scheduler(options, optimizer, steps)
     generator = torch.Generator().manual_seed(options.seed)
     size = min(round(options.expected_batch_size), len(materials.train))

@@ -28,7 +28,10 @@ class PreferenceOptions(Options):
     """Options of training on preferences."""
 
     steps: ClassVar[int] = 12
-    unused: ClassVar[tuple[str, ...]] = ("pack", "text_column", "audit", "user_column", "records_per_user")
+    unused: ClassVar[tuple[str, ...]] = (
+        *("pack", "text_column", "audit"),
+        *("user_column", "records_per_user", "records_drawn"),
+    )
     rows: ClassVar[int] = 2
 
     dataset: str = option(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -33,7 +33,23 @@ def privacy_config(options: Options) -> dpft.PrivacyConfig:
         num_epochs=options.num_epochs,
         secure_rng=options.secure_rng,
         item=unit_of(options),
+        mechanism=cast(Any, options.mechanism),  # the command line has checked the choices
+        bands=options.bands,
+        buffers=options.buffers,
+        sampler=cast(Any, options.chosen_sampler),
+        max_batch_size=options.max_batch_size,
+        accountant=cast(Any, options.accountant),
+        adaptive_clip=_adaptive_clip(options),
+        clip_groups=cast(Any, options.groups()),
     )
+
+
+def _adaptive_clip(options: Options) -> dpft.AdaptiveClip | None:
+    """``--adaptive-clip``, with what was given beside it."""
+    if options.adaptive_clip is None:
+        return None
+    rate = {} if options.adaptive_clip_rate is None else {"learning_rate": options.adaptive_clip_rate}
+    return dpft.AdaptiveClip(quantile=options.adaptive_clip, count_noise=options.adaptive_clip_noise, **rate)
 
 
 def check_privacy(options: Options, examples: int) -> None:
@@ -53,9 +69,14 @@ def check_privacy(options: Options, examples: int) -> None:
             f"--expected-batch-size {privacy.expected_batch_size:g} is larger than the {examples}{unit} to train on; "
             "lower it. --advise suggests one."
         )
+    planned_schedule(options, examples)
+
+
+def planned_schedule(options: Options, examples: int) -> dpft.PrivacySchedule:
+    """What the options say about privacy, for so many examples; without the warnings, which :func:`prepare` gives."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # prepare gives them
-        privacy.resolve(examples)
+        warnings.simplefilter("ignore")
+        return privacy_config(options).resolve(examples)
 
 
 @dataclass
@@ -103,6 +124,15 @@ class Prepared:
         losses = self.losses(self.model, batch)
         return dpft.clipped_loss(self.model, losses) if losses.dim() else losses
 
+    @property
+    def clip_norm(self) -> float:
+        """C of the current logical batch; it is public, also where it adapts."""
+        return float(self.loader.privacy.clip_norm)
+
+    def close(self) -> None:
+        """End the run: its account gets back what was not spent, and another run can open the ledger."""
+        self.loader.privacy.close()
+
     def clipped(self, batch: dict[str, torch.Tensor]) -> tuple[float, float, torch.Tensor]:
         """Numbers of clipped and of all examples in the last physical batch, and the norms [examples].
 
@@ -143,6 +173,16 @@ def prepare(
     return Prepared(model, optimizer, loader, recipe.losses)
 
 
+def corrected_adamw(options: Options, parameters: Iterable[nn.Parameter], learning_rate: float) -> dpft.AdamWBC:
+    """AdamW whose second moment is corrected for the noise."""
+    return dpft.AdamWBC(
+        parameters,
+        lr=learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        weight_decay=options.weight_decay,
+    )
+
+
 def unwrap(accelerator: Accelerator, model: nn.Module) -> Any:
     """The bare Hugging Face model, without the wrappers and hooks of the engine and of dpft."""
     return dpft.unwrap(accelerator.unwrap_model(model))
@@ -163,6 +203,7 @@ def explain(model: nn.Module, options: Options) -> list[str]:
         clipping=cast(Any, options.clipping),  # the command line has checked the choices
         max_grad_norm=options.max_grad_norm,
         strategy=cast(Any, options.strategy),
+        clip_groups=cast(Any, options.groups()),
     )
     lines = []
     for size in sorted({options.max_physical_batch_size or 1, 1}, reverse=True):

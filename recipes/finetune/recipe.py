@@ -133,7 +133,9 @@ class Recipe:
     def account(
         self, options: Any, materials: Materials, accelerator: Accelerator, output: Path, privacy: Any
     ) -> Path | None:
-        """The account that the training pays from, where a recipe uses the same records once more. A collective.
+        """The file of the account that the training pays from, if there is one. A collective.
+
+        That of ``--account``; a recipe that uses the same records once more may make one.
 
         Args:
             options: of the run.
@@ -142,7 +144,7 @@ class Recipe:
             output: the run's folder.
             privacy: the training's configuration.
         """
-        return None
+        return None if options.account is None else Path(options.account).expanduser()
 
     def after(self, finished: Finished) -> dict[str, Any]:
         """What is done with the exported model: figures for the card, by name. A collective."""

@@ -61,6 +61,11 @@ def described(dataset: str) -> str:
     }.get(dataset, Path(dataset).name if is_path(dataset) else dataset)
 
 
+def tags(mechanism: str | None) -> str:
+    """Of a card; ``mechanism``: None if the training was not private."""
+    return "not-private, dpft" if mechanism is None else f"differential-privacy, {mechanism.replace('_', '-')}, dpft"
+
+
 def versions() -> str:
     """What ran, for a card."""
     return (
@@ -116,7 +121,7 @@ def model_card(report: Report, published: bool = False) -> str:
     return f"""---
 library_name: transformers
 pipeline_tag: {report.recipe.pipeline_tag}
-tags: [{"differential-privacy, dp-sgd, dpft" if private else "not-private, dpft"}]
+tags: [{tags(options.mechanism if private else None)}]
 ---
 # {title[:1].upper() + title[1:]}, fine-tuned {"with differential privacy" if private else "WITHOUT PRIVACY"}
 
@@ -153,9 +158,10 @@ def write_report(directory: Path, report: Report, schedule: Any, rows: Sequence[
     options = report.options
     hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     data = Path(options.dataset).name if Path(options.dataset).exists() else options.dataset
+    noise = "" if options.mechanism == "dp_sgd" else f"{options.mechanism} noise, "
     caption = (
-        f"{shown(options.model)}; {data}, at most {options.example_tokens} tokens; {schedule.sampler} sampling, "
-        f"{schedule.expected_batch_size:g} expected, rate {schedule.sample_rate:.4f}\n"
+        f"{shown(options.model)}; {data}, at most {options.example_tokens} tokens; {noise}{schedule.sampler} "
+        f"sampling, {schedule.expected_batch_size:g} expected, rate {schedule.sample_rate:.4f}\n"
         f"noise multiplier {schedule.noise_multiplier:.4g}, clip norm {schedule.max_grad_norm:g}, {options.clipping}, "
         f"AdamW {options.learning_rate:g} {options.lr_scheduler_type}; {hardware}, "
         f"{torch.get_num_threads()} thread(s), torch {torch.__version__}. Losses are of private "

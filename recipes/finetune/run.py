@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from dpft import DPFTError
 from finetune import auditing, checkpoints
+from finetune.account import check_account
 from finetune.advice import give_advice
 from finetune.best import Best
 from finetune.data.progress import timed
@@ -30,10 +31,10 @@ from finetune.export import export, reload_and_check
 from finetune.loop import History, check_optimizer, make_optimizer, make_scheduler, train, validation_row
 from finetune.materials import choose_physical
 from finetune.model import check_vocabulary, lengthen
-from finetune.output import LEDGER, METRICS, choose_output, no_trace
+from finetune.output import LEDGER, METRICS, choose_output, forget_noise, no_trace
 from finetune.parsing import parse
 from finetune.plain import train_without_privacy
-from finetune.private import Prepared, check_privacy, prepare, statement
+from finetune.private import Prepared, check_privacy, planned_schedule, prepare, privacy_config, statement
 from finetune.publish import check_login, publish
 from finetune.recipe import Finished, Recipe
 from finetune.report import Report, model_card, write_report
@@ -62,6 +63,7 @@ def run(recipe: Recipe, options: Any) -> int:
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
     with one_line(recipe.name):
+        privacy_config(options)  # refuses what does not go together, before anything is loaded
         if options.push_to_hub is not None:
             check_login(options.push_to_hub)
         accelerator = make_accelerator(options)
@@ -82,8 +84,9 @@ def run(recipe: Recipe, options: Any) -> int:
             return 0
         with timed(accelerator, "calibrating the noise"):
             check_privacy(options, len(materials.train))
+            left = check_account(options, planned_schedule(options, len(materials.train)), accelerator)
         if options.dry_run:
-            dry_run(options, materials, model, accelerator)
+            dry_run(options, materials, model, accelerator, left)
             return 0
         output = choose_output(options, recipe.name, accelerator)
         with no_trace(accelerator, output):
@@ -158,6 +161,7 @@ def run(recipe: Recipe, options: Any) -> int:
                 f"interrupted after step {prepared.step} of {schedule.num_steps}, {spent_words(prepared)}; go on with "
                 f"the same options and --resume-from-checkpoint --output-dir {output}"
             )
+            prepared.close()
             accelerator.end_training()
             return 130
         after = evaluate(prepared.model)
@@ -208,6 +212,8 @@ def run(recipe: Recipe, options: Any) -> int:
             report = Report(recipe, asked, words, figures, samples, private=spent is not None, audit=section)
             write_report(output, report, schedule, history.rows)
             card = model_card(report, published=True)
+        prepared.close()
+        forget_noise(accelerator, output)
         accelerator.end_training()
     accelerator.print(
         f"{warning}model, card, ledger, metrics and picture: {output} ({time.perf_counter() - began:.0f} s in all)"

@@ -39,7 +39,7 @@ class RunWatch:
     """Reads the rows of ``loop.train`` as they come.
 
     Args:
-        max_grad_norm: the clip norm C.
+        max_grad_norm: the clip norm C; where it adapts, the first one.
         learning_rate: its peak.
     """
 
@@ -55,8 +55,10 @@ class RunWatch:
         Args:
             row: of one logical step: ``step``, ``loss``, ``clipped_share`` and ``median_norm`` (None for an empty
                 logical batch), ``learning_rate``; and, where they were taken, ``validation_loss`` and
-                ``unchanged_share``, the share of the weights that the update left as they were.
+                ``unchanged_share``, the share of the weights that the update left as they were; ``clip_norm`` where it
+                adapts.
         """
+        self._clip_norm = row.get("clip_norm", self._clip_norm)
         for name, finding in self._found(row):
             if name not in self._said:
                 self._said.add(name)

@@ -3,7 +3,8 @@
     accelerate launch --config_file ... engine_worker.py OUTPUT_FOLDER all|matrix|hybrid|sequence [disagree]
 
 ``all`` is the matrix and its situations (``matrix_worker.py``), clip norms (``clip_norms_worker.py``), users
-(``users_worker.py``), balls and bins and secure noise (``mechanisms_worker.py``), correlated noise
+(``users_worker.py``), balls and bins and secure noise (``mechanisms_worker.py``), a corrected second moment
+(``corrected_worker.py``), correlated noise
 (``correlated_worker.py``), and then what two ranks refuse: ``disagree`` is for ``refusals_worker.py``.
 """
 
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from dpft.engines import sums
 from tests.engines import (
     clip_norms_worker,
+    corrected_worker,
     correlated_worker,
     matrix_worker,
     mechanisms_worker,
@@ -33,6 +35,7 @@ if __name__ == "__main__":
         clip_norms_worker.run(bench)
         users_worker.run(bench)
         mechanisms_worker.run(bench)
+        corrected_worker.run(bench)
     if which != "sequence":
         correlated_worker.run(bench)
     if which == "all":

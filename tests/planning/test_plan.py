@@ -156,6 +156,7 @@ def test_a_large_model_is_planned_from_its_shapes() -> None:
     assert all(p.device.type == "meta" for p in model.parameters())
 
 
+@pytest.mark.slow  # many sizes; that prepare takes what is found: test_prepare.py
 @pytest.mark.usefixtures("simulated_once")
 def test_batch_size_auto_grows_with_the_memory() -> None:
     model = llama(1)
@@ -169,6 +170,7 @@ def test_batch_size_auto_grows_with_the_memory() -> None:
     assert each == sorted(each, reverse=True)
 
 
+@pytest.mark.slow  # five engines
 def test_engines_hold_their_part() -> None:
     """At rest: what an engine shards is divided by its ranks; the clipped sums are whole under DDP and ZeRO-1."""
     model = llama(1)

@@ -63,6 +63,11 @@ def test_pld_composes_different_mechanisms_exactly(path: Path) -> None:
     assert compose_epsilon(total, 1e-5) <= 3.0 < compose_epsilon([*total, (DP_SGD, 1)], 1e-5)
 
 
+@pytest.mark.parametrize("limit", [1, 4, 5, 16])
+def test_as_many_steps_as_were_asked_about_fit(limit: int, path: Path) -> None:
+    assert create(path).max_steps(DP_SGD, limit=limit) == limit
+
+
 def test_noise_multiplier_makes_it_fit_tightly(path: Path) -> None:
     account = create(path)
     account.spend([(QUERY, 1)], "a query")

@@ -13,6 +13,7 @@ import pytest
 
 from dpft.errors import AccountingError, PrivacyConfigError
 from dpft.privacy import (
+    AdaptiveClip,
     EpsilonMeter,
     Ledger,
     Mechanism,
@@ -304,3 +305,14 @@ def test_ledger_and_statement_of_an_interrupted_run(fields: Any, tmp_path: Path)
     strategy = Strategy.from_dict(report["strategy"])
     columns = dense(strategy)[:, :: 60 if fields is BANDMF else 21]
     assert f"noise multiplier x {np.linalg.norm(columns.sum(1)):.10g} x C" in text
+
+
+@pytest.mark.parametrize("fields", [{}, {"adaptive_clip": AdaptiveClip(count_noise=2.0)}, BANDMF, BLT])
+def test_noise_in_the_sums_is_that_of_the_matrices(fields: Any) -> None:
+    schedule = config(**fields).resolve(410)
+    steps, sigma = schedule.num_steps, schedule.sum_noise_multiplier
+    inverse = np.eye(steps)
+    if schedule.strategy is not None:
+        inverse = np.linalg.inv(dense(schedule.strategy)) * schedule.strategy.scale
+    rows = np.tril(np.ones((steps, steps))) @ inverse * sigma
+    assert schedule.noise_in_sums == pytest.approx(math.sqrt((rows**2).sum(1).mean()))

@@ -198,7 +198,7 @@ def test_truncated_poisson_is_above_the_worst_that_others_can_do(
     y, step = np.linspace(-cap - 12, 13, 40_001, retstep=True)
 
     def density(law: dict[int, float]) -> Floats:
-        return sum(odds * stats.norm.pdf(y, at, sigma) for at, odds in law.items())  # type: ignore[return-value]
+        return np.sum([odds * stats.norm.pdf(y, at, sigma) for at, odds in law.items()], axis=0)
 
     mechanism = Mechanism(
         sampler="truncated_poisson", noise_multiplier=sigma, sample_rate=q, max_batch_size=cap, dataset_size=examples

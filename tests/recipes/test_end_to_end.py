@@ -296,6 +296,16 @@ def test_optimisers(optim: str, tmp_path: Path, records: str) -> None:
 
 
 @pytest.mark.slow
+def test_adamw_corrected_for_the_noise(tmp_path: Path, records: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*SMALL, "--optim", "adamw_bc", "--dataset", records, "--num-steps", "2"]
+    assert llama_dp.main([*words, "--output-dir", str(tmp_path / "run"), "--compare-nonprivate"]) == 0
+    assert releases(tmp_path / "run") == 2 and "optim: adamw_bc" in (tmp_path / "run" / "README.md").read_text()
+    with pytest.raises(SystemExit) as stop:
+        llama_dp.main([*words, "--output-dir", str(tmp_path / "other"), "--bf16"])
+    assert stop.value.code == 2 and "torch.bfloat16, in which the second moment" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_an_audited_run_says_so(tmp_path: Path, records: str) -> None:
     """Without noise and with a large step the canaries are learnt; the card has what that proves, and what it took.
 

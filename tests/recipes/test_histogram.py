@@ -60,6 +60,17 @@ def test_training_and_counts_fit_into_the_budget_tightly(tmp_path: Path, target:
     assert "texts of each condition" in text and "pure epsilon 0.5" in text and "| Records | letters |" in text
 
 
+def test_the_account_has_the_adjacency_of_the_training(tmp_path: Path) -> None:
+    for more in ({"sampler": "shuffle"}, {"sampler": "cyclic_poisson", "mechanism": "bandmf", "bands": 2}):
+        planned = schedule(noise_multiplier=4.0, **more)
+        folder = tmp_path / more["sampler"]
+        folder.mkdir()
+        account = dpft.Account.open(histogram.create_account(folder, planned, 0.5, None, False, "letters"))
+        account.reserve("run", [(planned.mechanism, 20)], "a training", ledger=folder / "ledger.jsonl")
+        assert draw(folder, [NAMES[0]])["adjacency"] == account.protects.adjacency == "zero_out"
+        assert account.spent() <= account.epsilon
+
+
 def test_counts_are_drawn_once(tmp_path: Path) -> None:
     account = made(tmp_path)
     found = draw(tmp_path, [NAMES[0]] * 40 + [NAMES[2]] * 20)

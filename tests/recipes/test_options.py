@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import Adafactor
 
+import dpft
 from finetune.engine import trackers
 from finetune.loop import check_optimizer, make_optimizer
 from finetune.options import BASE_MODEL, Options
@@ -151,6 +152,11 @@ def test_the_dtype_of_bf16() -> None:
             {"betas": (0.9, 0.95), "fused": True},
         ),
         (["--optim", "sgd", "--learning-rate", "0.5"], torch.optim.SGD, {"lr": 0.5, "momentum": 0}),
+        (
+            ["--optim", "adamw_bc"],
+            dpft.AdamWBC,
+            {"lr": 5e-3, "betas": (0.8, 0.95), "weight_decay": 0.0, "floor": 1.0},
+        ),
         (["--optim", "adafactor"], Adafactor, {"lr": 5e-3, "relative_step": False, "scale_parameter": False}),
     ],
 )

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
+import dpft
 from finetune.data.labelled import ENCODER
 from tests.engines.launching import ROOT, environment
 from tools.base_model.encoder import masked
@@ -38,10 +39,16 @@ def test_sft(tmp_path: Path) -> None:
     records = [{"prompt": f"Name a number after {i}.", "completion": f" {i + 1}."} for i in range(40)]
     (tmp_path / "records.jsonl").write_text("\n".join(json.dumps(record) for record in records))
     words = ["--dataset", "records.jsonl", "--max_steps", "2", "--expected_batch_size", "8"]
+    paid = dpft.Account.create(tmp_path / "account.jsonl", epsilon=100.0, delta=1e-5, composition="pld")
+    words += ["--account", str(paid.path)]
     done = run("trainer_sft.py", tmp_path, *words, "--noise_multiplier", "1.0", "--max_length", "32")
     assert done.returncode == 0, done.stderr[-3000:]
+    (entry,) = paid.entries()
+    assert not entry.open and [count for _, count in entry.uses] == [2]
     assert len(results(tmp_path)) == 3 and results(tmp_path)[1]["epsilon"] > 0
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    refused = run("trainer_sft.py", tmp_path, *words, "--mechanism", "blt")
+    assert refused.returncode == 2 and "give buffers exactly with" in refused.stderr.splitlines()[-1]
     refused = run("trainer_sft.py", tmp_path, *words, "--packing", "true")
     assert refused.returncode == 2 and "packing=True" in refused.stderr.splitlines()[-1]
 

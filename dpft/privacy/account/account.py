@@ -316,7 +316,7 @@ class Account:
         if isinstance(mechanism, Mechanism) and mechanism.strategy is not None:
             limit = min(limit, mechanism.strategy.steps)
         low, high = 0, 1
-        while high < limit and fits(high):
+        while high <= limit and fits(high):
             low, high = high, high * 4
         high = min(high, limit + 1)
         while high - low > 1:

@@ -14,6 +14,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from finetune.output import CARD
+from finetune.report import tags
 from finetune.synthetic.checks import Rules
 from finetune.synthetic.conditions import Conditions
 from finetune.synthetic.generation import Sampling
@@ -42,6 +43,7 @@ class Made:
         cut: kept texts that the model had not ended.
         rejected: reason to number.
         versions: of the libraries.
+        mechanism: of the training's noise.
     """
 
     model: str
@@ -60,6 +62,7 @@ class Made:
     versions: str
     counted: str | None = None
     account: str = ""
+    mechanism: str = "dp_sgd"
 
 
 def write(
@@ -113,7 +116,7 @@ def card(made: Made) -> str:
         texts_of_each = f"follows from {made.distribution},\nand not from the private records"
     values = VALUES_FROM_DATA if made.values_from_data else "Which values there are was given."
     return f"""---
-tags: [synthetic, {"differential-privacy, dp-sgd, dpft" if made.private else "not-private, dpft"}]
+tags: [synthetic, {tags(made.mechanism if made.private else None)}]
 task_categories: [text-generation, text-classification]
 configs: [{{config_name: default, data_files: {DATA}}}]
 ---

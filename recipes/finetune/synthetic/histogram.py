@@ -39,7 +39,7 @@ def create_account(
     Returns:
         Its file.
     """
-    unit: dict[str, Any] = {"unit": "user" if users else "example"}
+    unit: dict[str, Any] = {"unit": "user" if users else "example", "adjacency": schedule.mechanism.adjacency}
     if target is None:
         trial = folder / f"{ACCOUNT}.trial"
         try:

@@ -114,6 +114,10 @@ class SynthesisOptions(Options):
             raise ValueError(f"--histogram-epsilon is {self.histogram_epsilon:g}; expected a finite number above 0.")
         if self.weights is not None:
             raise ValueError("got both --weights and --distribution private, which counts the records. Give one.")
+        if self.account is not None:
+            raise ValueError(
+                "got both --account and --distribution private, which pays from an account of the run. Give one."
+            )
         if self.clipping == "none" or self.noise_multiplier == 0:
             raise ValueError("--distribution private with a training that is not private: no epsilon covers both.")
         if self.target_epsilon is not None and self.target_epsilon <= self.epsilon_elsewhere:

@@ -133,6 +133,7 @@ def synthesise(finished: Finished) -> dict[str, Any]:
         cut=sum(not generated[i].ended for i in kept),
         rejected=rejected,
         versions=versions(),
+        mechanism=options.mechanism,
     )
     folder = finished.output / SYNTHETIC
     from_first(accelerator, lambda: card.write(folder, [asked[i] for i in kept], texts, materials.text_column, made))

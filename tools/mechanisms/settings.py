@@ -1,0 +1,147 @@
+"""What is trained: variants of one setting, three values of epsilon, five seeds, and learning rates to tune."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Rows = Iterable[Mapping[str, Any]]
+
+TOKENS, BATCH, STEPS, DELTA, CLIP_NORM = 16, 147, 24, 1e-6, 1.0
+EPSILONS = (1.0, 3.0, 8.0)
+SEEDS = (0, 1, 2, 3, 4)
+TUNED_SEED, TUNED_EPSILON = 100, 3.0
+DECAYS = (0.5, 0.7, 0.9)
+
+RATES = {"adamw": (5e-3, 1e-2, 2e-2), "adamw_bc": (2.5e-3, 5e-3, 1e-2), "sgd": (0.5, 1.0, 2.0)}
+MECHANISMS: dict[str, dict[str, Any]] = {
+    "dp_sgd": {},
+    "bandmf": {"mechanism": "bandmf", "sampler": "cyclic_poisson"},
+    "blt": {"mechanism": "blt", "buffers": 4, "sampler": "fixed_order"},
+    "balls_and_bins": {"sampler": "balls_and_bins"},
+}
+BANDS = {1.0: 2, 3.0: 8, 8.0: 12}
+"""Of bandmf: of 2, 4, 8, 12 and 23, the most that the batch allows, those with the least noise in the last weights."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An optimiser with a mechanism.
+
+    Attributes:
+        optimizer: ``sgd``, ``adamw``, or ``adamw_bc``: with the second moment corrected for the noise.
+        mechanism: a key of :data:`MECHANISMS`.
+        averaged: moving averages of its weights are evaluated, too.
+        floor: of ``adamw_bc``.
+        constant: the learning rate is, instead of falling in a cosine.
+        late: it is trained when all others are.
+    """
+
+    optimizer: str
+    mechanism: str
+    averaged: bool = False
+    floor: float | None = None
+    constant: bool = False
+    late: bool = False
+
+    @property
+    def name(self) -> str:
+        """In the file of results."""
+        words = [self.optimizer, self.mechanism, *([] if self.floor is None else [f"floor {self.floor:g}"])]
+        return " ".join([*words, *["constant"] * self.constant])
+
+    @property
+    def tuned_as(self) -> str:
+        """The variant whose learning rate it takes: that of balls and bins is not tuned by itself."""
+        return f"{self.optimizer} dp_sgd" if self.mechanism == "balls_and_bins" else self.name
+
+
+VARIANTS = (
+    Variant("sgd", "dp_sgd"),
+    Variant("sgd", "bandmf"),
+    Variant("sgd", "blt"),
+    Variant("adamw", "dp_sgd", averaged=True),
+    Variant("adamw", "bandmf"),
+    Variant("adamw", "blt"),
+    Variant("adamw_bc", "dp_sgd", floor=0.1),
+    Variant("adamw_bc", "dp_sgd", floor=1.0, late=True),
+    Variant("adamw", "dp_sgd", averaged=True, constant=True, late=True),
+    Variant("adamw", "balls_and_bins", late=True),
+)
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training."""
+
+    variant: Variant
+    epsilon: float
+    learning_rate: float
+    seed: int
+
+    @property
+    def key(self) -> tuple[str, float, float, int]:
+        """By which a result is found again."""
+        return self.variant.name, self.epsilon, self.learning_rate, self.seed
+
+
+def key_of(row: Mapping[str, Any]) -> tuple[str, float, float, int]:
+    """:attr:`Training.key` of a result."""
+    return row["variant"], row["epsilon"], row["learning_rate"], row["seed"]
+
+
+def tuning(rows: Rows) -> list[Training]:
+    """The trainings that choose learning rates and have no result yet.
+
+    Three rates for each variant; where the best of them is the largest or the smallest, twice or half as much, too,
+    once.
+    """
+    done = {key_of(row): row["loss"] for row in rows}
+    found = []
+    for variant in VARIANTS:
+        if variant.tuned_as != variant.name:
+            continue
+        rates = list(RATES[variant.optimizer])
+        losses = {rate: done.get((variant.name, TUNED_EPSILON, rate, TUNED_SEED)) for rate in rates}
+        if None not in losses.values():
+            best = min(rates, key=lambda rate: losses[rate] or 0.0)
+            rates += [best / 2] * (best == min(rates)) + [best * 2] * (best == max(rates))
+        found += [Training(variant, TUNED_EPSILON, rate, TUNED_SEED) for rate in rates]
+    return [training for training in found if training.key not in done]
+
+
+def chosen_rate(rows: Rows, variant: Variant) -> float:
+    """The learning rate with the least loss of the tuning trainings.
+
+    Raises:
+        ValueError: there are none.
+    """
+    tried = {row["learning_rate"]: row["loss"] for row in rows if tunes(row) and row["variant"] == variant.tuned_as}
+    if not tried:
+        raise ValueError(f"no training tunes the learning rate of {variant.tuned_as!r}, seed {TUNED_SEED}.")
+    return min(tried, key=lambda rate: tried[rate])
+
+
+def chosen_decay(rows: Rows, variant: Variant) -> str:
+    """The decay of a variant's moving average with the least loss, in the tuning training at the chosen rate."""
+    rows = list(rows)
+    rate = chosen_rate(rows, variant)
+    (row,) = (r for r in rows if tunes(r) and r["variant"] == variant.name and r["learning_rate"] == rate)
+    return min(row["averaged"], key=lambda decay: row["averaged"][decay])
+
+
+def tunes(row: Mapping[str, Any]) -> bool:
+    """Whether a result chose a learning rate: it is in no table."""
+    return bool(row["seed"] == TUNED_SEED)
+
+
+def measured(rows: Rows) -> list[Training]:
+    """The trainings of the tables that have no result yet: seed by seed, so that an early end is balanced."""
+    rows = list(rows)
+    done = {key_of(row) for row in rows}
+    rates = {variant: chosen_rate(rows, variant) for variant in VARIANTS}
+    tried = itertools.product((False, True), SEEDS, EPSILONS, VARIANTS)
+    found = [Training(v, epsilon, rates[v], seed) for late, seed, epsilon, v in tried if v.late == late]
+    return [training for training in found if training.key not in done]
