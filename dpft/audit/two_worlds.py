@@ -19,6 +19,7 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from dpft.audit.statistics import CONFIDENCE, FALSE_ALARM, Samples, proportion_bounds
 
@@ -178,7 +179,7 @@ def _best(inside: Samples, outside: Samples, delta: float, confidence: float) ->
     return max(found, key=lambda one: one[0])
 
 
-def _wilson(count: Samples, of: float, z: float) -> Samples:
+def _wilson(count: npt.NDArray[Any], of: float, z: float) -> npt.NDArray[Any]:
     """Approximate bound of a probability: the upper one for z > 0."""
     return (count + z**2 / 2 + z * np.sqrt(count * (1 - count / of) + z**2 / 4)) / (of + z**2)
 
