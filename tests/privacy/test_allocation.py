@@ -141,6 +141,16 @@ def test_limits() -> None:
     assert epsilon(bins(50, 1000.0), 50, 1e-5) < 1e-3
 
 
+@pytest.mark.filterwarnings("error")  # of numpy, where a number leaves the range
+@pytest.mark.parametrize("sigma", [0.01, 0.03, 0.0499, 0.05, 0.06])
+def test_next_to_no_noise(sigma: float) -> None:
+    """The draw can take log(T) from the Gaussian mechanism's losses, and no more."""
+    gaussian = epsilon(Mechanism(sampler="poisson", sample_rate=1.0, noise_multiplier=sigma), 1, 1e-5)
+    found = epsilon(bins(10, sigma), 10, 1e-5)
+    assert gaussian - math.log(10) < found < gaussian * 1.001 + 0.01
+    assert epsilon(bins(10, sigma * 1.01), 10, 1e-5) < found
+
+
 def test_between_shuffling_without_amplification_and_nothing() -> None:
     shuffled = Mechanism(sampler="shuffle", dataset_size=200, batch_size=4, noise_multiplier=1.0)
     assert 0 < epsilon(bins(50, 1.0), 100, 1e-5) < epsilon(shuffled, 100, 1e-5) / 2

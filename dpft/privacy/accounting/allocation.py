@@ -35,6 +35,7 @@ _REACH = 9.5  # deviations of z beyond which a mass (2e-21) is counted as an inf
 _FINENESS = 16  # points of the grid in a standard deviation of the loss
 _MOST_POINTS = 1 << 14
 _NEGLIGIBLE = 1e-19  # masses at the two ends below this are counted as infinite losses
+_LEAST_SIGMA = 0.05  # below it exponentials of losses leave the range of float64
 
 
 class Law(NamedTuple):
@@ -58,7 +59,7 @@ class Law(NamedTuple):
     def trimmed(self) -> Law:
         """Without what is negligible at the low end by its mass, and at the high end by its share of the mean."""
         low = int(np.searchsorted(np.cumsum(self.mass), _NEGLIGIBLE))
-        share = np.cumsum((self.mass * np.exp(self.logs - self.logs[0]))[::-1])
+        share = np.cumsum((self.mass * np.exp(self.logs - self.logs[-1]))[::-1])
         high = len(self.mass) - int(np.searchsorted(share, share[-1] * _NEGLIGIBLE))
         return Law(self.step, self.low + low, self.mass[low:high])
 
@@ -145,11 +146,17 @@ def likelihood_ratio(sigma: float, batches: int) -> Law:
 def epoch_pld(sigma: float, batches: int, interval: float) -> Any:
     """The privacy loss distribution of one epoch, in both directions, as dp_accounting's.
 
+    With a sigma below 0.05, where no draw hides anything, that of the Gaussian mechanism: whoever is told the batch
+    besides, which does not depend on the gradients, learns as much as from that.
+
     Args:
         sigma: noise multiplier, > 0.
         batches: T >= 1.
         interval: of the losses' grid, to which each atom is moved by the same spreading (connect the dots).
     """
+    distributions = late("dp_accounting.pld.privacy_loss_distribution")
+    if sigma < _LEAST_SIGMA:
+        return distributions.from_gaussian_mechanism(sigma, value_discretization_interval=interval)
     law = likelihood_ratio(sigma, batches)
     loss = law.logs - math.log(batches)
     with_example = law.mass * np.exp(loss)
@@ -158,7 +165,7 @@ def epoch_pld(sigma: float, batches: int, interval: float) -> Any:
     added_ = _on_grid(-loss[::-1], law.mass[::-1], interval)
     # What was trimmed is too little to be found as the difference to 1, as are the errors of that difference.
     cut = 1e-15 + 4 * batches * _NEGLIGIBLE
-    return late("dp_accounting.pld.privacy_loss_distribution").PrivacyLossDistribution(
+    return distributions.PrivacyLossDistribution(
         *(
             pmf.DensePLDPmf(interval, low, mass, max(0.0, 1.0 - float(mass.sum())) + cut, pessimistic_estimate=True)
             for low, mass in (removed, added_)
