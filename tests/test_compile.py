@@ -62,6 +62,7 @@ def test_a_compiled_part_is_refused() -> None:
             model(**zoo.LLAMA.batch())
 
 
+@pytest.mark.slow
 def test_a_compiled_part_is_fine_one_example_at_a_time() -> None:
     """No rule sees into it, and none has to."""
     plain, model = wrapped(strategy="per_example"), zoo.LLAMA.build()

@@ -14,7 +14,7 @@ import dpft
 from tests import oracle
 from tests.clipping.test_clip_groups import clipped_apart
 from tests.oracle import relative_error
-from tests.training import Training, collate, config, examples, new_accelerator, tiny_llama, values
+from tests.training import Training, collate, config, examples, tiny_llama, values
 
 NAMES = {"": 1.0, "model.embed_tokens": 2.0}
 
@@ -78,12 +78,6 @@ def test_not_with_tokens_spread_over_ranks(path: Path, monkeypatch: pytest.Monke
     ):
         with pytest.raises(error, match="sp_size=2"):
             Training(path, changes=changes, max_physical_batch_size=1)
-
-
-def test_the_audit_expects_one_constant_norm() -> None:
-    for changes in ({"clip_groups": "layer"}, {"adaptive_clip": dpft.AdaptiveClip()}):
-        with pytest.raises(dpft.PrivacyConfigError, match="the audit expects one clip norm"):
-            dpft.audit.white_box(new_accelerator, tiny_llama(), examples(), config(**changes), collate_fn=collate)
 
 
 def test_a_model_that_lacks_a_group_is_left_as_it_was(path: Path) -> None:

@@ -23,7 +23,7 @@ import torch
 import dpft
 from dpft import LedgerError
 from dpft.privacy import Ledger
-from tests.training import EXAMPLES, Training, collate, config, examples, new_accelerator, values
+from tests.training import EXAMPLES, Training, config, examples, values
 
 STEPS = 8
 BANDMF: dict[str, Any] = {
@@ -220,11 +220,6 @@ def test_a_parameter_that_is_frozen_midway_ends_the_run(tmp_path: Path) -> None:
                 before = values(training.model)
                 next(training.model.parameters()).requires_grad_(False)
     assert before is not None and values(training.model).equal(before)
-
-
-def test_an_audit_refuses() -> None:
-    with pytest.raises(dpft.PrivacyConfigError, match="audit mechanism='dp_sgd'"):
-        dpft.audit.white_box(new_accelerator, torch.nn.Linear(2, 2), Seen(), config(**BANDMF), collate_fn=collate)
 
 
 # ------------------------------------------------------------------------------------------------------ SIGKILL
