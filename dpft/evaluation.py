@@ -276,7 +276,8 @@ def private_counts(
         account: of the records; it pays before the noise is drawn.
         epsilon: of all counts together, > 0.
         users: whose each record is, in the same order, where the account protects users: at most ``rows`` records of
-            each, drawn at random, are counted. None: each value counts, and an account for users must bound them.
+            each, drawn at random, are counted; all texts or all whole numbers. None: each value counts, and an account
+            for users must bound them.
         rows: of a user that count at most, >= 1; with ``users``.
         what: the counts, in words, for the account.
 
@@ -284,7 +285,7 @@ def private_counts(
         The noisy counts.
 
     Raises:
-        PrivacyConfigError: no categories or one twice, epsilon out of range, or users without rows.
+        PrivacyConfigError: no categories or one twice, epsilon out of range, or users without rows, or of other types.
         BudgetExceededError: the account does not cover it; nothing is released.
         AccountingError: the account protects another unit.
     """
@@ -300,10 +301,17 @@ def private_counts(
         )
     item: UnitName = "example"
     if users is not None and rows is not None:
-        owners = list(users)
+        named: Any = users
+        owners = named.tolist() if hasattr(named, "tolist") else list(named)
         if len(owners) != len(found):
             raise PrivacyConfigError(
                 f"{len(owners)} users of {len(found)} values to be counted; expected the user of each value."
+            )
+        kinds = {type(owner) for owner in owners}
+        if not (kinds <= {str} or kinds <= {int}):  # tensors and NaN are unequal to themselves: no bound would hold
+            raise PrivacyConfigError(
+                f"users of the types {', '.join(sorted(kind.__name__ for kind in kinds))}; expected all texts or all "
+                "whole numbers: a person under two names would be two users."
             )
         owned: dict[Any, list[str]] = {}
         for user, value in zip(owners, found, strict=True):
@@ -342,7 +350,14 @@ def _divisor(size: int | None, count: int) -> int:
 
 def _clipped(values: Iterable[float] | torch.Tensor, middle: float, half: float) -> np.ndarray:
     """``[n]`` float64: the values less the middle, over half the range, each in [-1, 1]; NaN is 0."""
-    every = values.detach().flatten().tolist() if isinstance(values, torch.Tensor) else [float(v) for v in values]
+    if isinstance(values, torch.Tensor):
+        if values.dim() == 0 or values.numel() != len(values):  # else a record would have several
+            raise PrivacyConfigError(
+                f"values of shape {list(values.shape)}; expected one number for each record, such as its mean loss."
+            )
+        every = values.detach().flatten().tolist()
+    else:
+        every = [float(v) for v in values]
     scaled = (np.asarray(every, np.float64) - middle) / half
     return np.nan_to_num(np.clip(scaled, -1.0, 1.0), nan=0.0)
 

@@ -110,6 +110,15 @@ def test_epsilon_of_the_query_alone(tmp_path: Path) -> None:
         assert 0.99 < epsilon(found.mechanism, 1, 1e-5, accountant=accountant) <= 1.0
 
 
+@pytest.mark.parametrize("shape", [(3, 8), (), (2, 1, 2)])
+def test_several_values_of_a_record_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """Losses of tokens: a record would move the sum by as many units as it has tokens."""
+    payer = account(tmp_path)
+    with pytest.raises(PrivacyConfigError, match="expected one number for each record"):
+        mean(torch.ones(shape), payer)
+    assert payer.uses() == [] and mean(torch.ones(3, 1), payer).size == 3
+
+
 def test_size_is_a_public_constant(tmp_path: Path) -> None:
     payer = account(tmp_path)
     found = mean([1.0] * 3, payer, size=1000)
@@ -315,6 +324,23 @@ def test_a_user_counts_at_most_so_often(tmp_path: Path, monkeypatch: pytest.Monk
     owners, values = ["u"] * 6 + ["v"], ["a", "a", "b", "b", "c", "c", "a"]
     seen = [counts(payer, values, users=owners, rows=2, epsilon=0.1).counts for _ in range(20)]
     assert all(sum(found.values()) == 3 for found in seen) and len({str(found) for found in seen}) > 1
+
+
+@pytest.mark.parametrize(
+    "users", [[0.0, math.nan, math.nan], ["u", 1, "1"], [torch.tensor(7)] * 3, [None] * 3], ids=str
+)
+def test_users_that_would_be_several_are_refused(tmp_path: Path, users: Any) -> None:
+    payer = account(tmp_path, unit="user")
+    with pytest.raises(PrivacyConfigError, match="a person under two names would be two users"):
+        counts(payer, ["a"] * 3, users=users, rows=1)
+    assert payer.uses() == []
+
+
+def test_users_in_a_tensor_are_those_that_they_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "discrete_laplace", lambda scale: 0)
+    payer = account(tmp_path, unit="user")
+    for users in (torch.tensor([7, 7, 7]), np.array([7, 7, 7])):
+        assert counts(payer, ["a"] * 3, users=users, rows=1).counts["a"] == 1
 
 
 def test_counts_are_noised_by_the_discrete_laplace_law(tmp_path: Path) -> None:
