@@ -112,6 +112,43 @@ def test_settle_reads_a_ledger_of_several_starts(path: Path, tmp_path: Path) -> 
     assert account.settle() and account.uses() == [(BLT, 12)]
 
 
+def test_a_copy_of_a_run_that_is_open_is_not_paid_for_by_it(path: Path, tmp_path: Path) -> None:
+    """Both would release on, each after the releases of the other's beginning, and one of them would be counted."""
+    account = create(path)
+    first, second = tmp_path / "a" / "ledger.jsonl", tmp_path / "b" / "ledger.jsonl"
+    with Ledger.open(first, "new", mechanism=DP_SGD) as ledger:
+        ledger.record()
+        run = ledger.run_id
+    second.parent.mkdir()
+    second.write_bytes(first.read_bytes())
+    more: dict[str, Any] = {"released": [(DP_SGD, 1)]}
+    account.reserve(run, [(DP_SGD, 9)], "a training", ledger=first)
+    with pytest.raises(LedgerError, match="the releases of both would be counted once"):
+        account.reserve(run, [(DP_SGD, 9)], "its copy", ledger=second, **more)
+    assert [entry.what for entry in account.entries()] == ["a training"]
+    (tmp_path / "link").symlink_to(first.parent)
+    for same in (first, tmp_path / "link" / "ledger.jsonl"):
+        account.reserve(run, [(DP_SGD, 9)], "a training", ledger=same, **more)
+    assert account.settle() == [run]  # it died: one of the two goes on
+    account.reserve(run, [(DP_SGD, 9)], "its copy", ledger=second, **more)
+    with pytest.raises(LedgerError, match="the releases of both would be counted once"):
+        account.reserve(run, [(DP_SGD, 9)], "a training", ledger=first, **more)
+    second.rename(tmp_path / "moved.jsonl")
+    account.reserve(run, [(DP_SGD, 9)], "moved", ledger=tmp_path / "moved.jsonl", **more)
+
+
+def test_what_has_ended_gives_nothing_back(path: Path) -> None:
+    account = create(path)
+    account.reserve("a", [(DP_SGD, 9)], "a training")
+    account.finish("a", [(DP_SGD, 7)])
+    paid = account.spend([(QUERY, 1)], "a figure")
+    for name, fewer in (("a", [(DP_SGD, 5)]), (paid, [])):
+        with pytest.raises(LedgerError, match="more releases"):
+            account.finish(name, fewer)
+    account.finish("a", [(DP_SGD, 8)])
+    assert account.uses() == [(DP_SGD, 8), (QUERY, 1)]
+
+
 def test_max_steps_are_of_one_training(path: Path) -> None:
     account = create(path, epsilon=0.9)
     fits = account.max_steps(BLT)

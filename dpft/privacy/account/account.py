@@ -171,11 +171,8 @@ class Account:
                     f"the account {self.path} does not know the run {name}, which has releases: it is an old copy. "
                     "Give the account that the run paid from."
                 )
-            if before is not None and not before.open and less(released, before.uses):
-                raise LedgerError(
-                    f"the account {self.path} counts more releases of the run {name} than its ledger: the ledger is "
-                    "an old copy. Give the ledger that the run wrote last."
-                )
+            if before is not None:
+                self._check_before(before, released, line["ledger"])
             others = [use for entry in content.entries if entry.name != name for use in entry.uses]
             self._check_fits(others, uses, what, content)
             files.append(fd, content, self.path, line)
@@ -184,12 +181,34 @@ class Account:
         """Replace a reservation by what was released; the rest is free again. ``uses`` counts whatever it says.
 
         Raises:
-            LedgerError: no such reservation, or the account could not be written.
+            LedgerError: no such reservation, it has ended with more releases, or the account could not be written.
         """
+        uses = one_training(uses)
         with files.locked(self.path) as (fd, content):
-            if content.entry(name) is None:
+            if (before := content.entry(name)) is None:
                 raise LedgerError(f"the account {self.path} has no use named {name!r}; it may be an old copy.")
-            files.append(fd, content, self.path, files.finish(name, tuple(one_training(uses))))
+            self._check_before(before, uses)
+            files.append(fd, content, self.path, files.finish(name, tuple(uses)))
+
+    def _check_before(self, before: Entry, released: Sequence[Use], ledger: str | None = None) -> None:
+        """Refuse who knows of fewer releases than a use ended with, and a second ledger beside that of an open one."""
+        if not before.open and less(released, before.uses):
+            raise LedgerError(
+                f"the account {self.path} counts more releases of the run {before.name} than its ledger: the ledger "
+                "is an old copy. Give the ledger that the run wrote last."
+            )
+        if not before.open or before.ledger is None or ledger is None:
+            return
+        first = self.path.parent / before.ledger
+        try:
+            copied = not first.samefile(self.path.parent / ledger) and Ledger.read(first).run_id == before.name
+        except (OSError, LedgerError):
+            return
+        if copied:
+            raise LedgerError(
+                f"the run {before.name} is open with the ledger {first}, and {ledger} is a copy of it: the releases "
+                "of both would be counted once. Go on with the first, or end it: account.settle(), where it died."
+            )
 
     def spend(self, uses: Sequence[Use], what: str, *, item: UnitName = "example") -> str:
         """Pay for releases that are made at once, *before* they are made.
