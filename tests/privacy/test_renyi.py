@@ -101,6 +101,32 @@ def test_cut_batches_are_the_mean_of_the_moments() -> None:
     assert (expected > whole).all()
 
 
+@pytest.mark.parametrize("sigma", [0.7, 3.0])
+@pytest.mark.parametrize("q", [1e-4, 1e-6, 1e-8, 1e-10])
+def test_tiny_rates_do_not_round_to_nothing(q: float, sigma: float) -> None:
+    """At order 2 the moment is 1 + q^2 (exp(1 / sigma^2) - 1)."""
+    exact = math.log1p(q**2 * math.expm1(1 / sigma**2))
+    pair: Any = ((0.0, 1.0), (1 - q, q)), ((0.0,), (1.0,))
+    (found,) = renyi.log_moments(*pair, sigma, [2.0])
+    assert exact * (1 - 1e-9) <= found <= exact * (1 + 1e-4 + 1e-13 / q)
+    (back,) = renyi.log_moments(*pair[::-1], sigma, [2.0])
+    assert back == pytest.approx(exact, rel=100 * q + 1e-13 / q)
+
+
+@pytest.mark.parametrize("q", [1e-3, 0.5])
+def test_large_orders_need_no_finer_grid(q: float) -> None:
+    """Of the pair the other way round, whose integrand ends within a small part of sigma."""
+    sigma, alpha = 0.3, 1024.0
+    pair: Any = ((0.0,), (1.0,)), ((0.0, 1.0), (1 - q, q))
+    x = np.arange(-5.0, 3.0, 1e-4)
+    p, moved = stats.norm.logpdf(x, 0, sigma), stats.norm.logpdf(x, 1, sigma)
+    integrand = alpha * p + (1 - alpha) * np.logaddexp(math.log1p(-q) + p, math.log(q) + moved)
+    highest = integrand.max()
+    exact = highest + math.log(np.exp(integrand - highest).sum() * 1e-4)
+    (found,) = renyi.log_moments(*pair, sigma, [alpha])
+    assert found == pytest.approx(exact, rel=1e-11)
+
+
 def test_monotone() -> None:
     def cost(mechanism: Mechanism) -> np.ndarray:
         return np.array(_rdp_of_one(mechanism))
