@@ -54,8 +54,8 @@ def log_moments(upper: Gaussians, lower: Gaussians, sigma: float, orders: Sequen
     low, span = min(means), max(means) - min(means)
     found, densities, reach = [], None, 0.0
     for alpha in orders:
-        # The zeros of P and Q are at least pi sigma^2 / span from the real line, and within half of that even large powers
-        # of 1 / Q stay bounded: the error is exp(-pi that / step).
+        # The zeros of P and Q are at least pi sigma^2 / span from the real line, and within half of that even large
+        # powers of 1 / Q stay bounded: the error is exp(-pi that / step).
         step = min(sigma / 5, math.pi * sigma**2 / span / 10 if span else math.inf)
         if 2 * (alpha * span + _REACH * sigma) / step > _MOST_POINTS:
             found.append(alpha * (alpha - 1) * span**2 / (2 * sigma**2))  # quasi-convexity of D_alpha in the pair
