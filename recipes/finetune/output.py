@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -84,7 +85,9 @@ def _clear(folder: Path, ledger: Path, overwrite: bool) -> None:
             "--resume-from-checkpoint, choose another folder, or start anew by --overwrite-output-dir."
         )
     if releases:
-        earlier = f"earlier-{sum(1 for _ in folder.glob(f'earlier-*-{LEDGER}')) + 1}-"
+        numbered = (f"earlier-{number}-" for number in itertools.count(1))
+        # a name that is free: rename would replace what still says that something was spent
+        earlier = next(n for n in numbered if not any((folder / f"{n}{file}").exists() for file in (LEDGER, ACCOUNT)))
         ledger.rename(folder / f"{earlier}{LEDGER}")
         if (folder / ACCOUNT).exists():
             (folder / ACCOUNT).rename(folder / f"{earlier}{ACCOUNT}")

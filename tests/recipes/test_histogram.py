@@ -13,7 +13,7 @@ from datasets import load_dataset
 
 import dpft
 import synthesize_dp
-from finetune.output import ACCOUNT, DISTRIBUTION
+from finetune.output import ACCOUNT, DISTRIBUTION, LEDGER, _clear
 from finetune.private import privacy_config
 from finetune.synthetic import histogram
 from finetune.synthetic.conditions import in_proportion
@@ -83,6 +83,22 @@ def test_counts_are_drawn_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is gone"):
         draw(tmp_path, [])
     assert len(account.entries()) == 2
+
+
+def test_starting_anew_replaces_no_earlier_ledger_or_account(tmp_path: Path) -> None:
+    """Also where the first of them was moved away."""
+    for number in range(4):
+        (tmp_path / LEDGER).write_text('{"release":1}\n' * (number + 1))
+        (tmp_path / ACCOUNT).write_text(str(number))
+        _clear(tmp_path, tmp_path / LEDGER, overwrite=True)
+        if number == 1:
+            for name in (LEDGER, ACCOUNT):
+                (tmp_path / f"earlier-1-{name}").unlink()
+    kept = {path.name: path.read_text().count("release") or path.read_text() for path in tmp_path.iterdir()}
+    assert kept == {
+        **{f"earlier-{place}-{LEDGER}": number + 1 for place, number in ((1, 2), (2, 1), (3, 3))},
+        **{f"earlier-{place}-{ACCOUNT}": str(number) for place, number in ((1, 2), (2, 1), (3, 3))},
+    }
 
 
 def test_a_user_counts_for_the_rows_that_the_noise_is_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
