@@ -113,6 +113,13 @@ def test_tiny_rates_do_not_round_to_nothing(q: float, sigma: float) -> None:
     assert back == pytest.approx(exact, rel=100 * q + 1e-13 / q)
 
 
+def test_many_steps_of_a_tiny_rate_cost_a_user_as_much_as_a_row() -> None:
+    """Of 1e6 steps that rounded to nothing, epsilon was 0."""
+    row = Mechanism(sampler="poisson", noise_multiplier=0.8, sample_rate=1e-9)
+    one, two = (epsilon(mechanism, 10**6, 1e-10, accountant="rdp") for mechanism in (row, users(2, 1e-9, 0.8)))
+    assert 0.5 < one < two
+
+
 @pytest.mark.parametrize("q", [1e-3, 0.5])
 def test_large_orders_need_no_finer_grid(q: float) -> None:
     """Of the pair the other way round, whose integrand ends within a small part of sigma."""
