@@ -55,7 +55,7 @@ def test_a_sound_run_is_recovered(clip: str, tmp_path: Path) -> None:
 
 def test_half_the_noise_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     add = GaussianNoise.add_
-    monkeypatch.setattr(GaussianNoise, "add_", lambda self, tensor, std: add(self, tensor, std / 2))
+    monkeypatch.setattr(GaussianNoise, "add_", lambda self, tensor, std, place=None: add(self, tensor, std / 2, place))
     found = audited(restart=False)
     assert found.violated and found.measured["noise_multiplier"] == pytest.approx(0.5, rel=0.02)
     assert "VIOLATED" in found.describe() and "noise multiplier" in [check.name for check in found.failed]

@@ -29,7 +29,9 @@ UNCLIPPED = "transformer.h.0.mlp.c_proj.weight"  # of the subject, a layer whose
 @contextmanager
 def noise_times(factor: float) -> Iterator[None]:
     add = GaussianNoise.add_
-    with mock.patch.object(GaussianNoise, "add_", lambda self, tensor, std: add(self, tensor, std * factor)):
+    with mock.patch.object(
+        GaussianNoise, "add_", lambda self, tensor, std, place=None: add(self, tensor, std * factor, place)
+    ):
         yield
 
 
