@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import secrets
 import shutil
 import tempfile
@@ -24,10 +25,10 @@ from typing import Any, Generic, Literal, TypeVar
 import numpy as np
 import torch.distributed as dist
 
-from dpft.errors import AccountingError, BudgetExceededError, EngineError, PrivacyConfigError
+from dpft.errors import AccountingError, BudgetExceededError, EngineError, LedgerError, PrivacyConfigError
 from dpft.evaluation import PrivateMean
 from dpft.privacy.account.account import Account
-from dpft.privacy.account.events import PureRelease, Release, Selection, Use, check_item, one_training
+from dpft.privacy.account.events import PureRelease, Release, Selection, Use, check_item, check_use, less, one_training
 from dpft.privacy.mechanism import Mechanism, UnitName
 
 C = TypeVar("C")
@@ -54,6 +55,9 @@ class Trial:
         self.protects, self.composition = account.protects, account.composition
         self._declared = _counted(trial)
         self._used: dict[str, Sequence[Use]] = {}
+        self._ended: set[str] = set()
+        self._ledgers: dict[str, Path] = {}
+        self._pid = os.getpid()
         self._over = False
 
     def reserve(
@@ -70,10 +74,30 @@ class Trial:
 
         Raises:
             BudgetExceededError: they were not declared, or are used up, or the trial is over.
-            AccountingError: the examples are not the account's units.
+            AccountingError: the examples are not the account's units, or no theorem composes them.
+            LedgerError: a training that began elsewhere, or whose ledger is a copy; or this is a forked process.
         """
+        uses, released = one_training(uses), one_training(released)
         check_item(uses, self.protects, item)
-        uses = one_training(uses)
+        for use in uses:
+            check_use(use, self.protects, self.composition)
+        if os.getpid() != self._pid:
+            raise LedgerError(
+                f"process {os.getpid()} inherited a trial, whose budget would be spent in each process; pay from the "
+                "trial in the process that dpft.tune runs in."
+            )
+        if released and name not in self._used:
+            raise LedgerError(
+                f"the trial does not know the run {name}, which has releases: trials that go on from another trial, "
+                "or from an earlier training, are not independent. Begin each with a ledger in its own trial.folder."
+            )
+        self._check_before(name, released)
+        first = self._ledgers.get(name)
+        if name not in self._ended and first is not None and ledger is not None and first != ledger.absolute():
+            raise LedgerError(
+                f"the run {name} of the trial is open with the ledger {first}, and {ledger} is a copy of it: the "
+                "releases of both would be counted once. Go on with the first."
+            )
         if self._over:
             raise BudgetExceededError(f"{what} would be paid from a trial that is over; pay from the account.")
         others = [use for other, theirs in self._used.items() if other != name for use in theirs]
@@ -85,16 +109,41 @@ class Trial:
                     "were declared for it; declare in trial=... all that a trial releases, alike for all candidates."
                 )
         self._used[name] = tuple(uses)
+        self._ended.discard(name)
+        if ledger is not None:
+            self._ledgers[name] = ledger.absolute()
 
     def finish(self, name: str, uses: Sequence[Use]) -> None:
-        """Give back what was not used, to this trial alone."""
-        self._used[name] = tuple(one_training(uses))
+        """Give back what was not used, to this trial alone.
+
+        Raises:
+            LedgerError: nothing of this name was taken, or it has ended with more releases.
+        """
+        uses = one_training(uses)
+        if name not in self._used:
+            raise LedgerError(f"the trial has no use named {name!r}; it may be another trial's.")
+        self._check_before(name, uses)
+        self._used[name] = tuple(uses)
+        self._ended.add(name)
+
+    def _check_before(self, name: str, released: Sequence[Use]) -> None:
+        """Refuse who knows of fewer releases than a use ended with, as an account does."""
+        if name in self._ended and less(released, self._used[name]):
+            raise LedgerError(
+                f"the trial counts more releases of the run {name} than its ledger: the ledger is an old copy. Give "
+                "the ledger that the run wrote last."
+            )
 
     def spend(self, uses: Sequence[Use], what: str, *, item: UnitName = "example") -> str:
         """Take releases that are made at once."""
         name = str(uuid.uuid4())
         self.reserve(name, uses, what, item=item)
+        self._ended.add(name)
         return name
+
+    def __reduce__(self) -> Any:
+        # Each copy would have the budget of one trial.
+        raise TypeError("a Trial cannot be copied or pickled; pay from it in the process that dpft.tune runs in")
 
     def end(self) -> None:
         """Nothing more can be paid from it."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import os
+import pickle
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,8 +17,8 @@ from scipy import special, stats
 
 import dpft
 import dpft.tuning as module
-from dpft.errors import AccountingError, BudgetExceededError, EngineError, PrivacyConfigError
-from dpft.privacy import Mechanism, Selection, Strategy
+from dpft.errors import AccountingError, BudgetExceededError, EngineError, LedgerError, PrivacyConfigError
+from dpft.privacy import Ledger, Mechanism, Selection, Strategy
 
 STEP = Mechanism(sampler="poisson", noise_multiplier=2.0, sample_rate=0.01)
 FIGURE = Mechanism(sampler="poisson", noise_multiplier=20.0, sample_rate=1.0)
@@ -166,6 +170,61 @@ def test_a_trial_takes_back_what_a_run_did_not_use_and_ends_with_itself(tmp_path
     trial.end()
     with pytest.raises(BudgetExceededError, match="over"):
         trial.spend([(FIGURE, 1)], "a figure")
+
+
+def test_a_trial_takes_over_no_run_of_another_one(tmp_path: Path) -> None:
+    """The theorems are of trials that do not know of each other: one that goes on from another's weights does."""
+    trial = dpft.Trial(account(tmp_path), TRIAL, tmp_path)
+    with pytest.raises(LedgerError, match="another trial"):
+        trial.reserve("run", [(STEP, 3), (STEP, 2)], "it goes on", released=[(STEP, 3)])
+
+
+def test_what_a_trial_has_released_stays_counted(tmp_path: Path) -> None:
+    trial = dpft.Trial(account(tmp_path), TRIAL, tmp_path)
+    paid = trial.spend(iter([(FIGURE, 1)]), "a figure")  # type: ignore[arg-type]
+    trial.reserve("run", [(STEP, 5)], "a training")
+    trial.finish("run", [(STEP, 4)])
+    for name, fewer in ((paid, []), ("run", [(STEP, 3)])):
+        with pytest.raises(LedgerError, match="more releases"):
+            trial.finish(name, fewer)
+        with pytest.raises(LedgerError, match="more releases"):
+            trial.reserve(name, [(STEP, 1)], "an old copy", released=fewer)
+    with pytest.raises(LedgerError, match="no use named"):
+        trial.finish("other", [])
+    for count in (0.5, -1, True):
+        with pytest.raises(AccountingError, match="whole number"):
+            trial.spend([(STEP, count)], "less than nothing")  # type: ignore[list-item]
+    trial.finish("run", [(STEP, 4)])
+    with pytest.raises(BudgetExceededError):
+        trial.spend([(FIGURE, 1)], "another figure")
+
+
+def test_a_second_copy_of_a_trials_run_is_refused(tmp_path: Path) -> None:
+    """Both would release what is counted once."""
+    trial = dpft.Trial(account(tmp_path), TRIAL, tmp_path)
+    with Ledger.open(tmp_path / "a.jsonl", "new", mechanism=STEP) as ledger:
+        run = ledger.run_id
+    trial.reserve(run, [(STEP, 5)], "a training", ledger=tmp_path / "a.jsonl")
+    shutil.copy(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    with pytest.raises(LedgerError, match="copy"):
+        trial.reserve(run, [(STEP, 5)], "its copy", ledger=tmp_path / "b.jsonl")
+    trial.reserve(run, [(STEP, 5)], "itself", ledger=tmp_path / "a.jsonl")
+
+
+def test_a_trial_is_not_copied(tmp_path: Path) -> None:
+    """Each copy, in whatever process, would have the budget of one trial."""
+    trial = dpft.Trial(account(tmp_path), TRIAL, tmp_path)
+    for make in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="copied"):
+            make(trial)
+    child = os.fork()
+    if not child:
+        try:
+            trial.spend([(FIGURE, 1)], "a figure in a child")
+        except LedgerError:
+            os._exit(7)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 def test_a_trial_of_shuffled_trainings_counts_their_epochs(tmp_path: Path) -> None:

@@ -52,6 +52,15 @@ def test_it_admits_what_fits_and_not_one_release_more(path: Path) -> None:
     assert compose_epsilon([(QUERY, most)], 1e-5) <= account.spent()
 
 
+def test_releases_given_as_an_iterator_do_not_pass_for_nothing(path: Path) -> None:
+    account = create(path, epsilon=0.1)
+    for pay in (account.spend, lambda uses, what: account.reserve("run", uses, what)):
+        with pytest.raises(BudgetExceededError):
+            pay(iter([(QUERY, 50), (PureRelease(3.0), 1)]), "figures")  # type: ignore[operator, arg-type]
+    account.reserve("run", iter([(PureRelease(0.001), 1)]), "one")  # type: ignore[arg-type]
+    assert account.uses() == [(PureRelease(0.001), 1)]
+
+
 def test_pld_composes_different_mechanisms_exactly(path: Path) -> None:
     account = create(path, composition="pld")
     account.spend([(DP_SGD, 300)], "a training")

@@ -11,7 +11,9 @@ from scipy import integrate, special, stats
 from dpft.errors import BudgetExceededError, PrivacyConfigError
 from dpft.privacy import Mechanism, PrivacyFilter, Protects, PureRelease, Selection, compose_epsilon
 from dpft.privacy.account import composition as events
-from dpft.privacy.account.events import Release
+from dpft.privacy.account.events import Release, one_training
+from dpft.privacy.accounting.accountant import of_one_run
+from dpft.privacy.accounting.calibration import max_steps_within
 
 ADD = Protects("add_or_remove_one")
 
@@ -242,3 +244,30 @@ def test_the_odometer_holds_at_all_times_at_once() -> None:
     assert exceeded <= stats.binom.ppf(0.999, 120, delta) and closest > 0.8
     assert PrivacyFilter(1.0, 1e-5).odometer() == 0.0
     assert guard.odometer() > guard.spent() * 0.5
+
+
+# --------------------------------------------------------------------------------------------------- iterators
+def test_releases_given_as_an_iterator_are_counted() -> None:
+    """The second pass over an iterator finds nothing: what was admitted would be counted as no release."""
+    release = gaussian(2.0)
+    budget = PrivacyFilter(1e9, 1e-5)
+    budget.spend(iter([(release, 3)]))
+    assert budget.uses() == [(release, 3)] and budget.rdp(iter([(release, 3)])) == budget.rdp([(release, 3)]) > 0
+    best = Selection(iter([(release, 2)]), 4.0)  # type: ignore[arg-type]
+    assert epsilon([(best, 1)], 1e-5) == epsilon([(Selection(((release, 2),), 4.0), 1)], 1e-5) > 0
+    assert one_training(iter([(PureRelease(0.5), 1), (release, 2)])) == [(release, 2), (PureRelease(0.5), 1)]
+    assert of_one_run(iter([(release, 2)])) == [(release, 2)]  # type: ignore[arg-type]
+    history = [(release, 4)]
+    steps = [max_steps_within(release, 3.0, 1e-5, history=h) for h in (history, iter(history))]  # type: ignore[arg-type]
+    assert steps[0] == steps[1] < max_steps_within(release, 3.0, 1e-5)
+
+
+@pytest.mark.parametrize("eps", [1e-10, 1e-8, 1e-6, 1e-3, 0.0999, 0.1])
+def test_a_tiny_pure_release_costs_what_it_costs(eps: float) -> None:
+    """Rounding made its Renyi divergence too small or negative, so that paying for it enlarged what was left."""
+    curve = events.rdp_curve([(PureRelease(eps), 1)])
+    orders = np.array(events.orders())
+    exact = orders * eps**2 / 2  # to the second order, of which it falls short by eps^2 / 3 for each order squared
+    assert (curve <= exact * (1 + 1e-12)).all() and (curve <= eps * (1 + 1e-9)).all()
+    small = orders * eps < 0.01
+    assert (curve[small] >= exact[small] * (1 - (orders[small] * eps) ** 2 - eps**2)).all() and (curve > 0).all()

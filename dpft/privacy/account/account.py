@@ -224,7 +224,7 @@ class Account:
         Raises:
             BudgetExceededError, AccountingError, LedgerError: as :meth:`reserve`; nothing may be released.
         """
-        name = str(uuid.uuid4())
+        name, uses = str(uuid.uuid4()), list(uses)
         self._reserve(files.reservation(name, what, tuple(uses), None, open_=False, item=item), uses, (), item)
         return name
 

@@ -81,6 +81,7 @@ class Selection:
                 f"shape={self.shape!r} with distribution={self.distribution!r}; expected a finite number >= 0, and 0 "
                 "for 'poisson', which has no shape."
             )
+        object.__setattr__(self, "trial", tuple(self.trial))  # an iterator would be read once, and then cost nothing
         if not self.trial or any(isinstance(release, Selection) or count < 1 for release, count in self.trial):
             raise PrivacyConfigError(
                 f"a trial with the releases {self.trial!r}; expected (mechanism, number >= 1) pairs, at least one, "
@@ -156,6 +157,7 @@ def counted(uses: Sequence[Use]) -> Counter[Release]:
 
 def one_training(uses: Sequence[Use]) -> list[Use]:
     """The uses of one run, whose correlated noise goes on over its starts: their steps are added up."""
+    uses = list(uses)  # not an iterator, of which the second pass would find nothing
     mechanisms = [(release, count) for release, count in uses if isinstance(release, Mechanism)]
     others: list[Use] = [use for use in uses if not isinstance(use[0], Mechanism)]
     return [*accounting.of_one_run(mechanisms), *others]

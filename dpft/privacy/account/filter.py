@@ -102,6 +102,7 @@ class PrivacyFilter:
 
     def rdp(self, uses: Sequence[Use]) -> float:
         """RDP of the filter's order of some releases."""
+        uses = list(uses)
         for use in uses:
             check_use(use, self.protects, "rdp")
         return float(rdp_curve(uses)[self._index])
@@ -117,6 +118,7 @@ class PrivacyFilter:
             BudgetExceededError: they do not fit; nothing is counted, and they must not be made.
             AccountingError: no theorem, or another adjacency or unit.
         """
+        uses = list(uses)  # an iterator would be admitted, and then counted as nothing
         if not self.admits(uses):
             left = self.budget - self.rdp(self._uses)
             raise BudgetExceededError(

@@ -99,7 +99,7 @@ def of_one_run(events: Sequence[Event]) -> list[Event]:
     Its steps count on, and its noise goes on, over a resume: see
     :mod:`dpft.privacy.correlated.noise_secrets`.
     """
-    joined: dict[Mechanism, int] = {}
+    events, joined = list(events), dict[Mechanism, int]()
     for mechanism, count in events:
         if mechanism.strategy is not None:
             joined[mechanism] = joined.get(mechanism, 0) + count

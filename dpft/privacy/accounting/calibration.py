@@ -81,6 +81,8 @@ def max_steps_within(
         AccountingError: as :func:`compose_epsilon`.
     """
 
+    history = tuple(history)  # it is read again for each number of steps
+
     def within(steps: int) -> bool:
         return compose_epsilon([*history, (mechanism, steps)], delta, accountant=accountant) <= target_epsilon
 
