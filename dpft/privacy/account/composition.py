@@ -13,8 +13,7 @@ from dpft.privacy.accounting import accountant as accounting
 from dpft.privacy.mechanism import AccountantName, Mechanism
 from dpft.privacy.packages import import_package
 
-
-_TINY = 1e-4
+_TINY = 1e-4  # epsilon of a pure release
 
 
 def orders() -> tuple[float, ...]:
