@@ -219,10 +219,10 @@ def prepare(
         path = Path(ledger_path or Path(accelerator.project_dir or ".") / "privacy_ledger.jsonl")
         payer = None if account is None else SharedAccount(ranks, account)
         payer_id = None if payer is None else payer.account_id
-        seeded = test_seed is not None
-        ledger = SharedLedger(ranks, lambda: open_ledger(path, privacy, schedule, clipping, seeded, payer_id))
+        seeded, checked = test_seed is not None, isolation != "off"
+        ledger = SharedLedger(ranks, lambda: open_ledger(path, privacy, schedule, clipping, seeded, payer_id, checked))
         item: Any = getattr(dataset, "privacy_unit", "example")
-        run = PrivacyRun(schedule, ledger, clipping, seeded, continue_ledger, isolation != "off", payer, item)
+        run = PrivacyRun(schedule, ledger, clipping, seeded, continue_ledger, checked, payer, item)
         return _assemble(
             accelerator,
             kind,

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import dpft
+from dpft.engines.shared_ledger import open_ledger
 from dpft.errors import DPFTError, EngineError, LedgerError, PrivacyConfigError, UnsupportedModuleError, WrapError
 from dpft.privacy import Ledger
 from tests import zoo
@@ -226,3 +227,22 @@ def test_plan_errors_come_before_anything_is_touched(path: Path) -> None:
         Training(path, model=model, changes={"expected_batch_size": 13})
     assert not path.exists()
     dpft.wrap(model)
+
+
+@pytest.mark.parametrize(("before", "now"), [(True, False), (False, True)])
+def test_a_ledger_of_other_noise_or_without_the_check_of_rows(path: Path, before: bool, now: bool) -> None:
+    """The statement says of all releases how the noise was drawn, and whether rows were checked."""
+
+    def begin(secure: bool = False, isolated: bool = True) -> Any:
+        private = dpft.PrivacyConfig(
+            noise_multiplier=1.0, target_delta=1e-6, num_steps=4, expected_batch_size=2, secure_rng=secure
+        )
+        return open_ledger(path, private, private.resolve(20), "flash", False, isolated=isolated)
+
+    for setting, words in (("secure", "secure_rng"), ("isolated", "isolat")):
+        with begin(**{setting: before}) as ledger:
+            ledger.record()
+        with pytest.raises(LedgerError, match=words):
+            begin(**{setting: now})
+        begin(**{setting: before}).close()
+        path.unlink()

@@ -109,14 +109,20 @@ def open_ledger(
     clipping: str,
     seeded: bool,
     account: str | None = None,
+    isolated: bool = True,
 ) -> Ledger:
     """Open a run's ledger: a new one, or to resume one of the same mechanism, paid from the same account.
 
     Raises:
         LedgerError: it has releases of another mechanism, of other examples, or made under other conditions.
     """
-    # They also decide whether the releases are private; one ledger must not mix private and other releases.
-    conditions = {"clipped": clipping != "none", "seeded": seeded}
+    # The statement is of all releases: whether they are private, how their noise was drawn, what was not checked.
+    conditions = {
+        "clipped": clipping != "none",
+        "seeded": seeded,
+        "secure_rng": privacy.secure_rng,
+        "isolated": isolated,
+    }
     content = Ledger.read(path) if path.exists() and path.stat().st_size > 0 else None
     resume = content is not None and content.count > 0
     if content is not None and resume:
@@ -127,11 +133,13 @@ def open_ledger(
                 f"({schedule.mechanism}). Resume with the configuration of the run that wrote it, or choose another "
                 "ledger_path for a new run."
             )
-        before = {name: (content.header.get("config") or {}).get(name) for name in conditions}
+        written = {"isolated": True} | (content.header.get("config") or {})  # older ledgers do not say
+        before = {name: written.get(name) for name in conditions}
         if before != conditions:
             raise LedgerError(
                 f"the ledger {path} was written under {before} and this run is {conditions}: clipped or not, "
-                "with a known test seed or not, cannot be mixed. Choose another ledger_path."
+                "with a known test seed or not, with secure_rng or not, and with rows checked or isolation='off' "
+                "cannot be mixed. Choose another ledger_path."
             )
         payer = (content.header.get("config") or {}).get("account")
         if payer != account:

@@ -6,7 +6,14 @@ import math
 from importlib import metadata
 from typing import Any
 
-from dpft.privacy.accounting.accountant import Event, compose_epsilon, discretization, of_one_run, rounded_up
+from dpft.privacy.accounting.accountant import (
+    Event,
+    check_events,
+    compose_epsilon,
+    discretization,
+    of_one_run,
+    rounded_up,
+)
 from dpft.privacy.adaptive_clip import THEOREM
 from dpft.privacy.correlated.strategy import Strategy
 from dpft.privacy.ledger import Ledger, LedgerContent
@@ -63,6 +70,8 @@ def privacy_report(
     planned: float = schedule.epsilon
     spent = None
     if events is not None:
+        # The schedule's unit and adjacency are stated, also where another configuration made the releases.
+        check_events(((schedule.mechanism, 1), *events), schedule.target_delta, schedule.accountant)
         spent = compose_epsilon(of_one_run(events), schedule.target_delta, accountant=schedule.accountant)
     reasons = []
     if schedule.noise_multiplier == 0 or any(mechanism.noise_multiplier == 0 for mechanism, _ in events or []):
@@ -76,6 +85,8 @@ def privacy_report(
     if reasons:
         planned, spent = math.inf, None if spent is None else math.inf
     mechanism = schedule.mechanism
+    # What is composed of releases under add/remove and under zero-out holds under zero-out.
+    adjacency = next((m.adjacency for m, _ in events or [] if m.adjacency == "zero_out"), mechanism.adjacency)
     noisy = [m for m, _ in [(mechanism, 0), *(events or [])] if m.noise_multiplier > 0]
     grids = [discretization(m) for m in noisy] if schedule.accountant == "pld" else []
     return {
@@ -88,8 +99,8 @@ def privacy_report(
         "unit": schedule.unit,
         "examples_per_user": schedule.examples_per_user,
         "item": schedule.item,
-        "adjacency": mechanism.adjacency,
-        "neighbours": _ADJACENCY[mechanism.adjacency].format(unit=schedule.item or schedule.unit),
+        "adjacency": adjacency,
+        "neighbours": _ADJACENCY[adjacency].format(unit=schedule.item or schedule.unit),
         "mechanism": _MECHANISM.get(mechanism.sampler, "subsampled Gaussian"),
         "strategy": None if mechanism.strategy is None else mechanism.strategy.to_dict(),
         "sampler": schedule.sampler,
@@ -110,6 +121,7 @@ def privacy_report(
         "dataset_size": schedule.dataset_size,
         "accountant": schedule.accountant,
         "discretization": max(grids, default=None),
+        "planned_mechanism": mechanism.to_dict(),
         "segments": [{"mechanism": m.to_dict(), "releases": count} for m, count in events or []],
         "assumptions": [*schedule.assumptions, *notes],
         "tuning": tuning or "the choice of hyperparameters is not accounted for",
@@ -178,7 +190,9 @@ def privacy_statement_markdown(report: dict[str, Any]) -> str:
         ("Versions", ", ".join(f"{name} {version}" for name, version in report["versions"].items())),
     ]
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
-    if len(report["segments"]) > 1:
+    planned = report.get("planned_mechanism")  # which the table has; older reports do not
+    others = planned is not None and any(segment["mechanism"] != planned for segment in report["segments"])
+    if others or len(report["segments"]) > 1:
         lines += ["", "Releases, over all starts of the run:", ""]
         for segment in report["segments"]:
             lines.append(f"- {segment['releases']}: {constants_of(segment, report)}")

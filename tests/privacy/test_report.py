@@ -141,3 +141,28 @@ def test_notes_are_assumptions_and_mixed_units_are_refused(tmp_path: Path) -> No
         ledger.record()
         with pytest.raises(AccountingError, match="units"):
             privacy_report(schedule_of(), ledger)
+
+
+def test_no_statement_of_another_guarantee_than_that_of_the_releases(tmp_path: Path) -> None:
+    """The schedule names unit, adjacency and noise; the releases may be those of an earlier configuration."""
+    schedule = schedule_of()
+
+    def ledger_of(mechanism: Mechanism) -> Ledger:
+        return Ledger.open(tmp_path / f"{mechanism.sampler}{mechanism.unit}", "new", mechanism=mechanism)
+
+    shuffled = schedule_of(sampler="shuffle").mechanism
+    with ledger_of(shuffled) as ledger:
+        ledger.record()
+        report = privacy_report(schedule, ledger)
+        text = privacy_statement_markdown(report)
+    assert report["adjacency"] == "zero_out" and "replaced by zero" in report["neighbours"]
+    assert "- 1: sampler shuffle, noise_multiplier 1.0" in text
+    for planned in (
+        schedule_of(unit="user", examples_per_user=2),
+        schedule_of(sampler="fixed_size", accountant="rdp"),
+    ):
+        with ledger_of(schedule.mechanism) as ledger:
+            ledger.record()
+            with pytest.raises(AccountingError, match="units|adjacencies"):
+                privacy_report(planned, ledger)
+            (tmp_path / "poissonexample").unlink()
