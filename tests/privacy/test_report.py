@@ -163,6 +163,6 @@ def test_no_statement_of_another_guarantee_than_that_of_the_releases(tmp_path: P
     ):
         with ledger_of(schedule.mechanism) as ledger:
             ledger.record()
-            with pytest.raises(AccountingError, match="units|adjacencies"):
+            with pytest.raises(AccountingError, match=r"units|adjacencies"):
                 privacy_report(planned, ledger)
             (tmp_path / "poissonexample").unlink()
