@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from dpft.errors import BudgetExceededError, PrivacyConfigError
-from dpft.privacy.account.events import Protects, PureRelease, check_item
+from dpft.privacy.account.events import Protects, PureRelease, check_item, in_words
 from dpft.privacy.account.payer import Payer
 from dpft.privacy.accounting.calibration import calibrate_noise_multiplier
 from dpft.privacy.mechanism import Mechanism, UnitName
@@ -49,6 +49,8 @@ class PrivateMean:
         mechanism: what the account paid for.
         paid: the name of the use in the account.
         what: the figure, in words.
+        unit: whom the figure protects, in words.
+        item: what the values are of: ``example`` (a record) or ``user``.
     """
 
     value: float
@@ -60,14 +62,17 @@ class PrivateMean:
     mechanism: Mechanism
     paid: str
     what: str
+    unit: str = "example"
+    item: UnitName = "example"
 
     def statement(self) -> str:
         """One line for a model card."""
+        of = "users" if self.item == "user" else "records"
         return (
             f"{self.what}: {self.value:.4g}, with noise of standard deviation {self.standard_error:.3g}; the mean "
-            f"over {self.size} records of values clipped to [{self.low:g}, {self.high:g}]; Gaussian mechanism, noise "
-            f"multiplier {self.noise_multiplier:.4g}, under {self.mechanism.adjacency}, unit {self.mechanism.unit}; "
-            f"the number of records is public; noise: {SOURCE}."
+            f"over {self.size} {of} of values clipped to [{self.low:g}, {self.high:g}]; Gaussian mechanism, noise "
+            f"multiplier {self.noise_multiplier:.4g}, under {self.mechanism.adjacency}, unit {self.unit}; "
+            f"the number of {of} is public; noise: {SOURCE}."
         )
 
 
@@ -141,6 +146,8 @@ def private_mean(
         mechanism=mechanism,
         paid=paid,
         what=what,
+        unit=in_words(mechanism.unit if item == "example" else item, mechanism.examples_per_user),
+        item=item,
     )
 
 

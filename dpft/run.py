@@ -20,17 +20,9 @@ from dpft.privacy import privacy_report
 from dpft.privacy.accounting.calibration import max_steps_within
 from dpft.privacy.accounting.epsilon_meter import EpsilonMeter
 from dpft.privacy.mechanism import EPOCH_SAMPLERS, UnitName
+from dpft.privacy.report import NOT_ISOLATED, PAID_FROM
 from dpft.privacy.schedule import PrivacySchedule
 from dpft.scalar_noise import GridGaussian
-
-NOT_ISOLATED = (
-    "no example's gradient depends on the examples beside it: the check that runs a row alone was switched off "
-    "(isolation='off')"
-)
-PAID_FROM = (
-    "other uses of these records are not counted here; this training is one of those that were paid from the account "
-    "{account}, whose statement counts them all"
-)
 
 
 class PrivacyRun:

@@ -301,3 +301,14 @@ def test_an_account_is_created_shown_and_settled(tmp_path: Path, capsys: pytest.
     found = json.loads(said(capsys, "account", "show", path, "--json"))
     assert found == account.statement() and found["uses"][0]["releases"][0].startswith("5 x poisson")
     assert main(["account", "show", str(tmp_path / "ledger.jsonl")]) == 2
+
+
+def test_a_card_has_the_notes_of_its_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `loader.privacy.report()` has them: rows that were not checked, and an account that counts other uses."""
+    ledger(tmp_path)
+    assert main(["card", str(tmp_path)]) == 0 and "isolation" not in capsys.readouterr().out
+    (tmp_path / "ledger.jsonl").unlink()
+    ledger(tmp_path, isolated=False, account="some-account")  # type: ignore[arg-type]
+    assert main(["card", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "isolation='off'" in said and "paid from the account some-account" in said

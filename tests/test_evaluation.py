@@ -164,6 +164,14 @@ def test_settings_that_are_refused(tmp_path: Path, changes: dict[str, Any]) -> N
     assert payer.entries() == ()
 
 
+def test_the_statement_names_the_accounts_unit(tmp_path: Path) -> None:
+    """A figure of users protects them, and not their single records: one more moves its user's value by the range."""
+    of_users = mean([0.5] * 40, account(tmp_path / "a", unit="user"), item="user")
+    assert "unit user" in of_users.statement() and "over 40 users" in of_users.statement()
+    of_rows = mean([0.5] * 40, account(tmp_path / "b", unit="user", examples_per_user=3))
+    assert "unit user (at most 3 examples each)" in of_rows.statement() and "over 40 records" in of_rows.statement()
+
+
 def test_the_statement_can_stand_in_a_card(tmp_path: Path) -> None:
     said = mean([0.5] * 40, account(tmp_path), what="accuracy").statement()
     for words in (

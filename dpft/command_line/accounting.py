@@ -13,7 +13,14 @@ from dpft.privacy.accounting.accountant import epsilon, rounded_up
 from dpft.privacy.config import PrivacyConfig
 from dpft.privacy.ledger import Ledger, LedgerContent
 from dpft.privacy.mechanism import SAMPLERS, Mechanism
-from dpft.privacy.report import constants_of, privacy_report, privacy_statement_markdown, unit_of
+from dpft.privacy.report import (
+    NOT_ISOLATED,
+    PAID_FROM,
+    constants_of,
+    privacy_report,
+    privacy_statement_markdown,
+    unit_of,
+)
 from dpft.privacy.schedule import PrivacySchedule
 
 LEDGERS = ("ledger.jsonl", "privacy_ledger.jsonl")  # as the recipes and dpft.prepare name them
@@ -103,9 +110,12 @@ def _read(path: str) -> tuple[LedgerContent, PrivacySchedule]:
 def _report(
     content: LedgerContent, schedule: PrivacySchedule, clipping: str | None = None, tuning: str | None = None
 ) -> dict[str, Any]:
-    """The report; the ledger's header says whether gradients were clipped and whether a test seed was given."""
+    """The report; the ledger's header says whether gradients were clipped, a test seed given, and what to note."""
     conditions = content.header.get("config") or {}
     seeded = bool(conditions.get("seeded", False))
+    notes = [] if conditions.get("isolated", True) else [NOT_ISOLATED]
+    if conditions.get("account") is not None:
+        notes.append(PAID_FROM.format(account=conditions["account"]))
     return privacy_report(
         schedule,
         content,
@@ -113,6 +123,7 @@ def _report(
         noise_seed_known=seeded,
         sampling_seed_known=seeded,
         tuning=tuning,
+        notes=tuple(notes),
     )
 
 

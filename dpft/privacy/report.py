@@ -32,6 +32,14 @@ _MECHANISM = {
 }
 _PARTS = {"bandmf": "bands", "blt": "buffers"}
 GROUPS = "sensitivity C, the same noise on every parameter (McMahan et al. 2018, arXiv 1710.06963)"
+NOT_ISOLATED = (
+    "no example's gradient depends on the examples beside it: the check that runs a row alone was switched off "
+    "(isolation='off')"
+)
+PAID_FROM = (
+    "other uses of these records are not counted here; this training is one of those that were paid from the account "
+    "{account}, whose statement counts them all"
+)
 _LIBRARIES = ("dpft", "dp-accounting", "numpy", "scipy", "torch", "accelerate", "transformers")
 
 

@@ -369,3 +369,9 @@ def test_the_statement_says_for_whom_and_on_what_condition(path: Path, tmp_path:
         assert part in text
     other = create(tmp_path / "b", composition="pld", unit="user", examples_per_user=3)
     assert "one user is added" in other.markdown() and "if no use" in other.markdown()
+
+
+def test_the_claim_is_not_rounded_below_the_budget(path: Path) -> None:
+    account = create(path, epsilon=1.23456749)  # six digits would be 1.23457 or 1.23456
+    assert "(1.235, 1e-05)" in account.markdown()
+    assert "(1.001, 1e-05)" in create(path.with_name("b"), epsilon=1.000004).markdown()

@@ -225,8 +225,8 @@ def check_item(uses: Sequence[Use], protects: Protects, item: UnitName) -> None:
 
 def _other_unit(mechanism: Mechanism, protects: Protects) -> str:
     return (
-        f"a release for the unit {_unit(mechanism.unit, mechanism.examples_per_user)} and an account for the unit "
-        f"{_unit(protects.unit, protects.examples_per_user)}: they have no common epsilon; give the release the "
+        f"a release for the unit {in_words(mechanism.unit, mechanism.examples_per_user)} and an account for the unit "
+        f"{in_words(protects.unit, protects.examples_per_user)}: they have no common epsilon; give the release the "
         "account's unit (dpft.by_user makes users the examples), or create an account for the release's unit and "
         "enter every use of the records there."
     )
@@ -285,5 +285,6 @@ def check_header(composition: str, protects: Protects, records: str) -> None:
         check_use((shape, 1), protects, composition)  # type: ignore[arg-type]  # checked above
 
 
-def _unit(unit: str, examples: int | None) -> str:
+def in_words(unit: str, examples: int | None) -> str:
+    """A unit, with the number of examples that it has at most."""
     return unit if examples is None else f"{unit} (at most {examples} examples each)"

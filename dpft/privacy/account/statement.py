@@ -49,8 +49,8 @@ def stated_use(entry: Entry) -> dict[str, Any]:
 def account_markdown(said: dict[str, Any]) -> str:
     """A section of a model card from :meth:`Account.statement`, beginning with a heading of level two."""
     claim = (
-        f"Everything below together satisfies ({said['epsilon']:g}, {said['delta']:g})-differential privacy, where "
-        f"neighbouring datasets are those in which {said['neighbours']}, by {said['guarantee']}."
+        f"Everything below together satisfies ({rounded_up(said['epsilon'])}, {said['delta']:g})-differential "
+        f"privacy, where neighbouring datasets are those in which {said['neighbours']}, by {said['guarantee']}."
     )
     if said["exceeded"]:
         claim = "**The budget was exceeded: no guarantee of it holds.** What was released is below."
