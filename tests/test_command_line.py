@@ -308,7 +308,7 @@ def test_a_card_has_the_notes_of_its_run(tmp_path: Path, capsys: pytest.CaptureF
     ledger(tmp_path)
     assert main(["card", str(tmp_path)]) == 0 and "isolation" not in capsys.readouterr().out
     (tmp_path / "ledger.jsonl").unlink()
-    ledger(tmp_path, isolated=False, account="some-account")  # type: ignore[arg-type]
+    ledger(tmp_path, isolated=False, account="some-account")  # type: ignore[arg-type]  # not as annotated
     assert main(["card", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "isolation='off'" in said and "paid from the account some-account" in said

@@ -181,7 +181,7 @@ def test_a_trial_takes_over_no_run_of_another_one(tmp_path: Path) -> None:
 
 def test_what_a_trial_has_released_stays_counted(tmp_path: Path) -> None:
     trial = dpft.Trial(account(tmp_path), TRIAL, tmp_path)
-    paid = trial.spend(iter([(FIGURE, 1)]), "a figure")  # type: ignore[arg-type]
+    paid = trial.spend(iter([(FIGURE, 1)]), "a figure")  # type: ignore[arg-type]  # not as annotated
     trial.reserve("run", [(STEP, 5)], "a training")
     trial.finish("run", [(STEP, 4)])
     for name, fewer in ((paid, []), ("run", [(STEP, 3)])):
@@ -193,7 +193,7 @@ def test_what_a_trial_has_released_stays_counted(tmp_path: Path) -> None:
         trial.finish("other", [])
     for count in (0.5, -1, True):
         with pytest.raises(AccountingError, match="whole number"):
-            trial.spend([(STEP, count)], "less than nothing")  # type: ignore[list-item]
+            trial.spend([(STEP, count)], "less than nothing")  # type: ignore[list-item]  # not as annotated
     trial.finish("run", [(STEP, 4)])
     with pytest.raises(BudgetExceededError):
         trial.spend([(FIGURE, 1)], "another figure")

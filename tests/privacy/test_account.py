@@ -56,8 +56,8 @@ def test_releases_given_as_an_iterator_do_not_pass_for_nothing(path: Path) -> No
     account = create(path, epsilon=0.1)
     for pay in (account.spend, lambda uses, what: account.reserve("run", uses, what)):
         with pytest.raises(BudgetExceededError):
-            pay(iter([(QUERY, 50), (PureRelease(3.0), 1)]), "figures")  # type: ignore[operator, arg-type]
-    account.reserve("run", iter([(PureRelease(0.001), 1)]), "one")  # type: ignore[arg-type]
+            pay(iter([(QUERY, 50), (PureRelease(3.0), 1)]), "figures")  # type: ignore[operator, arg-type]  # not as annotated
+    account.reserve("run", iter([(PureRelease(0.001), 1)]), "one")  # type: ignore[arg-type]  # not as annotated
     assert account.uses() == [(PureRelease(0.001), 1)]
 
 

@@ -253,12 +253,12 @@ def test_releases_given_as_an_iterator_are_counted() -> None:
     budget = PrivacyFilter(1e9, 1e-5)
     budget.spend(iter([(release, 3)]))
     assert budget.uses() == [(release, 3)] and budget.rdp(iter([(release, 3)])) == budget.rdp([(release, 3)]) > 0
-    best = Selection(iter([(release, 2)]), 4.0)  # type: ignore[arg-type]
+    best = Selection(iter([(release, 2)]), 4.0)  # type: ignore[arg-type]  # not as annotated
     assert epsilon([(best, 1)], 1e-5) == epsilon([(Selection(((release, 2),), 4.0), 1)], 1e-5) > 0
     assert one_training(iter([(PureRelease(0.5), 1), (release, 2)])) == [(release, 2), (PureRelease(0.5), 1)]
-    assert of_one_run(iter([(release, 2)])) == [(release, 2)]  # type: ignore[arg-type]
+    assert of_one_run(iter([(release, 2)])) == [(release, 2)]  # type: ignore[arg-type]  # not as annotated
     history = [(release, 4)]
-    steps = [max_steps_within(release, 3.0, 1e-5, history=h) for h in (history, iter(history))]  # type: ignore[arg-type]
+    steps = [max_steps_within(release, 3.0, 1e-5, history=h) for h in (history, iter(history))]  # type: ignore[arg-type]  # not as annotated
     assert steps[0] == steps[1] < max_steps_within(release, 3.0, 1e-5)
 
 
