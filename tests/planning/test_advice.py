@@ -53,6 +53,7 @@ def normal(x: float) -> float:
     return 0.5 * math.erfc(-x / math.sqrt(2))
 
 
+@pytest.mark.slow
 def test_the_recommended_training_keeps_its_epsilon() -> None:
     found = advised()
     for setting in (found.setting, *found.alternatives.values()):

@@ -201,6 +201,7 @@ def test_meter_counts_bytes_and_flops() -> None:
     assert meter.live == 4 * 64 * 64 and meter.peak >= 2 * meter.live
 
 
+@pytest.mark.slow
 def test_isolation_checks_are_not_measured() -> None:
     """Backward 8, which dpft makes with its check, is a tiny one: all that is measured costs the same."""
     case = Case(Shape(width=64, layers=1, vocab=50, tokens=16, rows=2), "cpu", "one_pass")
