@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from dpft.errors import WrapError
-from dpft.noise import Place
+from dpft.noise import Place, check_addition
 from dpft.privacy.correlated.noise_secrets import NoiseSecret
 from dpft.privacy.correlated.optimum import noise_coefficients
 from dpft.privacy.correlated.strategy import Strategy
@@ -120,10 +120,7 @@ class CorrelatedNoise:
         """
         if not self._open:
             raise WrapError("correlated noise is added within a release only: the steps must be told apart")
-        if tensor.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"noise is added in float32 or float64, not {tensor.dtype}, which would round it")
-        if not 0.0 <= std < float("inf"):
-            raise ValueError(f"std is {std!r}; expected a finite number >= 0")
+        check_addition(tensor, std)
         if os.getpid() != self._pid:
             raise RuntimeError(
                 f"process {os.getpid()} inherited this noise source by fork and would repeat its draws; resume the "

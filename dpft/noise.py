@@ -34,6 +34,18 @@ class Place(NamedTuple):
     size: int
 
 
+def check_addition(tensor: Tensor, std: float) -> None:
+    """Refuse noise that would be rounded or is none.
+
+    Raises:
+        ValueError: a dtype in which noise would be rounded (bf16, fp16), or a negative or infinite std.
+    """
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"noise is added in float32 or float64, not {tensor.dtype}, which would round it")
+    if not 0.0 <= std < float("inf"):
+        raise ValueError(f"std is {std!r}; expected a finite number >= 0")
+
+
 class GaussianNoise:
     """A stream of independent Gaussian draws that is never repeated.
 
@@ -101,10 +113,7 @@ class GaussianNoise:
         Raises:
             ValueError: a dtype in which noise would be rounded (bf16, fp16), or a negative or infinite std.
         """
-        if tensor.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"noise is added in float32 or float64, not {tensor.dtype}, which would round it")
-        if not 0.0 <= std < float("inf"):
-            raise ValueError(f"std is {std!r}; expected a finite number >= 0")
+        check_addition(tensor, std)
         if os.getpid() != self._pid:
             raise RuntimeError(
                 f"process {os.getpid()} inherited this noise source by fork and would repeat its draws; make a new "

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from dpft.errors import PrivacyConfigError
 from dpft.privacy.adaptive_clip import AdaptiveClip
-from dpft.privacy.mechanism import STRATEGY_OF, AccountantName, SamplerName, UnitName
+from dpft.privacy.mechanism import STRATEGY_OF, AccountantName, SamplerName, UnitName, check_unit
 
 ClipFunctionName = Literal["abadi", "automatic"]
 MechanismName = Literal["dp_sgd", "bandmf", "blt"]
@@ -103,11 +103,7 @@ def _check_combinations(config: Any) -> None:
                 f"expected_batch_size={config.expected_batch_size!r} with sampler={config.sampler!r}, whose batches "
                 "have that size, or have it on average; expected a whole number."
             )
-    if (config.unit == "user") != (config.examples_per_user is not None):
-        raise PrivacyConfigError(
-            f"unit={config.unit!r} with examples_per_user={config.examples_per_user!r}; give examples_per_user (an "
-            "upper bound that the data really keeps) exactly when unit='user'."
-        )
+    check_unit(config.unit, config.examples_per_user)
     if config.adaptive_clip is not None and (
         config.unit != "example" or config.sampler not in _COUNTED or config.clip_function != "abadi"
     ):

@@ -144,6 +144,19 @@ WITHOUT_N = tuple(name for name, needs in _NEEDS.items() if "dataset_size" not i
 STRATEGY_OF: dict[str, str] = {"cyclic_poisson": "bandmf", "fixed_order": "blt"}
 
 
+def check_unit(unit: str, examples_per_user: int | None) -> None:
+    """Refuse users without a bound on their examples, and a bound without users.
+
+    Raises:
+        PrivacyConfigError: one without the other.
+    """
+    if (unit == "user") != (examples_per_user is not None):
+        raise PrivacyConfigError(
+            f"unit={unit!r} with examples_per_user={examples_per_user!r}; give examples_per_user (an upper bound that "
+            "the data really keeps) exactly when unit='user'."
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mechanism:
     """The constants of one release.
@@ -198,11 +211,7 @@ class Mechanism:
                 f"batch_size={self.batch_size} is larger than the {self.dataset_size} examples of the dataset; "
                 "lower expected_batch_size."
             )
-        if (self.unit == "user") != (self.examples_per_user is not None):
-            raise PrivacyConfigError(
-                f"unit={self.unit!r} with examples_per_user={self.examples_per_user!r}; give examples_per_user (an "
-                "upper bound that the data really keeps) exactly when unit='user'."
-            )
+        check_unit(self.unit, self.examples_per_user)
         if self.examples_per_user is not None and self.examples_per_user < 1:
             raise PrivacyConfigError(f"examples_per_user={self.examples_per_user!r}; expected a whole number >= 1.")
         if self.unit == "user" and self.sampler != "poisson":
