@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import dpft
-from dpft import LedgerError
+from dpft import BudgetExceededError, LedgerError, WrapError
 from dpft.privacy import Ledger
 from tests.training import EXAMPLES, Training, config, examples, values
 
@@ -163,6 +163,20 @@ def test_a_resume_without_the_secrets_ends(changes: dict[str, Any], tmp_path: Pa
     train(tmp_path / "ledger", changes, 1, continue_ledger=True)[0].close()  # the ledger was closed, and nothing lost
     with pytest.raises(LedgerError, match="another mechanism"):  # a plan that was extended
         train(tmp_path / "ledger", {**changes, "num_steps": STEPS + 1}, continue_ledger=True)
+
+
+@both
+def test_a_run_that_is_over_needs_no_secrets_and_releases_nothing(changes: dict[str, Any], tmp_path: Path) -> None:
+    """The recipes delete the file at the end, and load the run again, such as to publish it."""
+    train(tmp_path / "ledger", changes)[0].close()
+    (tmp_path / "_ledger.noise").unlink()
+    again = Training(tmp_path / "ledger", dataset=Seen(), changes=changes, test_seed=None, continue_ledger=True)
+    assert again.run.steps == STEPS and not (tmp_path / "_ledger.noise").exists()
+    with pytest.raises(BudgetExceededError):
+        next(iter(again.loader))
+    with pytest.raises(WrapError, match=f"was made for {STEPS}"), again.optimizer.optimizer.noise.release():
+        pass
+    again.close()
 
 
 def test_a_resume_of_another_model_ends(tmp_path: Path) -> None:

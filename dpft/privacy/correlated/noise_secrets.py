@@ -8,7 +8,8 @@ its first release. Whoever reads it can take the noise out of every release: it 
   and a digest of the examples, whose order decides which steps each one can be in;
 - ``first``: the number of releases in the ledger when a start began, and its secret.
 
-A run whose ledger has releases cannot go on without the file. A last line that a crash truncated is dropped: the start
+A run whose ledger has releases cannot go on without the file, unless all of its steps are released: such a run can be
+loaded and exported when the file is deleted. A last line that a crash truncated is dropped: the start
 that wrote it had made no release.
 """
 
@@ -72,8 +73,8 @@ def begin(
         The secrets of all starts, this one the last.
 
     Raises:
-        LedgerError: there were releases, and the file is missing, damaged, of another run or environment, or behind or
-            ahead of the ledger; or it cannot be written.
+        LedgerError: there were releases, more are planned, and the file is missing; or it is damaged, of another run
+            or environment, or behind or ahead of the ledger; or it cannot be written.
     """
     path = secrets_path(ledger)
     header = {
@@ -86,6 +87,8 @@ def begin(
         # Without releases nothing depends on what an earlier start wrote.
         fd = os.open(path, os.O_RDWR | os.O_APPEND | (0 if count else os.O_CREAT | os.O_TRUNC), 0o600)
     except FileNotFoundError as error:
+        if count >= strategy.steps:  # no noise is drawn any more: CorrelatedNoise.release refuses a further step
+            return (NoiseSecret(count, secret),)
         raise LedgerError(
             f"no {path}: the ledger counts {count} releases, and later steps take back a part of their noise, which "
             "is drawn from this file. Restore it; without it, begin a new run with another ledger_path."
