@@ -11,6 +11,7 @@ from dpft.errors import LedgerError
 from dpft.privacy.accounting.accountant import Event, of_one_run
 from dpft.privacy.config import PrivacyConfig
 from dpft.privacy.ledger import Ledger, LedgerContent, resume_state
+from dpft.privacy.mechanism import Mechanism
 from dpft.privacy.schedule import PrivacySchedule
 
 
@@ -102,6 +103,19 @@ class SharedLedger:
             self._file.close()
 
 
+def _differences(before: Mechanism, now: Mechanism) -> str:
+    """What differs, in words. The numbers of a strategy follow from its other constants, and may be many."""
+    sides = []
+    for mechanism in (before, now):
+        values = mechanism.to_dict()
+        values |= {f"{name} of the noise": value for name, value in values.pop("strategy", {}).items()}
+        sides.append(values)
+    a, b = sides
+    names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
+    few = [name for name in names if not isinstance(a.get(name, b.get(name)), list)]
+    return ", ".join(f"{name} {a.get(name)}, now {b.get(name)}" for name in few or names)
+
+
 def open_ledger(
     path: Path,
     privacy: PrivacyConfig,
@@ -129,9 +143,9 @@ def open_ledger(
         others = [mechanism for mechanism, count in content.events if count and mechanism != schedule.mechanism]
         if others:
             raise LedgerError(
-                f"the ledger {path} has releases of another mechanism ({others[0]}) than the one planned "
-                f"({schedule.mechanism}). Resume with the configuration of the run that wrote it, or choose another "
-                "ledger_path for a new run."
+                f"the ledger {path} has releases of another mechanism than the one planned: "
+                f"{_differences(others[0], schedule.mechanism)}. Resume with the configuration of the run that wrote "
+                "it, or choose another ledger_path for a new run."
             )
         written = {"isolated": True} | (content.header.get("config") or {})  # older ledgers do not say
         before = {name: written.get(name) for name in conditions}
