@@ -55,7 +55,7 @@ class Variant:
     @property
     def tuned_as(self) -> str:
         """The variant whose learning rate it takes: that of balls and bins is not tuned by itself."""
-        return f"{self.optimizer} dp_sgd" if self.mechanism == "balls_and_bins" else self.name
+        return self.name.replace("balls_and_bins", "dp_sgd")
 
 
 VARIANTS = (
@@ -69,6 +69,14 @@ VARIANTS = (
     Variant("adamw_bc", "dp_sgd", floor=1.0, late=True),
     Variant("adamw", "dp_sgd", averaged=True, constant=True, late=True),
     Variant("adamw", "balls_and_bins", late=True),
+    Variant("sgd", "balls_and_bins", late=True),
+    Variant("adamw", "bandmf", constant=True, late=True),
+    Variant("adamw", "blt", constant=True, late=True),
+    Variant("adamw", "balls_and_bins", constant=True, late=True),
+    Variant("sgd", "dp_sgd", constant=True, late=True),
+    Variant("sgd", "bandmf", constant=True, late=True),
+    Variant("sgd", "blt", constant=True, late=True),
+    Variant("sgd", "balls_and_bins", constant=True, late=True),
 )
 
 
