@@ -126,11 +126,11 @@ def _check_combinations(config: Any) -> None:
 
 
 def _check_mechanism(config: Any) -> None:
-    for name, mechanism in (("bands", "bandmf"), ("buffers", "blt")):
+    for name, mechanism, usual in (("bands", "bandmf", 8), ("buffers", "blt", 4)):
         if (getattr(config, name) is not None) != (config.mechanism == mechanism):
             raise PrivacyConfigError(
                 f"mechanism={config.mechanism!r} with {name}={getattr(config, name)!r}; give {name} exactly with "
-                f"mechanism={mechanism!r}."
+                f"mechanism={mechanism!r}, such as {name}={usual}."
             )
     needs = {kind: sampler for sampler, kind in STRATEGY_OF.items()}.get(config.mechanism)
     if config.sampler != needs and (needs is not None or config.sampler in STRATEGY_OF):
