@@ -87,8 +87,8 @@ class CorrelatedNoise:
             )
         count = None if self._recorded is None else self._recorded()
         if count not in (None, self.position + 1):
-            # After an interrupt behind a ledger's line: in rows of the noise, an example's steps would be nearer to each
-            # other than the strategy was made for.
+            # After an interrupt behind a ledger's line. An example's steps would be nearer to each other, in rows of
+            # the noise, than the strategy was made for.
             raise WrapError(
                 f"the ledger counts {count} releases, and the noise to come is that of release {self.position + 1}: a "
                 "release was recorded and not made, by an interrupt or a call of record(). End the run and resume it."
