@@ -75,7 +75,8 @@ def max_steps_within(
         limit: largest number that is considered.
 
     Returns:
-        A number in [0, limit]; 0 if the history alone has spent the budget, or without noise.
+        A number in [0, limit]; 0 if the history alone has spent the budget, or without noise. At most so many as PLD
+        composes at this delta.
 
     Raises:
         AccountingError: as :func:`compose_epsilon`.
