@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from dpft.errors import AccountingError, PrivacyConfigError
-from dpft.privacy.accounting.accountant import Event, compose_cached, compose_epsilon, merged
+from dpft.privacy.accounting.accountant import Event, compose_cached, compose_epsilon, least_delta, merged
 from dpft.privacy.mechanism import AccountantName, Mechanism
 
 _SMALLEST_NOISE, _LARGEST_NOISE = 0.05, 1e5
@@ -75,7 +75,8 @@ def max_steps_within(
         limit: largest number that is considered.
 
     Returns:
-        A number in [0, limit]; 0 if the history alone has spent the budget, or without noise.
+        A number in [0, limit]; 0 if the history alone has spent the budget, or without noise. At most so many as PLD
+        composes at this delta.
 
     Raises:
         AccountingError: as :func:`compose_epsilon`.
@@ -84,7 +85,10 @@ def max_steps_within(
     history = tuple(history)  # it is read again for each number of steps
 
     def within(steps: int) -> bool:
-        return compose_epsilon([*history, (mechanism, steps)], delta, accountant=accountant) <= target_epsilon
+        events = merged([*history, (mechanism, steps)])
+        if steps > 1 and accountant == "pld" and mechanism.noise_multiplier > 0 and least_delta(events) > delta:
+            return False  # more than have a bound
+        return compose_epsilon(events, delta, accountant=accountant) <= target_epsilon
 
     if mechanism.strategy is not None:
         limit = min(limit, mechanism.strategy.steps)  # it has no more
