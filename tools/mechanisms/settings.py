@@ -71,6 +71,7 @@ VARIANTS = (
     Variant("adamw", "dp_sgd", averaged=True, constant=True, late=True),
     Variant("adamw", "balls_and_bins", late=True),
     Variant("sgd", "balls_and_bins", late=True),
+    Variant("adamw_bc", "dp_sgd", floor=1.0, constant=True, late=True),
     Variant("adamw", "bandmf", constant=True, late=True),
     Variant("adamw", "blt", constant=True, late=True),
     Variant("adamw", "balls_and_bins", constant=True, late=True),

@@ -154,6 +154,7 @@ AFTER = {
     "average of its weights, constant learning rate": "adamw dp_sgd constant" + AVERAGED,
     "`AdamWBC`, floor 0.1": "adamw_bc dp_sgd floor 0.1",
     "`AdamWBC`, floor 1": "adamw_bc dp_sgd floor 1",
+    "`AdamWBC`, floor 1, constant learning rate": "adamw_bc dp_sgd floor 1 constant",
 }
 
 
