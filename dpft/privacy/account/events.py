@@ -36,7 +36,7 @@ class PureRelease:
     """A release that is epsilon-DP with delta 0, such as a sparse vector, under the account's adjacency and unit.
 
     Attributes:
-        epsilon: > 0.
+        epsilon: > 0, at most 700: more protects nothing, and its exponential leaves the range of float64.
 
     Raises:
         PrivacyConfigError: out of range.
@@ -45,8 +45,8 @@ class PureRelease:
     epsilon: float
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.epsilon) and self.epsilon > 0):
-            raise PrivacyConfigError(f"a pure release with epsilon={self.epsilon!r}; expected a finite number > 0.")
+        if not 0 < self.epsilon <= 700:
+            raise PrivacyConfigError(f"a pure release with epsilon={self.epsilon!r}; expected a number in (0, 700].")
 
 
 @dataclass(frozen=True)
