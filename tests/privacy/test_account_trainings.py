@@ -113,6 +113,24 @@ def test_settle_reads_a_ledger_of_several_starts(path: Path, tmp_path: Path) -> 
     assert account.settle() and account.uses() == [(BLT, 12)]
 
 
+@pytest.mark.parametrize("mechanism", [BANDMF, BLT])
+def test_a_line_that_was_cut_off_after_the_last_step_is_no_step(path: Path, tmp_path: Path, mechanism: Any) -> None:
+    """Such as that of a start whose disk was full: correlated noise has no epsilon beyond its last step."""
+    account = create(path)
+    file = tmp_path / "ledger.jsonl"
+    with Ledger.open(file, "new", mechanism=mechanism) as ledger:
+        account.reserve(ledger.run_id, [(mechanism, 40)], "a training", ledger=file)
+        for _ in range(40):
+            ledger.record()
+    with file.open("ab") as cut:
+        cut.write(b'{"segment":1,"ti')
+    assert Ledger.read(file).count == 41
+    assert account.settle() == [ledger.run_id] and account.uses() == [(mechanism, 40)]
+    account.spend([(DP_SGD, 1)], "the next one")
+    with pytest.raises(AccountingError, match="made for 40"):
+        account.reserve("other", [(mechanism, 41)], "more steps than there are")
+
+
 def test_a_copy_of_a_run_that_is_open_is_not_paid_for_by_it(path: Path, tmp_path: Path) -> None:
     """Both would release on, each after the releases of the other's beginning, and one of them would be counted."""
     account = create(path)

@@ -22,6 +22,7 @@ from dpft.privacy.account.events import (
     check_words,
     less,
     one_training,
+    released_by,
     whole,
 )
 from dpft.privacy.account.file import AccountContent, Entry
@@ -195,7 +196,7 @@ class Account:
             AccountingError: a number of releases that is none.
             LedgerError: no such reservation, it has ended with more releases, or the account could not be written.
         """
-        uses = one_training(uses)
+        uses = released_by(uses)
         with files.locked(self.path) as (fd, content):
             if (before := content.entry(name)) is None:
                 raise LedgerError(f"the account {self.path} has no use named {name!r}; it may be an old copy.")

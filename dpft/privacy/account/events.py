@@ -180,6 +180,18 @@ def one_training(uses: Sequence[Use]) -> list[Use]:
     return [*accounting.of_one_run(mechanisms), *others]
 
 
+def released_by(uses: Sequence[Use]) -> list[Use]:
+    """:func:`one_training` of what a ledger counts, which may be one more than there was: a line that a crash cut off.
+
+    Correlated noise has no step beyond its last one, and no epsilon: the account could not be computed any more.
+    """
+    found: list[Use] = []
+    for release, count in one_training(uses):
+        strategy = release.strategy if isinstance(release, Mechanism) else None
+        found.append((release, count if strategy is None else min(count, strategy.steps)))
+    return found
+
+
 def less(uses: Sequence[Use], others: Sequence[Use]) -> bool:
     """Whether ``others`` make some release more often than ``uses`` do."""
     mine = counted(uses)
