@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import threading
@@ -367,6 +368,9 @@ def test_the_statement_says_for_whom_and_on_what_condition(path: Path, tmp_path:
     words = ["(3, 1e-05)", "one example is added or removed", "however each use", "the records of a test", "a search"]
     for part in (*words, "mean 4, Poisson", "reserved, counted in full", account.account_id):
         assert part in text
+    many = create(tmp_path / "c")
+    many.spend([(dataclasses.replace(CUT, dataset_size=123_456_789, sample_rate=1e-7 / 3), 1)], "a training")
+    assert "dataset_size 123456789" in many.markdown() and "sample_rate 3.333333333e-08" in many.markdown()
     other = create(tmp_path / "b", composition="pld", unit="user", examples_per_user=3)
     assert "one user is added" in other.markdown() and "if no use" in other.markdown()
 

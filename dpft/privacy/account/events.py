@@ -132,20 +132,22 @@ def use_from_json(values: Any) -> Use:
 
 
 def described(release: Release) -> str:
-    """A release in a few words, with its constants."""
+    """A release in a few words, with its constants, to as many digits as it takes to compute its epsilon again."""
     if isinstance(release, Mechanism):
         left_out = ("sampler", "unit", "strategy")
         constants = {name: value for name, value in release.to_dict().items() if name not in left_out}
-        shown = ", ".join(f"{name} {value:g}" for name, value in constants.items())
+        shown = ", ".join(f"{name} {value:.10g}" for name, value in constants.items())
         if release.strategy is None:
             return f"{release.sampler} Gaussian ({shown})"
         strategy = ", ".join(f"{name} {value}" for name, value in release.strategy.to_dict().items() if name != "kind")
         return f"step of a training with correlated noise, {release.strategy.kind} ({shown}; {strategy})"
     if isinstance(release, PureRelease):
-        return f"pure epsilon {release.epsilon:g}"
-    law = "Poisson" if release.distribution == "poisson" else f"truncated negative binomial, shape {release.shape:g}"
+        return f"pure epsilon {release.epsilon:.10g}"
+    law = (
+        "Poisson" if release.distribution == "poisson" else f"truncated negative binomial, shape {release.shape:.10g}"
+    )
     trial = "; ".join(f"{count} x {described(inner)}" for inner, count in release.trial)
-    return f"best of a random number of trials (mean {release.trials:g}, {law}), each: {trial}"
+    return f"best of a random number of trials (mean {release.trials:.10g}, {law}), each: {trial}"
 
 
 def counted(uses: Sequence[Use]) -> Counter[Release]:
