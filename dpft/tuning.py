@@ -205,7 +205,7 @@ def tune(
         train: candidate and :class:`Trial` -> score (larger is better) and output. Everything that it computes from
             the account's records it must pay from the trial, and write below ``trial.folder``; for a training that
             it starts in other processes, which cannot pay, it calls ``trial.reserve``. An exception ends the search,
-            which stays paid for.
+            which stays paid for; one that comes from the records is not, and is to be caught there: the lowest score.
         candidates: what is searched. One is drawn uniformly for each trial, with replacement.
         account: of the records, with ``composition="rdp"`` unless ``distribution="fixed"``.
         trial: the releases of one trial, all candidates alike: mechanisms with their numbers.
