@@ -14,6 +14,7 @@ from datasets import load_dataset
 
 import dpft
 import synthesize_dp
+from dpft.privacy import Ledger
 from finetune.output import ACCOUNT, DISTRIBUTION, LEDGER, _choose_output, _clear
 from finetune.private import privacy_config
 from finetune.synthetic import histogram
@@ -107,7 +108,7 @@ def test_starting_anew_leaves_no_reservation_of_the_run_that_died(tmp_path: Path
     """Its ledger goes, or gets another name: settle() would not find it any more."""
     folder, file = tmp_path / "run", tmp_path / "records.jsonl"
     account, mechanism = dpft.Account.create(file, epsilon=8.0, delta=1e-5), schedule(noise_multiplier=2.0).mechanism
-    with dpft.privacy.Ledger.open(folder / LEDGER, "new", mechanism=mechanism) as ledger:
+    with Ledger.open(folder / LEDGER, "new", mechanism=mechanism) as ledger:
         account.reserve(ledger.run_id, [(mechanism, 20)], "a training", ledger=ledger.path)
         for _ in range(releases):
             ledger.record()
