@@ -167,9 +167,14 @@ def test_pure_releases(eps: float) -> None:
         assert value <= min(eps, order * eps**2 / 2) * (1 + 1e-9)
     assert eps - 0.05 <= epsilon([(PureRelease(eps), 1)], 1e-9, "pld") <= eps * 1.07
     assert epsilon([(PureRelease(eps), 3)], 1e-9, "pld") <= 3 * eps * 1.07
-    for bad in (0.0, -1.0, math.nan, math.inf):
+    for bad in (0.0, -1.0, math.nan, math.inf, 701.0):
         with pytest.raises(PrivacyConfigError):
             PureRelease(bad)
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_the_largest_pure_release_has_an_epsilon(accountant: str) -> None:
+    assert 699.99 <= epsilon([(PureRelease(700.0), 1)], 1e-9, accountant) < 701  # delta takes some
 
 
 def test_pld_of_pure_and_gaussian_together() -> None:

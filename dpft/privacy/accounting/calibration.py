@@ -49,7 +49,7 @@ def calibrate_noise_multiplier(
         raise PrivacyConfigError(f"steps={steps!r}; expected a whole number >= 1 to calibrate the noise for.")
     if not (math.isfinite(target_epsilon) and target_epsilon > 0):
         raise PrivacyConfigError(f"target_epsilon={target_epsilon!r}; expected a finite number > 0.")
-    past = tuple(merged(history))
+    past, rel_tol = tuple(merged(history)), max(rel_tol, 1e-9)  # a search for less might never end
     return _calibrate(
         mechanism.with_noise(1.0), steps, float(target_epsilon), float(delta), accountant, past, rel_tol, coarse
     )
