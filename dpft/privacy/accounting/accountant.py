@@ -219,9 +219,9 @@ def check_events(
         )
 
 
-def least_delta(events: Sequence[Event]) -> float:
-    """The least delta for which PLD composes these releases, each mechanism with noise."""
-    return max(_SMALLEST_DELTA, _DELTA_OF_ONE * sum(_as_composition(*event)[1] for event in events))
+def least_delta(events: Sequence[Event], others: int = 0) -> float:
+    """The least delta for which PLD composes these releases, each mechanism with noise, and ``others`` beside them."""
+    return max(_SMALLEST_DELTA, _DELTA_OF_ONE * (others + sum(_as_composition(*event)[1] for event in events)))
 
 
 def _check_common(events: tuple[Event, ...], one_unit: bool) -> None:
