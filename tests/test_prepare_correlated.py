@@ -176,7 +176,7 @@ def test_a_run_that_is_over_needs_no_secrets_and_releases_nothing(changes: dict[
     assert again.run.steps == STEPS and not (tmp_path / "_ledger.noise").exists()
     with pytest.raises(BudgetExceededError):
         next(iter(again.loader))
-    with pytest.raises(WrapError, match=f"was made for {STEPS}"), again.optimizer.optimizer.noise.release():
+    with pytest.raises(WrapError, match=f"that of release {STEPS + 1}"), again.optimizer.optimizer.noise.release():
         pass
     again.close()
 
