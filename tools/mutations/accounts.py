@@ -76,6 +76,14 @@ ACCOUNT_MUTATIONS = (
         ACCOUNT + PAYING,
     ),
     Mutation(
+        "account_frees_the_crashed",
+        "a training whose ledger is gone is settled with no release",
+        _ACCOUNT,
+        "        except OSError:\n            return False\n        try:\n            #",
+        "        except OSError:\n            return not self.finish(entry.name, [])\n        try:\n            #",
+        ACCOUNT,
+    ),
+    Mutation(
         "account_old_ledger",
         "an old copy of a ledger takes the place of the newer count",
         _ACCOUNT,

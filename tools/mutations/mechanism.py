@@ -65,6 +65,14 @@ MECHANISM_MUTATIONS = (
         SECURE,
     ),
     Mutation(
+        "secure_rng_ignored",
+        "secure noise is stated, and a training draws the other one",
+        _PREPARE,
+        "secure=run.schedule.secure_rng",
+        "secure=False",
+        PREPARE,
+    ),
+    Mutation(
         "noise_copied",
         "a source of noise can be copied",
         _NOISE,
@@ -176,6 +184,14 @@ MECHANISM_MUTATIONS = (
         "np.sort(logical[logical % self.world_size == self.rank])",
         "np.sort(logical)",
         SAMPLER,
+    ),
+    Mutation(
+        "epoch_goes_on_in_another_order",
+        "a resume in the middle of an epoch draws examples of its first part again, in an epoch that is counted once",
+        _PREPARE,
+        "first_step=run.steps,",
+        "first_step=0,",
+        PREPARE,
     ),
     Mutation(
         "lengths_change_the_draw",

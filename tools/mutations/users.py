@@ -49,6 +49,14 @@ USER_MUTATIONS = (
         GROUPS,
     ),
     Mutation(
+        "users_clipped_row_by_row",
+        "each row of a user is clipped to C by itself, and not the gradient of all of them",
+        _USERS,
+        "torch.arange(len(users)).repeat_interleave(counts)",
+        "torch.arange(int(counts.sum()))",
+        USERS,
+    ),
+    Mutation(
         "unit_user_of_users",
         "a dataset of users is taken for one of examples of users",
         _USERS,
