@@ -299,12 +299,12 @@ MECHANISM_MUTATIONS = (
         ("tests/test_prepare_spending.py",),
     ),
     Mutation(
-        "rows_for_users",
-        "each record of a user is clipped apart, and a user protected by the epsilon of one record",
+        "rows_for_documents",
+        "each row of a document is clipped apart, and a document protected by the epsilon of one row",
         "recipes/finetune/data/examples.py",
         "torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p) for p in parts]))",
         "torch.arange(len(rows))",
-        ("tests/recipes/test_users.py",),
+        ("tests/recipes/test_documents.py",),
     ),
     # the loop
     Mutation(

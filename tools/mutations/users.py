@@ -57,6 +57,14 @@ USER_MUTATIONS = (
         USERS,
     ),
     Mutation(
+        "rows_for_users",
+        "a recipe clips each record of a user apart, and a user is protected by the epsilon of one record",
+        "recipes/finetune/data/users.py",
+        "torch.arange(len(users)).repeat_interleave(counts)",
+        "torch.arange(int(counts.sum()))",
+        ("tests/recipes/test_users.py",),
+    ),
+    Mutation(
         "unit_user_of_users",
         "a dataset of users is taken for one of examples of users",
         _USERS,
