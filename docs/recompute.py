@@ -29,6 +29,7 @@ from scipy import fft, special, stats
 
 TOLERANCE = 0.01
 Segments = list[tuple[dict[str, Any], int]]
+Law = tuple[Any, Any]  # of a mixture of Gaussians: their means, and their probabilities
 
 
 # ------------------------------------------------------------------------------------------------ one mechanism
@@ -161,6 +162,41 @@ PLDS: dict[str, Callable[[dict[str, Any], int, float, int], Any]] = {
 }
 
 
+def mixture_of(m: dict[str, Any]) -> tuple[Law, Law]:
+    """What a release is at most, with a unit and without: of a user, Binomial(k, q) examples; else one or none."""
+    k = m.get("examples_per_user") or 1
+    counts = np.arange(k + 1)
+    return (counts, stats.binom.pmf(counts, k, m["sample_rate"])), (np.zeros(1), np.ones(1))
+
+
+def log_moment(upper: Law, lower: Law, sigma: float, order: float) -> float:
+    """Logarithm of the integral of P^order Q^(1 - order), for mixtures P, Q of Gaussians; by the trapezoidal rule."""
+    means = np.concatenate([upper[0], lower[0]])
+    span = float(np.ptp(means))
+    reach = order * span + 40 * sigma
+    x = np.arange(means.min() - reach, means.max() + reach, min(sigma / 5, math.pi * sigma**2 / span / 10))
+    p, q = (special.logsumexp(stats.norm.logpdf(x[:, None], a, sigma), axis=1, b=w) for a, w in (upper, lower))
+    return max(0.0, float(special.logsumexp(order * p + (1 - order) * q) + math.log(x[1] - x[0])))
+
+
+def rdp_of_mixtures(m: dict[str, Any], steps: int, order: float) -> float:
+    """RDP where dp_accounting has none: users, and batches that are cut; of the pairs of which it composes PLDs."""
+    one, none = mixture_of(m)
+    sigma = m["noise_multiplier"]
+    added = max(log_moment(one, none, sigma, order), log_moment(none, one, sigma, order))
+    if m["sampler"] == "poisson":
+        return steps * added / (order - 1)
+    q, cap, found = m["sample_rate"], m["max_batch_size"], [added]
+    for n in (m["dataset_size"], m["dataset_size"] + 1):
+        cut = float(stats.binom.sf(cap - 1, n - 1, q))  # the batch is cut, if the example is drawn
+        if cut > 0:  # then the example replaces another
+            drawn = float(stats.binom.sf(cap, n, q)) * cap / cut / n
+            weights = np.array([1 - drawn, drawn])
+            replaced = log_moment((np.array([0, 2]), weights), (np.array([0, -2]), weights), sigma, order)
+            found.append(float(special.logsumexp([replaced, added], b=[cut, 1 - cut])))
+    return steps * max(found) / (order - 1)
+
+
 def rdp_event(m: dict[str, Any], steps: int) -> tuple[Any, int]:
     """For RDP: an event of dp_accounting, and how often it happens."""
     sigma, sampler = m["noise_multiplier"], m["sampler"]
@@ -173,8 +209,6 @@ def rdp_event(m: dict[str, Any], steps: int) -> tuple[Any, int]:
         return dp_accounting.GaussianDpEvent(_whole_training(m, steps)), 1
     if sampler == "cyclic_poisson":
         steps = math.ceil(steps / m["strategy"]["min_separation"])
-    elif sampler != "poisson" or m.get("examples_per_user"):
-        raise ValueError(f"{sampler} has no RDP here")
     return dp_accounting.PoissonSampledDpEvent(m["sample_rate"], dp_accounting.GaussianDpEvent(sigma)), steps
 
 
@@ -205,6 +239,12 @@ def epsilon(segments: Segments, delta: float, accountant: str, h: float = 1e-4) 
         return math.inf
     if not segments:
         return 0.0
+    if accountant == "rdp" and all(
+        m["sampler"] == "truncated_poisson" or m.get("examples_per_user") for m, _ in segments
+    ):
+        orders = rdp.rdp_privacy_accountant.DEFAULT_RDP_ORDERS
+        total = [sum(rdp_of_mixtures(m, count, order) for m, count in segments) for order in orders]
+        return float(rdp.compute_epsilon(orders, total, delta)[0])
     if accountant == "rdp":
         fixed = segments[0][0]["sampler"] == "fixed_size"
         relation = dp_accounting.NeighboringRelation.REPLACE_ONE if fixed else None

@@ -25,7 +25,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -53,11 +53,19 @@ class CorrelatedNoise:
         strategy: its matrix C.
         secrets: of every start of the run, in order; the last is this one's, and of no other start.
         device: where noise is drawn, on whose kind the numbers depend; None: wherever the tensors are.
+        recorded: the number of releases in the ledger, which has the line of each before its noise is drawn; by it the
+            sampler chooses the examples of a step. None: there is no ledger.
     """
 
-    def __init__(self, strategy: Strategy, secrets: Sequence[NoiseSecret], device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        strategy: Strategy,
+        secrets: Sequence[NoiseSecret],
+        device: torch.device | None = None,
+        recorded: Callable[[], int] | None = None,
+    ) -> None:
         self.strategy, self.position = strategy, secrets[-1].first
-        self._secrets, self._device = tuple(secrets), device
+        self._secrets, self._device, self._recorded = tuple(secrets), device, recorded
         self._pid = os.getpid()
         self._tensors: list[_TensorNoise] = []
         self._next = 0
@@ -69,12 +77,21 @@ class CorrelatedNoise:
         """One step: within it, :meth:`add_` is called once for each tensor.
 
         Raises:
-            WrapError: an earlier release was not finished, or other tensors get noise than at the first release.
+            WrapError: an earlier release was not finished, or other tensors get noise than at the first release; or
+                the ledger counts another number of releases than those that had noise.
         """
         if self._broken or self._open:
             raise WrapError(
                 "a release with correlated noise was not finished: the noise of its step is drawn for some parameters "
                 "and not for others. End the run and resume it."
+            )
+        count = None if self._recorded is None else self._recorded()
+        if count not in (None, self.position + 1):
+            # After an interrupt behind a ledger's line. An example's steps would be nearer to each other, in rows of
+            # the noise, than the strategy was made for.
+            raise WrapError(
+                f"the ledger counts {count} releases, and the noise to come is that of release {self.position + 1}: a "
+                "release was recorded and not made, by an interrupt or a call of record(). End the run and resume it."
             )
         if self.position >= self.strategy.steps:
             raise WrapError(
@@ -91,8 +108,8 @@ class CorrelatedNoise:
                 f"{self._next} tensors got correlated noise, and {len(self._tensors)} at the first release; expected "
                 "the same ones at every step. Do not freeze parameters or add some during the training."
             )
-        self._broken = self._first_release = False
         self.position += 1
+        self._broken = self._first_release = False  # last: what interrupts before it leaves the release unfinished
 
     def for_release(self, std: float, sensitivity: float, elements: int) -> float:
         """``std``: nothing is rounded."""

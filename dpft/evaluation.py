@@ -13,6 +13,7 @@ then counts both uses for everybody.
 from __future__ import annotations
 
 import math
+import os
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -30,8 +31,9 @@ from dpft.privacy.accounting.calibration import calibrate_noise_multiplier
 from dpft.privacy.mechanism import Mechanism, UnitName
 from dpft.scalar_noise import LARGEST_MULTIPLIER, SOURCE, GridGaussian, discrete_laplace
 
-_SCALE = 1 << 40  # of early stopping's Laplace noise on its threshold, in steps
-_MOST_STEPS = 1 << 50  # of one value: below where float64 has no whole numbers any more
+# Of early stopping's Laplace noise on its threshold, in steps. A value has at most 350 times as many, since epsilon is
+# at most 700: less than 2^49, where float64 still has whole numbers.
+_SCALE = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -199,23 +201,28 @@ class EarlyStop:
         # A unit moves a sum by at most `most` values of `steps` steps each, which is at most epsilon / 2 scales.
         most = _most_of_one_unit(account.protects, item)
         self._steps = math.floor(_SCALE * Fraction(release.epsilon) / 2 / most)
-        if not 1 <= self._steps <= _MOST_STEPS:
-            low_epsilon, high_epsilon = (2 * most * steps / _SCALE for steps in (1, _MOST_STEPS))
+        if self._steps < 1:
             raise PrivacyConfigError(
-                f"epsilon={epsilon!r} of early stopping; expected one between {low_epsilon:.2g} and {high_epsilon:g}."
+                f"epsilon={epsilon!r} of early stopping; expected at least {2 * most / _SCALE:.2g}."
             )
         self.paid = account.spend([(release, 1)], what, item=item)
         # Secret, and the same for all questions: with a fresh one for each, the answers would cost more.
         exact = (Fraction(threshold) - Fraction(self._middle)) / Fraction(self._half) * self._size * self._steps
         self._threshold = round(exact) + discrete_laplace(Fraction(_SCALE))
         self.stopped = False
+        self._pid = os.getpid()
 
     def __call__(self, values: Iterable[float] | torch.Tensor) -> bool:
         """Whether the mean has reached the threshold, up to noise.
 
         Raises:
-            BudgetExceededError: it has said yes before; a new one must be paid for.
+            BudgetExceededError: it has said yes before; a new one must be paid for. Or this is a forked process.
         """
+        if os.getpid() != self._pid:
+            raise BudgetExceededError(
+                f"process {os.getpid()} inherited early stopping, which would say stop once in each process, under "
+                "one noisy threshold; ask in the process that made it."
+            )
         if self.stopped:
             raise BudgetExceededError(
                 "early stopping has said stop, and its epsilon is spent; make another EarlyStop to ask again."
@@ -343,9 +350,10 @@ def private_counts(
 
 def _range(low: float, high: float) -> tuple[float, float]:
     """Middle and half width."""
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+    middle, half = (low + high) / 2, (high - low) / 2
+    if not (math.isfinite(middle) and 0 < half < math.inf):
         raise PrivacyConfigError(f"low={low!r} and high={high!r}; expected two finite numbers, the first one smaller.")
-    return (low + high) / 2, (high - low) / 2
+    return middle, half
 
 
 def _divisor(size: int | None, count: int) -> int:

@@ -99,7 +99,7 @@ class PrivacyRun:
         """Epsilon spent so far, at the schedule's delta; inf where the run is not private.
 
         Args:
-            exact: False gives a cheap upper bound for a progress bar, at most a few per cent above.
+            exact: False gives a cheap upper bound for a progress bar: :meth:`dpft.privacy.EpsilonMeter.at`.
 
         Raises:
             MissingPackageError: the accountant's packages are not installed.

@@ -19,16 +19,26 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-import numpy as np
 import torch.distributed as dist
 
 from dpft.errors import AccountingError, BudgetExceededError, EngineError, LedgerError, PrivacyConfigError
 from dpft.evaluation import PrivateMean
 from dpft.privacy.account.account import Account
-from dpft.privacy.account.events import PureRelease, Release, Selection, Use, check_item, check_use, less, one_training
+from dpft.privacy.account.events import (
+    PureRelease,
+    Release,
+    Selection,
+    Use,
+    check_count,
+    check_item,
+    check_use,
+    less,
+    one_training,
+)
 from dpft.privacy.mechanism import Mechanism, UnitName
 
 C = TypeVar("C")
@@ -195,7 +205,7 @@ def tune(
         train: candidate and :class:`Trial` -> score (larger is better) and output. Everything that it computes from
             the account's records it must pay from the trial, and write below ``trial.folder``; for a training that
             it starts in other processes, which cannot pay, it calls ``trial.reserve``. An exception ends the search,
-            which stays paid for.
+            which stays paid for; one that comes from the records is not, and is to be caught there: the lowest score.
         candidates: what is searched. One is drawn uniformly for each trial, with replacement.
         account: of the records, with ``composition="rdp"`` unless ``distribution="fixed"``.
         trial: the releases of one trial, all candidates alike: mechanisms with their numbers.
@@ -226,7 +236,9 @@ def tune(
         raise PrivacyConfigError("candidates is empty; expected at least one.")
     if scores not in ("private", "public"):
         raise PrivacyConfigError(f"scores={scores!r}; expected 'private' or 'public'.")
-    declared = tuple((release, int(count)) for release, count in trial)
+    declared = tuple(trial)
+    for _, count in declared:
+        check_count(count)
     if distribution == "fixed":
         uses, number = _fixed(declared, trials)
         law = f"{number} trials, all of them composed"
@@ -238,9 +250,8 @@ def tune(
         law = f"the best of a random number of trials ({distribution}, mean {trials:g}), Papernot and Steinke 2022"
     # What an example is, each trial asks those who pay from it.
     account.spend(uses, what, item=account.protects.unit)
-    randomness = np.random.default_rng(secrets.randbits(256))
     if number < 0:
-        number = number_of_trials(randomness, float(trials), distribution, float(shape))
+        number = number_of_trials(float(trials), distribution, float(shape))
     tuning = (
         f"{law}, over {len(candidates)} candidates; paid from account {account.account_id}, whose statement has the "
         f"epsilon; scores: {'private' if scores == 'private' else 'said to come from public data'}"
@@ -250,7 +261,7 @@ def tune(
     best: Tuned[C] | None = None
     highest = -math.inf
     for _ in range(number):
-        candidate = candidates[int(randomness.integers(len(candidates)))]
+        candidate = candidates[secrets.randbelow(len(candidates))]
         here = Trial(account, declared, Path(tempfile.mkdtemp(prefix="trial-", dir=root)))
         score, output = train(candidate, here)
         here.end()
@@ -281,7 +292,7 @@ def _counted(uses: Sequence[Use]) -> Counter[tuple[Release, int]]:
 
 
 def _fixed(trial: tuple[TrialUse, ...], trials: float) -> tuple[list[Use], int]:
-    if trials != int(trials) or trials < 1:
+    if not (math.isfinite(trials) and trials == int(trials) and trials >= 1):
         raise PrivacyConfigError(f"trials={trials!r} with distribution='fixed'; expected a whole number >= 1.")
     number = int(trials)
     uses: list[Use] = []
@@ -308,11 +319,12 @@ def _rank(score: float | PrivateMean, scores: str, trial: Trial) -> float:
     return -math.inf if math.isnan(score) else float(score)
 
 
-def number_of_trials(randomness: np.random.Generator, mean: float, distribution: str, shape: float) -> int:
+def number_of_trials(mean: float, distribution: str, shape: float) -> int:
     """Draw the number of trials: Poisson, or the truncated negative binomial of Papernot and Steinke, Definition 1.
 
+    Exactly, from random bits of the operating system: by coins whose probabilities are fractions.
+
     Args:
-        randomness: secret.
         mean: the expectation, >= 1.
         distribution: ``poisson`` or ``negative_binomial``.
         shape: eta >= 0 of the negative binomial.
@@ -321,18 +333,41 @@ def number_of_trials(randomness: np.random.Generator, mean: float, distribution:
         AccountingError: another distribution.
     """
     if distribution == "poisson":
-        return int(randomness.poisson(mean))
+        whole, rest = divmod(Fraction(mean), 1)
+        return sum(_poisson(Fraction(1)) for _ in range(whole)) + _poisson(rest)
     if distribution != "negative_binomial":
         raise AccountingError(f"distribution={distribution!r} of the number of trials has no theorem.")
     if mean == 1:
         return 1
-    gamma = _gamma(mean, shape)
-    if shape == 0:
-        return int(randomness.logseries(1 - gamma))
-    while True:  # truncated: drawn until it is not 0
-        number = int(randomness.negative_binomial(shape, gamma))
-        if number:
+    # Its P(k) is proportional to (1 - gamma)^k (l + eta) / (l + 1), multiplied over l = 1, ..., k - 1. The sum of m
+    # geometric numbers has m in place of eta: a k of it is kept with the quotient of the two, which is at most 1.
+    gamma, eta = Fraction(_gamma(mean, shape)), Fraction(shape)
+    parts = max(1, math.ceil(eta))
+    number, left = 0, parts
+    while left or not number:
+        if not left:  # truncated: drawn until it is not 0
+            left = parts
+        elif _coin(gamma):
+            left -= 1
+        elif number and not _coin((number + eta) / (number + parts)):
+            number, left = 0, parts
+        else:
+            number += 1
+    return number
+
+
+def _poisson(mean: Fraction) -> int:
+    """A Poisson number of a mean in [0, 1]: a k that has the probability 2^-(k + 1), kept with what it lacks."""
+    while True:
+        number = 0
+        while secrets.randbelow(2):
+            number += 1
+        if _coin((2 * mean) ** number / (2 * math.factorial(number))):
             return number
+
+
+def _coin(probability: Fraction) -> bool:
+    return secrets.randbelow(probability.denominator) < probability.numerator
 
 
 @functools.lru_cache(maxsize=8)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dpft.clipping.boundary import clip_boundary
 from dpft.clipping.clip_groups import ClipGroupsSpec, make_groups
-from dpft.clipping.factors import ClipFunction, ClipRule
+from dpft.clipping.factors import SMALLEST_BOUND, ClipFunction, ClipRule
 from dpft.clipping.guard import guard_parameters
 from dpft.clipping.passes import BookKeeping
 from dpft.clipping.state import Clipping, ClipState, ClipStats, Isolation
@@ -115,6 +115,11 @@ def wrap(
     if isolation not in ("every_step", "default", "off"):
         raise ValueError(f"isolation is {isolation!r}; expected 'every_step', 'default' or 'off'")
     rule = ClipRule(max_grad_norm, clip_function, clip_gamma)
+    if max_grad_norm < SMALLEST_BOUND:
+        raise ValueError(
+            f"max_grad_norm is {max_grad_norm!r}; expected at least 2^-40: squares of such small gradients leave "
+            "float32's range. Multiply each example's loss and max_grad_norm by one large number."
+        )
     if clip_groups is not None:
         if clipping not in ("flash", "per_sample") or strategy == "two_pass":
             raise ValueError(

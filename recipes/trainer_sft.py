@@ -40,7 +40,7 @@ class Task:
     Attributes:
         model: a folder or a name on the hub.
         dataset: ``docstrings``, ``tickets``, a file, or a name on the hub.
-        target_epsilon: the budget; ``noise_multiplier`` takes its place.
+        target_epsilon: the budget, 8 if not given; or give ``noise_multiplier``.
         target_delta: delta.
         noise_multiplier: sigma.
         expected_batch_size: examples of a logical batch, in expectation.
@@ -56,7 +56,7 @@ class Task:
 
     model: str = field(default=str(BASE_MODEL), metadata={"help": "folder, or name on the hub"})
     dataset: str = field(default="docstrings", metadata={"help": "docstrings, tickets, a file, or a name on the hub"})
-    target_epsilon: float = field(default=8.0, metadata={"help": "privacy budget epsilon"})
+    target_epsilon: float | None = field(default=None, metadata={"help": "privacy budget epsilon; 8 if not given"})
     target_delta: float = field(default=1e-6, metadata={"help": "well below 1 / number of records"})
     noise_multiplier: float | None = field(default=None, metadata={"help": "in the place of an epsilon"})
     expected_batch_size: int = field(default=320, metadata={"help": "records of a step, in expectation"})
@@ -98,8 +98,9 @@ def main() -> None:
     train, test = load_texts(task.dataset)
     test = test.select(range(min(256, len(test))))
     tokenizer = AutoTokenizer.from_pretrained(task.model)
+    given = task.target_epsilon is not None or task.noise_multiplier is not None
     privacy = dpft.PrivacyConfig(
-        target_epsilon=task.target_epsilon if task.noise_multiplier is None else None,
+        target_epsilon=task.target_epsilon if given else 8.0,
         noise_multiplier=task.noise_multiplier,
         target_delta=task.target_delta,
         expected_batch_size=task.expected_batch_size,

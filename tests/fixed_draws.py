@@ -34,5 +34,6 @@ def fixed_draws(seed: int) -> Iterator[None]:
     with (
         mock.patch.object(os, "urandom", seeded(source.randbytes, os.urandom)),
         mock.patch.object(secrets, "randbits", seeded(source.getrandbits, secrets.randbits)),
+        mock.patch.object(secrets, "randbelow", seeded(source.randrange, secrets.randbelow)),
     ):
         yield

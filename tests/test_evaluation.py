@@ -19,6 +19,7 @@ import dpft
 import dpft.evaluation as module
 from dpft.errors import AccountingError, BudgetExceededError, PrivacyConfigError
 from dpft.privacy import Mechanism, PureRelease, epsilon
+from tests.fixed_draws import fixed_draws
 
 GRID = module.GridGaussian(5.0)
 
@@ -95,7 +96,8 @@ def test_the_account_has_what_was_released(
 
 def test_the_noise_is_gaussian_of_the_stated_error(tmp_path: Path) -> None:
     payer = account(tmp_path, epsilon=5000.0)
-    found = [mean([0.2] * 10, payer, noise_multiplier=3.0) for _ in range(100)]
+    with fixed_draws(0):
+        found = [mean([0.2] * 10, payer, noise_multiplier=3.0) for _ in range(100)]
     z = [(each.value - 0.2) / each.standard_error for each in found]
     assert len(set(z)) == 100 and found[0].standard_error == pytest.approx(0.15)
     assert stats.kstest(z, "norm").pvalue > 1e-4
@@ -147,6 +149,7 @@ def test_nothing_is_drawn_that_is_not_paid_for(tmp_path: Path, monkeypatch: pyte
         {"low": 1.0, "high": 1.0},
         {"low": -math.inf},
         {"high": math.nan},
+        {"low": -1e308, "high": 1e308},  # whose width is not finite
         {"noise_multiplier": 0.0},
         {"noise_multiplier": math.inf},
         {"noise_multiplier": 2.0**26},
@@ -191,7 +194,7 @@ def stopper(payer: dpft.Account, **changes: Any) -> dpft.EarlyStop:
     return dpft.EarlyStop(account=payer, **values)
 
 
-def test_it_stops_once_and_is_paid_for_when_made(tmp_path: Path) -> None:
+def test_it_stops_once_and_is_paid_for_when_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     payer = account(tmp_path)
     stop = stopper(payer, size=100_000)
     assert payer.uses() == [(PureRelease(1.0), 1)]
@@ -202,9 +205,13 @@ def test_it_stops_once_and_is_paid_for_when_made(tmp_path: Path) -> None:
     assert len(payer.entries()) == 1
     with pytest.raises(TypeError, match="paid for anew"):
         pickle.dumps(stop)
+    forked = stopper(payer)
+    with monkeypatch.context() as patch, pytest.raises(BudgetExceededError, match="inherited"):
+        patch.setattr(module.os, "getpid", lambda: 1)
+        forked([0.8])
     with pytest.raises(BudgetExceededError):
         stopper(account(tmp_path / "small", epsilon=0.5), epsilon=5.0)
-    for bad in ({"threshold": math.nan}, {"epsilon": 0.0}, {"size": 0}, {"low": 2.0}):
+    for bad in ({"threshold": math.nan}, {"epsilon": 0.0}, {"size": 0}, {"low": 2.0}, {"low": 0.0, "high": 5e-324}):
         with pytest.raises(PrivacyConfigError):
             stopper(payer, **bad)
 
@@ -269,8 +276,9 @@ def test_neighbours_move_early_stopping_by_whole_steps(tmp_path: Path) -> None:
         for eps in (0.1, 0.7, 20.0):
             stop = stopper(account(tmp_path / f"{header}{eps}", **header), epsilon=eps, item=item)
             assert stop._steps * most <= module._SCALE * eps / 2 < (stop._steps + 1) * most
+        assert stopper(account(tmp_path / f"{header}", epsilon=1e3, **header), epsilon=700.0, item=item)._steps < 2**50
     for eps in (1e-13, 1e5):
-        with pytest.raises(PrivacyConfigError, match="expected one between"):
+        with pytest.raises(PrivacyConfigError, match="expected a"):
             stopper(account(tmp_path / f"{eps}"), epsilon=eps)
 
 
@@ -353,7 +361,8 @@ def test_users_in_a_tensor_are_those_that_they_name(tmp_path: Path, monkeypatch:
 
 def test_counts_are_noised_by_the_discrete_laplace_law(tmp_path: Path) -> None:
     names = [str(number) for number in range(1500)]
-    found = dpft.private_counts(names * 5, names, account=account(tmp_path), epsilon=0.7).counts
+    with fixed_draws(0):
+        found = dpft.private_counts(names * 5, names, account=account(tmp_path), epsilon=0.7).counts
     noise = np.array([found[name] - 5 for name in names])
     ratio = math.exp(-0.7)
     law = (1 - ratio) / (1 + ratio) * ratio ** np.abs(np.arange(-6, 7))

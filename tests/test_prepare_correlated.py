@@ -222,6 +222,29 @@ def test_a_parameter_that_is_frozen_midway_ends_the_run(tmp_path: Path) -> None:
     assert before is not None and values(training.model).equal(before)
 
 
+@both
+def test_an_interrupt_between_the_line_and_the_noise_ends_the_run(changes: dict[str, Any], tmp_path: Path) -> None:
+    """A next loop would begin a step behind: its examples would be in rows that are nearer to each other than b."""
+    training = Training(tmp_path / "ledger", dataset=Seen(), changes=changes, test_seed=None)
+    private = training.optimizer.optimizer
+    record = private._on_release
+
+    def interrupted() -> None:
+        record()
+        if training.run.steps == 3:
+            raise KeyboardInterrupt
+
+    private._on_release = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        training.train()
+    before = values(training.model)
+    with pytest.raises(dpft.WrapError, match="counts 4 releases, and the noise to come is that of release 3"):
+        training.train()
+    assert values(training.model).equal(before)
+    training.close()
+    train(tmp_path / "ledger", changes, continue_ledger=True)[0].close()  # where the noise of release 5 is next
+
+
 # ------------------------------------------------------------------------------------------------------ SIGKILL
 def live(folder: Path, changes: dict[str, Any]) -> None:
     """One life of a run that is killed: what is released is written at the last instant before it is."""

@@ -19,6 +19,7 @@ import dpft
 import dpft.tuning as module
 from dpft.errors import AccountingError, BudgetExceededError, EngineError, LedgerError, PrivacyConfigError
 from dpft.privacy import Ledger, Mechanism, Selection, Strategy
+from tests.fixed_draws import fixed_draws
 
 STEP = Mechanism(sampler="poisson", noise_multiplier=2.0, sample_rate=0.01)
 FIGURE = Mechanism(sampler="poisson", noise_multiplier=20.0, sample_rate=1.0)
@@ -76,15 +77,16 @@ def test_candidates_are_drawn_uniformly_with_replacement(tmp_path: Path, monkeyp
         drawn[candidate] += 1
         return 1.0, None
 
-    best = dpft.tune(
-        noted,
-        ["a", "b", "c"],
-        account=account(tmp_path),
-        trial=TRIAL,
-        trials=6,
-        scores="public",
-        folder=tmp_path / "t",
-    )
+    with fixed_draws(0):
+        best = dpft.tune(
+            noted,
+            ["a", "b", "c"],
+            account=account(tmp_path),
+            trial=TRIAL,
+            trials=6,
+            scores="public",
+            folder=tmp_path / "t",
+        )
     assert best is not None and best.output is None
     assert stats.chisquare(list(drawn.values())).pvalue > 1e-4 and len(drawn) == 3
 
@@ -95,10 +97,12 @@ def test_no_trial_is_a_result_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert tune(payer, tmp_path / "t", distribution="poisson") is None and len(payer.entries()) == 1
 
 
-@pytest.mark.parametrize(("shape", "mean"), [(0.0, 5.0), (0.5, 5.0), (1.0, 3.0), (2.0, 8.0), (1.0, 1.0)])
+@pytest.mark.parametrize(
+    ("shape", "mean"), [(0.0, 5.0), (1e-9, 9.0), (0.5, 5.0), (1.0, 3.0), (2.0, 8.0), (2.5, 2.0), (1.0, 1.0)]
+)
 def test_number_of_trials_is_definition_1(shape: float, mean: float) -> None:
-    rng = np.random.default_rng(0)
-    drawn = [module.number_of_trials(rng, mean, "negative_binomial", shape) for _ in range(4000)]
+    with fixed_draws(0):
+        drawn = [module.number_of_trials(mean, "negative_binomial", shape) for _ in range(4000)]
     assert min(drawn) == 1
     if mean == 1:
         assert max(drawn) == 1
@@ -117,13 +121,13 @@ def test_number_of_trials_is_definition_1(shape: float, mean: float) -> None:
 
 
 def test_poisson_number_of_trials() -> None:
-    rng = np.random.default_rng(0)
-    drawn = [module.number_of_trials(rng, 3.0, "poisson", 0.0) for _ in range(4000)]
+    with fixed_draws(0):
+        drawn = [module.number_of_trials(2.75, "poisson", 0.0) for _ in range(4000)]
     counts = np.bincount(np.minimum(drawn, 9), minlength=10)
-    expected = np.append(stats.poisson.pmf(np.arange(9), 3.0), stats.poisson.sf(8, 3.0)) * 4000
+    expected = np.append(stats.poisson.pmf(np.arange(9), 2.75), stats.poisson.sf(8, 2.75)) * 4000
     assert stats.chisquare(counts, expected).pvalue > 1e-4
     with pytest.raises(AccountingError, match="no theorem"):
-        module.number_of_trials(rng, 3.0, "fixed", 0.0)
+        module.number_of_trials(3.0, "fixed", 0.0)
 
 
 def test_a_fixed_number_of_trials_is_composed(tmp_path: Path) -> None:
@@ -136,8 +140,11 @@ def test_a_fixed_number_of_trials_is_composed(tmp_path: Path) -> None:
     best = tune(payer, tmp_path / "t", distribution="fixed", trials=3, train=noted)
     assert best is not None and "3 trials, all of them composed" in best.tuning
     assert payer.uses() == [(STEP, 15), (FIGURE, 3)] and len(runs) == 3
-    with pytest.raises(PrivacyConfigError, match="whole number"):
-        tune(payer, tmp_path / "t", distribution="fixed", trials=2.5)
+    for trials in (2.5, math.nan, math.inf):
+        with pytest.raises(PrivacyConfigError, match="whole number"):
+            tune(payer, tmp_path / "t", distribution="fixed", trials=trials)
+    with pytest.raises(AccountingError, match="whole number"):
+        tune(payer, tmp_path / "t", trial=[(STEP, 2.5)])
     shuffled = Mechanism(sampler="shuffle", noise_multiplier=9.0, batch_size=10, dataset_size=1000)
     assert module._fixed(((shuffled, 50),), 3)[0] == [(shuffled, 50)] * 3  # each starts an epoch
 

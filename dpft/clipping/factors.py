@@ -9,7 +9,7 @@ automatic    ``C / (norm + gamma)``      C (strictly below)       Bu et al. 2023
 
 Under ``automatic`` a gradient of norm n contributes ``C n / (n + gamma)``: below C for every n. Float32 keeps that
 only while factor and norm are in its range: gamma must be at least 2^-60, and the largest factor, C / gamma, at most
-2^60.
+2^60. Under both C must be at least 2^-40, as :func:`dpft.wrap` checks: a group's share of it may be less.
 
 ======================  ===============================================================
 norm or weight          factor
@@ -32,6 +32,9 @@ import torch
 from torch import Tensor
 
 LARGEST_NORM = 2.0**60  # its square is far below float32's largest number
+# Of C. Squares of entries below 2^-75 are 0 in float32, so that a norm may be too small by 2^-75 of each entry: for a
+# billion of them, together 2^-20 of this.
+SMALLEST_BOUND = 2.0**-40
 ClipFunction = Literal["abadi", "automatic"]
 
 

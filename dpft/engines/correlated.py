@@ -80,7 +80,7 @@ def correlated_noise(
         environment = _environment(model, optimizer, engine, kinds[0]) | _examples(dataset, ledger.run_id)
         return begin(ledger.path, ledger.run_id, ledger.starts, ledger.count, strategy, environment, fresh)
 
-    return CorrelatedNoise(strategy, ranks.from_first(ranks.together(write)), device)
+    return CorrelatedNoise(strategy, ranks.from_first(ranks.together(write)), device, lambda: ledger.count)
 
 
 def _environment(model: nn.Module, optimizer: torch.optim.Optimizer, engine: str, device: str) -> dict[str, str]:

@@ -172,7 +172,7 @@ class PrivacyConfig:
         rated = self.sampler in RATED
         strategy = self._strategy(n, steps)
         if self.mechanism == "bandmf" and self.bands is not None:
-            rate *= self.bands  # of the examples of one group, at its steps
+            rate = min(1.0, rate * self.bands)  # of the examples of one group, at its steps; 7 * (1 / 7) may exceed 1
         shape = Mechanism(
             sampler=self.sampler,
             noise_multiplier=1.0,

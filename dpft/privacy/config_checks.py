@@ -29,6 +29,7 @@ _REALS = (
 )
 _WHOLE = ("num_steps", "max_batch_size", "examples_per_user", "bands", "buffers")
 _MAY_BE_ZERO = ("noise_multiplier",)
+_SMALLEST_BOUND = 2.0**-40  # of a clip norm: dpft/clipping/factors.py
 _SMALLEST_GAMMA = 2.0**-60  # of "automatic"; times C, the largest factor of a gradient is 2^60
 # Samplers with the count of adaptive_clip. A user has several counts; and where a neighbour's gradient is zero, not
 # absent, it still counts as one below the clip norm.
@@ -71,6 +72,11 @@ def check(config: Any) -> None:
 def _check_ranges(config: Any) -> None:
     if config.target_delta >= 1:
         raise PrivacyConfigError(f"target_delta={config.target_delta!r}; expected a number in (0, 1), such as 1e-6.")
+    if config.max_grad_norm < _SMALLEST_BOUND:
+        raise PrivacyConfigError(
+            f"max_grad_norm={config.max_grad_norm!r}; expected at least 2^-40: squares of such small gradients leave "
+            "float32's range. Multiply each example's loss and max_grad_norm by one large number."
+        )
     if config.clip_function == "automatic" and config.clip_gamma < max(1.0, config.max_grad_norm) * _SMALLEST_GAMMA:
         raise PrivacyConfigError(
             f"clip_gamma={config.clip_gamma!r} with max_grad_norm={config.max_grad_norm:g}; expected at least 2^-60, "
@@ -126,11 +132,11 @@ def _check_combinations(config: Any) -> None:
 
 
 def _check_mechanism(config: Any) -> None:
-    for name, mechanism in (("bands", "bandmf"), ("buffers", "blt")):
+    for name, mechanism, usual in (("bands", "bandmf", 8), ("buffers", "blt", 4)):
         if (getattr(config, name) is not None) != (config.mechanism == mechanism):
             raise PrivacyConfigError(
                 f"mechanism={config.mechanism!r} with {name}={getattr(config, name)!r}; give {name} exactly with "
-                f"mechanism={mechanism!r}."
+                f"mechanism={mechanism!r}, such as {name}={usual}."
             )
     needs = {kind: sampler for sampler, kind in STRATEGY_OF.items()}.get(config.mechanism)
     if config.sampler != needs and (needs is not None or config.sampler in STRATEGY_OF):

@@ -284,12 +284,16 @@ os.register_at_fork(after_in_child=_close_in_child)
 # ------------------------------------------------------------------------------------------------- the file
 def _start_new(fd: int, file: Path, fields: dict[str, Any]) -> LedgerContent:
     data = read_all(fd)
-    if data and (count := _parse(data, file).count):
+    before = _parse(data, file) if data else None
+    if before is not None and (count := before.count):
         raise LedgerError(
             f"the ledger {file} has {count} releases already. To continue that run, open it with mode='resume'; for "
             "a new run choose another path. Deleting it makes the epsilon that was spent on these data unknown."
         )
-    header = {"dpft_ledger": FORMAT, "run_id": str(uuid.uuid4()), "created": hour(), **fields}
+    # The id of a start that died before its first release is kept: under it an account may have a reservation, which
+    # this start's takes the place of. Under another id nobody could tell that nothing of it was released.
+    run_id = str(uuid.uuid4()) if before is None else before.run_id
+    header = {"dpft_ledger": FORMAT, "run_id": run_id, "created": hour(), **fields}
     try:
         os.ftruncate(fd, 0)
         write(fd, encode(header))

@@ -103,6 +103,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
+
 from dpft.errors import AccountingError, PrivacyConfigError
 from dpft.privacy.correlated.strategy import Strategy
 
@@ -202,18 +204,19 @@ class Mechanism:
             raise PrivacyConfigError(f"noise_multiplier={self.noise_multiplier!r}; expected a finite number >= 0.")
         if self.sample_rate is not None and not 0 < self.sample_rate <= 1:
             raise PrivacyConfigError(f"sample_rate={self.sample_rate!r}; expected a probability in (0, 1].")
-        for name in ("batch_size", "max_batch_size", "dataset_size"):
+        for name in ("batch_size", "max_batch_size", "dataset_size", "examples_per_user"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
                 raise PrivacyConfigError(f"{name}={value!r}; expected a whole number >= 1.")
+            object.__setattr__(self, name, int(value))  # which a ledger can hold
         if self.batch_size is not None and self.dataset_size is not None and self.batch_size > self.dataset_size:
             raise PrivacyConfigError(
                 f"batch_size={self.batch_size} is larger than the {self.dataset_size} examples of the dataset; "
                 "lower expected_batch_size."
             )
         check_unit(self.unit, self.examples_per_user)
-        if self.examples_per_user is not None and self.examples_per_user < 1:
-            raise PrivacyConfigError(f"examples_per_user={self.examples_per_user!r}; expected a whole number >= 1.")
         if self.unit == "user" and self.sampler != "poisson":
             raise AccountingError(
                 f"unit='user' with sampler={self.sampler!r}: dpft implements a theorem for users (mixture of "

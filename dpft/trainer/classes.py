@@ -47,7 +47,10 @@ class DPTrainer(PrivateMixin, transformers.Trainer):
 
 @dataclass
 class DPTrainingArguments(transformers.TrainingArguments):
-    """``transformers.TrainingArguments`` with the fields of :class:`dpft.PrivacyConfig`.
+    """``transformers.TrainingArguments`` with the fields of :class:`dpft.PrivacyConfig` that are words or numbers.
+
+    For ``adaptive_clip``, ``clip_groups`` and the others pass ``privacy=`` to the Trainer, beside
+    ``transformers.TrainingArguments``.
 
     ``max_grad_norm`` is the clip norm of an example; ``max_steps`` or ``num_train_epochs`` says how many logical
     batches of ``expected_batch_size`` examples are released.

@@ -43,10 +43,10 @@ class PrivateMixin:
     """In front of a Trainer class in its bases: one step is one logical batch, with one release.
 
     Args:
-        privacy: everything that affects the privacy; None takes it from :class:`dpft.DPTrainingArguments`.
+        privacy: everything that affects the privacy; left out exactly with :class:`dpft.DPTrainingArguments`.
         privacy_options: further arguments of :func:`dpft.prepare`: ``ledger_path`` (default: in ``output_dir``),
             ``continue_ledger``, ``strategy``, ``clipping``, ``memory``, ``loss_chunk``, ``isolation``,
-            ``lengths``, ``static_shapes``, ``sums_device``, ``test_seed``.
+            ``lengths``, ``static_shapes``, ``sums_device``, ``account``, ``test_seed``.
         *args: of the Trainer.
         **kwargs: of the Trainer.
 
@@ -76,6 +76,11 @@ class PrivateMixin:
         self.private_loader: PrivateDataLoader | None = None
         super().__init__(*args, **kwargs)
         made = getattr(self.args, "privacy", None)
+        if privacy is not None and callable(made):  # one of them would be ignored, such as a smaller epsilon
+            raise PrivacyConfigError(
+                f"{type(self).__name__} got privacy=, and args={type(self.args).__name__}(...), whose fields declare "
+                "it too; expected one of them. Give args as transformers.TrainingArguments, or leave privacy out."
+            )
         if privacy is None and callable(made):
             privacy = made()
         if privacy is None:
@@ -229,10 +234,10 @@ class PrivateMixin:
         return 0
 
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: each trial is a training of its own, and choosing among them is not accounted for."""
+        """Refused: each trial is a training of its own, and choosing among a fixed number is not accounted for."""
         raise PrivacyConfigError(
-            "hyperparameter_search trains once for each trial on the private data, and no accountant here covers the "
-            "choice among them. Search on public data, or train with settings chosen beforehand."
+            "hyperparameter_search trains once for each trial on the private data, and no accountant here covers its "
+            "choice among them. Use dpft.tune, search on public data, or train with settings chosen beforehand."
         )
 
     # ----------------------------------------------------------------------------------------- what is written

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import dpft
 from accelerate import Accelerator
 from finetune.engine import from_first
 from finetune.options import Options
@@ -48,6 +49,7 @@ def choose_output(options: Options, name: str, accelerator: Accelerator) -> Path
 
     Raises:
         FileExistsError: the folder holds a run already, and neither resuming nor overwriting was asked for.
+        LedgerError: the account that the run pays from could not be read or written.
     """
     return from_first(accelerator, lambda: _choose_output(options, name))
 
@@ -70,6 +72,9 @@ def _choose_output(options: Options, name: str) -> Path:
                 "empty: a run writes README.md, config.json and others of that kind."
             )
         if ledger.exists():
+            if options.account is not None:
+                # What a run that died here had reserved: its account finds the ledger at this place alone.
+                dpft.Account.open(Path(options.account).expanduser()).settle()
             _clear(chosen, ledger, options.overwrite_output_dir)
     if not options.resume_from_checkpoint:  # what is resumed is there
         chosen.mkdir(parents=True, exist_ok=True)

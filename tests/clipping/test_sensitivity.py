@@ -94,6 +94,26 @@ def test_a_gamma_that_leaves_float32_s_range_is_refused(gamma: float, bound: flo
     dpft.wrap(Adversary(), clip_gamma=gamma, max_grad_norm=bound)  # not used
 
 
+@pytest.mark.parametrize("clipping", ["flash", "ghost", "fast", "per_sample"])
+def test_the_smallest_clip_norm_and_one_below_it(clipping: Any) -> None:
+    """Before smaller ones were refused, the squares of entries of 1e-23 were 0 with "fast", and with them the norm: at
+    a C of 1e-23 this gradient was not clipped, and its contribution was 500 times that.
+    """
+    bound, model = 2.0**-40, nn.Linear(500, 500, bias=False)
+    dpft.wrap(model, clipping=clipping, max_grad_norm=bound)
+    for entries in (1e-23, 1e-17, 1e-12, 1.0):
+        model.zero_grad()
+        dpft.clipped_loss(model, model(torch.ones(2, 500)).sum(-1) * entries, torch.tensor([1.0, 0.0])).backward()
+        alone = float(model.weight.grad.double().norm())  # type: ignore[union-attr]  # there is one
+        assert alone == pytest.approx(min(bound, 500 * entries), rel=1e-5)
+    with pytest.raises(ValueError, match=r"expected at least 2\^-40"):
+        dpft.wrap(Adversary(), max_grad_norm=bound / 2)
+    with pytest.raises(PrivacyConfigError, match=r"expected at least 2\^-40"):
+        dpft.PrivacyConfig(
+            target_delta=1e-5, expected_batch_size=4, noise_multiplier=1, num_steps=1, max_grad_norm=bound / 2
+        )
+
+
 def scaled_outputs(model: nn.Module, batch: oracle.Batch) -> Tensor:
     return model(batch["x"]).sum(-1) * batch["scale"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import threading
@@ -13,7 +14,15 @@ import pytest
 
 import dpft.privacy.account.file as files
 from dpft.errors import AccountingError, BudgetExceededError, LedgerError, PrivacyConfigError
-from dpft.privacy import Account, Ledger, Mechanism, PureRelease, Selection, compose_epsilon
+from dpft.privacy import (
+    Account,
+    Ledger,
+    Mechanism,
+    PureRelease,
+    Selection,
+    calibrate_noise_multiplier,
+    compose_epsilon,
+)
 
 DP_SGD = Mechanism(sampler="poisson", noise_multiplier=1.0, sample_rate=0.02)
 QUERY = Mechanism(sampler="poisson", noise_multiplier=4.0, sample_rate=1.0)
@@ -87,6 +96,13 @@ def test_noise_multiplier_makes_it_fit_tightly(path: Path) -> None:
     account.finish("run", [(DP_SGD.with_noise(sigma), 201)])
     with pytest.raises(BudgetExceededError, match="no noise multiplier up to"):
         account.noise_multiplier(QUERY, 1000)
+
+
+def test_a_search_for_the_exact_noise_ends(path: Path) -> None:
+    for rel_tol in (0.0, -1.0):
+        sigma = create(path.with_name(f"{rel_tol}")).noise_multiplier(QUERY, 1, rel_tol=rel_tol)
+        alone = calibrate_noise_multiplier(QUERY, 1, 3.0, 1e-5, accountant="rdp", rel_tol=rel_tol)
+        assert sigma == pytest.approx(alone, rel=1e-8)  # its order is the best for one such query
 
 
 def test_a_reservation_counts_in_full_until_it_is_finished(path: Path) -> None:
@@ -367,6 +383,9 @@ def test_the_statement_says_for_whom_and_on_what_condition(path: Path, tmp_path:
     words = ["(3, 1e-05)", "one example is added or removed", "however each use", "the records of a test", "a search"]
     for part in (*words, "mean 4, Poisson", "reserved, counted in full", account.account_id):
         assert part in text
+    many = create(tmp_path / "c")
+    many.spend([(dataclasses.replace(CUT, dataset_size=123_456_789, sample_rate=1e-7 / 3), 1)], "a training")
+    assert "dataset_size 123456789" in many.markdown() and "sample_rate 3.333333333e-08" in many.markdown()
     other = create(tmp_path / "b", composition="pld", unit="user", examples_per_user=3)
     assert "one user is added" in other.markdown() and "if no use" in other.markdown()
 

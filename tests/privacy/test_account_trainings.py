@@ -12,7 +12,8 @@ import pytest
 from dp_accounting.pld import PLDAccountant
 from scipy import stats
 
-from dpft.errors import AccountingError, LedgerError
+from dpft import Trial
+from dpft.errors import AccountingError, BudgetExceededError, LedgerError, PrivacyConfigError
 from dpft.privacy import Account, Ledger, Mechanism, PureRelease, Selection, Strategy, compose_epsilon
 from dpft.privacy.account import composition
 
@@ -112,6 +113,24 @@ def test_settle_reads_a_ledger_of_several_starts(path: Path, tmp_path: Path) -> 
     assert account.settle() and account.uses() == [(BLT, 12)]
 
 
+@pytest.mark.parametrize("mechanism", [BANDMF, BLT])
+def test_a_line_that_was_cut_off_after_the_last_step_is_no_step(path: Path, tmp_path: Path, mechanism: Any) -> None:
+    """Such as that of a start whose disk was full: correlated noise has no epsilon beyond its last step."""
+    account = create(path)
+    file = tmp_path / "ledger.jsonl"
+    with Ledger.open(file, "new", mechanism=mechanism) as ledger:
+        account.reserve(ledger.run_id, [(mechanism, 40)], "a training", ledger=file)
+        for _ in range(40):
+            ledger.record()
+    with file.open("ab") as cut:
+        cut.write(b'{"segment":1,"ti')
+    assert Ledger.read(file).count == 41
+    assert account.settle() == [ledger.run_id] and account.uses() == [(mechanism, 40)]
+    account.spend([(DP_SGD, 1)], "the next one")
+    with pytest.raises(AccountingError, match="made for 40"):
+        account.reserve("other", [(mechanism, 41)], "more steps than there are")
+
+
 def test_a_copy_of_a_run_that_is_open_is_not_paid_for_by_it(path: Path, tmp_path: Path) -> None:
     """Both would release on, each after the releases of the other's beginning, and one of them would be counted."""
     account = create(path)
@@ -135,6 +154,77 @@ def test_a_copy_of_a_run_that_is_open_is_not_paid_for_by_it(path: Path, tmp_path
         account.reserve(run, [(DP_SGD, 9)], "a training", ledger=first, **more)
     second.rename(tmp_path / "moved.jsonl")
     account.reserve(run, [(DP_SGD, 9)], "moved", ledger=tmp_path / "moved.jsonl", **more)
+
+
+def test_a_ledger_is_found_from_behind_a_link(path: Path, tmp_path: Path) -> None:
+    """Else a copy of an open run passes for the run, as its first ledger is looked for where it is not."""
+    disk = tmp_path / "disk" / "deep"
+    disk.mkdir(parents=True)
+    (tmp_path / "accounts").symlink_to(disk)  # whose ".." is not the folder that the link is in
+    account = create(tmp_path / "accounts" / "account.jsonl", composition="rdp")
+    first, copy = tmp_path / "runs" / "a.jsonl", tmp_path / "runs" / "b.jsonl"
+    with Ledger.open(first, "new", mechanism=DP_SGD) as ledger:
+        account.reserve(ledger.run_id, [(DP_SGD, 9)], "a training", ledger=first)
+        ledger.record()
+    copy.write_bytes(first.read_bytes())
+    path.symlink_to(disk / "account.jsonl")
+    for opened in (account, Account.open(path)):  # by a link to its folder, and to itself
+        with pytest.raises(LedgerError, match="is a copy of it"):
+            opened.reserve(ledger.run_id, [(DP_SGD, 9)], "a copy", ledger=copy, released=[(DP_SGD, 1)])
+    assert Account.open(path).settle() == [ledger.run_id] and account.uses() == [(DP_SGD, 1)]
+
+
+def test_a_start_that_died_before_its_first_release_leaves_no_reservation(path: Path, tmp_path: Path) -> None:
+    """The next one takes its place, and if that does not fit, settle() still finds the ledger of the first."""
+    account = create(path, composition="rdp", epsilon=3.0)
+    most, file = account.max_steps(DP_SGD), tmp_path / "ledger.jsonl"
+    for _ in range(2):  # killed, say for its memory
+        with Ledger.open(file, "new", mechanism=DP_SGD) as ledger:
+            account.reserve(ledger.run_id, [(DP_SGD, most)], "a training", ledger=file)
+    assert account.settle() == [ledger.run_id] and account.max_steps(DP_SGD) == most
+    other = tmp_path / "copy.jsonl"
+    other.write_bytes(file.read_bytes())
+    for there, refused in ((file, False), (other, True)):  # a copy of the empty ledger has its id, too
+        with Ledger.open(there, "new", mechanism=DP_SGD) as ledger:
+            if refused:
+                with pytest.raises(LedgerError, match="old copy"):
+                    account.reserve(ledger.run_id, [(DP_SGD, 1)], "a copy", ledger=there)
+                continue
+            account.reserve(ledger.run_id, [(DP_SGD, 2)], "a training", ledger=there)
+            ledger.record()
+        account.finish(ledger.run_id, [(DP_SGD, 1)])
+    assert account.uses() == [(DP_SGD, 1)]
+
+
+@pytest.mark.parametrize("count", [-1, 2.5, True, math.nan, "3", None, 10**400])
+def test_what_could_not_be_read_again_is_not_written(path: Path, tmp_path: Path, count: Any) -> None:
+    account = create(path)
+    account.reserve("run", [(DP_SGD, np.int64(9))], "a training")
+    trial = Trial(account, [(DP_SGD, 9)], tmp_path)
+    trial.reserve("run", [(DP_SGD, 9)], "a training")
+    for payer in (account, trial):
+        with pytest.raises(AccountingError, match="whole number"):
+            payer.finish("run", [(DP_SGD, count)])
+    assert Account.open(path).uses() == [(DP_SGD, 9)] and account.spent() > 0
+    with pytest.raises(BudgetExceededError):
+        trial.spend([(DP_SGD, 1)], "more than was declared")
+
+
+def test_a_name_is_a_text_and_a_header_that_is_none_leaves_no_file(path: Path, tmp_path: Path) -> None:
+    account = create(path)
+    for name in (5, None, ""):  # in the file it would be "5", of which the next reservation would not know
+        with pytest.raises(PrivacyConfigError, match="expected a text"):
+            account.reserve(name, [(DP_SGD, 9)], "a training")  # type: ignore[arg-type]  # not as annotated
+    with pytest.raises(TypeError, match="int64"):
+        create(tmp_path / "other", unit="user", examples_per_user=np.int64(3))
+    assert not (tmp_path / "other").exists()
+    for changes in ({"batch_size": 2.5}, {"dataset_size": 100.5}, {"batch_size": math.nan}):
+        with pytest.raises(PrivacyConfigError, match="whole number"):
+            Mechanism(
+                **{"sampler": "shuffle", "noise_multiplier": 1.0, "batch_size": 2, "dataset_size": 100, **changes}
+            )
+    with pytest.raises(PrivacyConfigError, match="whole number"):
+        create(tmp_path / "other", unit="user", examples_per_user=2.5)
 
 
 def test_what_has_ended_gives_nothing_back(path: Path) -> None:

@@ -23,7 +23,7 @@ from dpft.privacy import (
     epsilon,
     max_steps_within,
 )
-from dpft.privacy.accounting.accountant import rounded_up
+from dpft.privacy.accounting.accountant import least_delta, rounded_up
 
 
 def poisson(q: float, sigma: float, **more: Any) -> Mechanism:
@@ -97,6 +97,24 @@ def test_opacus_prv_agrees(q: float, sigma: float, steps: int) -> None:
 def test_full_batch_is_the_closed_form(delta: float) -> None:
     exact = gaussian_epsilon(math.sqrt(40) / 5, delta)
     assert exact <= epsilon(poisson(1.0, 5.0), 40, delta) < exact + 1e-3
+
+
+def delta_of_gaussian(mu: float, epsilon_: float) -> float:
+    """As :func:`gaussian_epsilon`, from the other side: to the digits of a delta of 1e-12."""
+    first, second = mu / 2 - epsilon_ / mu, -mu / 2 - epsilon_ / mu
+    return float(math.exp(stats.norm.logcdf(first)) - math.exp(epsilon_ + stats.norm.logcdf(second)))
+
+
+@pytest.mark.parametrize(("steps", "mu"), [(1_000, 0.25), (100_000, 1.0)])
+def test_many_steps_at_the_least_delta(steps: int, mu: float) -> None:
+    """Before it depended on the steps, delta at 1e-12 was three times what was asked for, after 100,000 of them."""
+    mechanism = poisson(1.0, math.sqrt(steps) / mu)
+    least = least_delta([(mechanism, steps)])
+    assert delta_of_gaussian(mu, epsilon(mechanism, steps, least)) <= least
+    with pytest.raises(AccountingError, match="no bound any more"):
+        epsilon(mechanism, steps, least / 1.01)
+    assert epsilon(mechanism, steps, least / 1.01, accountant="rdp") > 0
+    assert max_steps_within(mechanism, 100.0, least, limit=2 * steps) == steps
 
 
 def test_shuffle_counts_epochs_without_amplification() -> None:

@@ -278,6 +278,9 @@ def test_configurations_that_contradict_themselves(fields: Any, match: str) -> N
 
 def test_more_bands_than_the_data_allow() -> None:
     assert config(**{**BANDMF, "bands": 20}).resolve(410).mechanism.sample_rate == pytest.approx(400 / 410)
+    assert 9 / 7 / 9 * 7 > 1  # whole groups: rounded, their rate is above 1
+    whole = config(**{**BANDMF, "bands": 7, "expected_batch_size": 9 / 7}).resolve(9)
+    assert whole.mechanism.sample_rate == 1.0
     with pytest.raises(PrivacyConfigError, match="expected at most 20 bands"):
         config(**{**BANDMF, "bands": 21}).resolve(410)
     with pytest.raises(PrivacyConfigError, match="1 to the number of steps"):

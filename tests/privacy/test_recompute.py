@@ -28,8 +28,13 @@ STATEMENTS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "poisson, all": ({"sample_rate": 1.0, "noise_multiplier": 9.0}, (60,)),
     "users": ({"unit": "user", "examples_per_user": 3, "noise_multiplier": 3.0}, (60,)),
     "users, all": ({"unit": "user", "examples_per_user": 3, "sample_rate": 1.0, "noise_multiplier": 40.0}, (30, 30)),
+    "users by rdp": ({"unit": "user", "examples_per_user": 3, "noise_multiplier": 3.0, "accountant": "rdp"}, (60,)),
     "users as examples": ({"item": dpft.by_user([0] * 4, [0, 0, 1, 1], rows=2).item}, (60,)),
     "truncated_poisson": ({"sampler": "truncated_poisson", "max_batch_size": 160}, (60,)),
+    "truncated_poisson by rdp": (
+        {"sampler": "truncated_poisson", "max_batch_size": 120, "accountant": "rdp"},
+        (40, 20),
+    ),
     "fixed_size": ({"sampler": "fixed_size", "accountant": "rdp", "noise_multiplier": 2.0}, (40, 20)),
     "shuffle": ({"sampler": "shuffle"}, (60,)),
     "shuffle by rdp": ({"sampler": "shuffle", "accountant": "rdp"}, (60,)),

@@ -100,7 +100,7 @@ def test_every_setting_of_the_configuration_is_an_option() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--mechanism", "bandmf"], "give bands exactly with mechanism='bandmf'"),
+        (["--mechanism", "bandmf"], "give bands exactly with mechanism='bandmf', such as bands=8"),
         (["--bands", "3"], "give bands exactly with mechanism='bandmf'"),
         (["--mechanism", "blt"], "give buffers exactly with mechanism='blt'"),
         ([*BLT, "--sampler", "poisson"], "blt with fixed_order"),

@@ -49,6 +49,8 @@ def test_sft(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     refused = run("trainer_sft.py", tmp_path, *words, "--mechanism", "blt")
     assert refused.returncode == 2 and "give buffers exactly with" in refused.stderr.splitlines()[-1]
+    refused = run("trainer_sft.py", tmp_path, *words, "--noise_multiplier", "1.0", "--target_epsilon", "3")
+    assert refused.returncode == 2 and "give exactly one of them" in refused.stderr.splitlines()[-1]
     refused = run("trainer_sft.py", tmp_path, *words, "--packing", "true")
     assert refused.returncode == 2 and "packing=True" in refused.stderr.splitlines()[-1]
 

@@ -206,6 +206,9 @@ def test_what_it_needs(tmp_path: Path) -> None:
         dpft.DPTrainer(
             model=zoo.LLAMA.build(), args=args, train_dataset=iter(data()), privacy=setups.whole_data(COUNT)
         )
+    declares = setups.arguments(dpft.DPTrainingArguments, tmp_path / "out", max_steps=1, target_epsilon=1.0)
+    with pytest.raises(PrivacyConfigError, match="fields declare it too"):  # which epsilon would it be?
+        dpft.DPTrainer(model=zoo.LLAMA.build(), args=declares, train_dataset=data(), privacy=setups.whole_data(COUNT))
 
 
 def test_steps_are_set_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

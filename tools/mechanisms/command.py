@@ -16,7 +16,6 @@ from tools.mechanisms.settings import (
     DELTA,
     STEPS,
     TOKENS,
-    TUNED_EPSILON,
     VARIANTS,
     measured,
     tuning,
@@ -48,7 +47,7 @@ SHAPES = {
     "adam": "betas 0.8 and 0.95, no weight decay",
     "sgd": "no momentum",
     "bands": ", ".join(f"{bands} at epsilon {epsilon:g}" for epsilon, bands in BANDS.items()),
-    "learning_rates": f"each variant's best of three or more at epsilon {TUNED_EPSILON:g}, on another seed",
+    "learning_rates": "each variant's best of three or more at each epsilon, on another seed",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ Rows = Iterable[Mapping[str, Any]]
 TOKENS, BATCH, STEPS, DELTA, CLIP_NORM = 16, 147, 24, 1e-6, 1.0
 EPSILONS = (1.0, 3.0, 8.0)
 SEEDS = (0, 1, 2, 3, 4)
-TUNED_SEED, TUNED_EPSILON = 100, 3.0
+TUNED_SEED = 100
 DECAYS = (0.5, 0.7, 0.9)
 
 RATES = {"adamw": (5e-3, 1e-2, 2e-2), "adamw_bc": (2.5e-3, 5e-3, 1e-2), "sgd": (0.5, 1.0, 2.0)}
@@ -55,7 +56,7 @@ class Variant:
     @property
     def tuned_as(self) -> str:
         """The variant whose learning rate it takes: that of balls and bins is not tuned by itself."""
-        return f"{self.optimizer} dp_sgd" if self.mechanism == "balls_and_bins" else self.name
+        return self.name.replace("balls_and_bins", "dp_sgd")
 
 
 VARIANTS = (
@@ -69,6 +70,15 @@ VARIANTS = (
     Variant("adamw_bc", "dp_sgd", floor=1.0, late=True),
     Variant("adamw", "dp_sgd", averaged=True, constant=True, late=True),
     Variant("adamw", "balls_and_bins", late=True),
+    Variant("sgd", "balls_and_bins", late=True),
+    Variant("adamw_bc", "dp_sgd", floor=1.0, constant=True, late=True),
+    Variant("adamw", "bandmf", constant=True, late=True),
+    Variant("adamw", "blt", constant=True, late=True),
+    Variant("adamw", "balls_and_bins", constant=True, late=True),
+    Variant("sgd", "dp_sgd", constant=True, late=True),
+    Variant("sgd", "bandmf", constant=True, late=True),
+    Variant("sgd", "blt", constant=True, late=True),
+    Variant("sgd", "balls_and_bins", constant=True, late=True),
 )
 
 
@@ -95,40 +105,51 @@ def key_of(row: Mapping[str, Any]) -> tuple[str, float, float, int]:
 def tuning(rows: Rows) -> list[Training]:
     """The trainings that choose learning rates and have no result yet.
 
-    Three rates for each variant; where the best of them is the largest or the smallest, twice or half as much, too,
-    once.
+    Three rates for each variant and epsilon; where the best of those tried is the largest or the smallest, twice or
+    half as much, too.
     """
-    done = {key_of(row): row["loss"] for row in rows}
+    tried = _tried(rows)
     found = []
-    for variant in VARIANTS:
+    for variant, epsilon in itertools.product(VARIANTS, EPSILONS):
         if variant.tuned_as != variant.name:
             continue
+        done = tried.get((variant.name, epsilon), {})
         rates = list(RATES[variant.optimizer])
-        losses = {rate: done.get((variant.name, TUNED_EPSILON, rate, TUNED_SEED)) for rate in rates}
-        if None not in losses.values():
-            best = min(rates, key=lambda rate: losses[rate] or 0.0)
-            rates += [best / 2] * (best == min(rates)) + [best * 2] * (best == max(rates))
-        found += [Training(variant, TUNED_EPSILON, rate, TUNED_SEED) for rate in rates]
-    return [training for training in found if training.key not in done]
+        if done.keys() >= set(rates):
+            best = min(done, key=lambda rate: done[rate])
+            rates = [best / 2] * (best == min(done)) + [best * 2] * (best == max(done))
+        found += [Training(variant, epsilon, rate, TUNED_SEED) for rate in rates if rate not in done]
+    return found
 
 
-def chosen_rate(rows: Rows, variant: Variant) -> float:
-    """The learning rate with the least loss of the tuning trainings.
+def _tried(rows: Rows) -> dict[tuple[str, float], dict[float, float]]:
+    """Losses of the tuning trainings by learning rate, of each variant at each epsilon."""
+    found: dict[tuple[str, float], dict[float, float]] = defaultdict(dict)
+    for row in rows:
+        if tunes(row):
+            found[row["variant"], row["epsilon"]][row["learning_rate"]] = row["loss"]
+    return found
+
+
+def chosen_rate(rows: Rows, variant: Variant, epsilon: float) -> float:
+    """The learning rate with the least loss of the tuning trainings at this epsilon.
 
     Raises:
         ValueError: there are none.
     """
-    tried = {row["learning_rate"]: row["loss"] for row in rows if tunes(row) and row["variant"] == variant.tuned_as}
+    tried = _tried(rows).get((variant.tuned_as, epsilon))
     if not tried:
-        raise ValueError(f"no training tunes the learning rate of {variant.tuned_as!r}, seed {TUNED_SEED}.")
+        raise ValueError(
+            f"no training tunes the learning rate of {variant.tuned_as!r} at epsilon {epsilon:g}, seed {TUNED_SEED}."
+        )
     return min(tried, key=lambda rate: tried[rate])
 
 
-def chosen_decay(rows: Rows, variant: Variant) -> str:
+def chosen_decay(rows: Rows, variant: Variant, epsilon: float) -> str:
     """The decay of a variant's moving average with the least loss, in the tuning training at the chosen rate."""
     rows = list(rows)
-    rate = chosen_rate(rows, variant)
-    (row,) = (r for r in rows if tunes(r) and r["variant"] == variant.name and r["learning_rate"] == rate)
+    wanted = Training(variant, epsilon, chosen_rate(rows, variant, epsilon), TUNED_SEED).key
+    (row,) = (row for row in rows if key_of(row) == wanted)
     return min(row["averaged"], key=lambda decay: row["averaged"][decay])
 
 
@@ -141,7 +162,7 @@ def measured(rows: Rows) -> list[Training]:
     """The trainings of the tables that have no result yet: seed by seed, so that an early end is balanced."""
     rows = list(rows)
     done = {key_of(row) for row in rows}
-    rates = {variant: chosen_rate(rows, variant) for variant in VARIANTS}
+    rates = {pair: chosen_rate(rows, *pair) for pair in itertools.product(VARIANTS, EPSILONS)}
     tried = itertools.product((False, True), SEEDS, EPSILONS, VARIANTS)
-    found = [Training(v, epsilon, rates[v], seed) for late, seed, epsilon, v in tried if v.late == late]
+    found = [Training(v, epsilon, rates[v, epsilon], seed) for late, seed, epsilon, v in tried if v.late == late]
     return [training for training in found if training.key not in done]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from tools.mechanisms.settings import EPSILONS, VARIANTS, Rows, chosen_decay, chosen_rate, tunes
+from tools.mechanisms.settings import EPSILONS, VARIANTS, Rows, chosen_decay, chosen_rate, key_of, tunes
 
 DRAWS = 2000
 BELOW, ABOVE = 0.0, math.inf  # in place of an epsilon outside of the measured range
@@ -45,14 +45,15 @@ def losses(rows: Rows) -> dict[str, dict[float, Losses]]:
     """
     rows = [dict(row) for row in rows]
     found: dict[str, dict[float, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
-    for variant in VARIANTS:
-        rate, decay = chosen_rate(rows, variant), chosen_decay(rows, variant) if variant.averaged else ""
+    for variant, epsilon in itertools.product(VARIANTS, EPSILONS):
+        chosen = variant.name, epsilon, chosen_rate(rows, variant, epsilon)
+        decay = chosen_decay(rows, variant, epsilon) if variant.averaged else ""
         for row in rows:
-            if tunes(row) or row["variant"] != variant.name or row["learning_rate"] != rate:
+            if tunes(row) or key_of(row)[:3] != chosen:
                 continue
-            found[variant.name][row["epsilon"]][row["seed"]] = row["loss"]
+            found[variant.name][epsilon][row["seed"]] = row["loss"]
             if variant.averaged:
-                found[variant.name + AVERAGED][row["epsilon"]][row["seed"]] = row["averaged"][decay]
+                found[variant.name + AVERAGED][epsilon][row["seed"]] = row["averaged"][decay]
     return {name: {e: Losses(by_seed) for e, by_seed in sorted(of.items())} for name, of in found.items()}
 
 
@@ -115,13 +116,13 @@ def results(rows: Rows) -> list[dict[str, Any]]:
     shown = []
     for name, curve in losses(rows).items():
         variant = variants[name.removesuffix(AVERAGED)]
-        decay = f", decay {chosen_decay(rows, variant)}" if name.endswith(AVERAGED) else ""
         for epsilon, found in curve.items():
+            decay = f", decay {chosen_decay(rows, variant, epsilon)}" if name.endswith(AVERAGED) else ""
             shown.append(
                 {
                     "variant": name + decay,
                     "epsilon": epsilon,
-                    "learning_rate": chosen_rate(rows, variant),
+                    "learning_rate": chosen_rate(rows, variant, epsilon),
                     "noise_multiplier": noise[variant.name, epsilon],
                     "loss": found.mean,
                     "standard_deviation": found.spread,
@@ -140,6 +141,12 @@ NAMES = {
     "blt": "BLT, 4 buffers",
     "balls_and_bins": "DP-SGD, balls and bins",
 }
+OPTIMIZERS = {  # the beginning of a variant's name, and its end
+    ("sgd", ""): ("SGD", "cosine"),
+    ("sgd", " constant"): ("SGD", "constant"),
+    ("adamw", ""): ("AdamW", "cosine"),
+    ("adamw", " constant"): ("AdamW", "constant"),
+}
 AFTER = {
     "AdamW": "adamw dp_sgd",
     "average of its weights": "adamw dp_sgd" + AVERAGED,
@@ -147,6 +154,7 @@ AFTER = {
     "average of its weights, constant learning rate": "adamw dp_sgd constant" + AVERAGED,
     "`AdamWBC`, floor 0.1": "adamw_bc dp_sgd floor 0.1",
     "`AdamWBC`, floor 1": "adamw_bc dp_sgd floor 1",
+    "`AdamWBC`, floor 1, constant learning rate": "adamw_bc dp_sgd floor 1 constant",
 }
 
 
@@ -165,26 +173,26 @@ def loss(found: Losses | None) -> str:
 def utility_table(rows: Rows) -> str:
     """Loss at equal epsilon."""
     found, lines = losses(rows), []
-    for optimizer in ("sgd", "adamw"):
-        for mechanism in NAMES:
-            curve = found.get(f"{optimizer} {mechanism}")
-            if curve:
-                name = {"sgd": "SGD", "adamw": "AdamW"}[optimizer]
-                lines.append([name, NAMES[mechanism], *(loss(curve.get(epsilon)) for epsilon in EPSILONS)])
-    return table(["optimiser", "mechanism", *(f"epsilon {epsilon:g}" for epsilon in EPSILONS)], lines)
+    for (optimizer, schedule), words in OPTIMIZERS.items():
+        for mechanism, name in NAMES.items():
+            curve = found[f"{optimizer} {mechanism}{schedule}"]
+            lines.append([*words, name, *(loss(curve.get(epsilon)) for epsilon in EPSILONS)])
+    return table(["optimiser", "schedule", "mechanism", *(f"epsilon {epsilon:g}" for epsilon in EPSILONS)], lines)
 
 
 def epsilon_table(rows: Rows) -> str:
     """Epsilon at equal loss."""
     found, lines = losses(rows), []
-    for optimizer, name in (("sgd", "SGD"), ("adamw", "AdamW")):
-        for target, reference in found[f"{optimizer} dp_sgd"].items():
-            for mechanism in [m for m in NAMES if m != "dp_sgd" and f"{optimizer} {m}" in found]:
-                equal = equal_utility(found[f"{optimizer} {mechanism}"], reference)
+    for (optimizer, schedule), words in OPTIMIZERS.items():
+        for target, reference in found[f"{optimizer} dp_sgd{schedule}"].items():
+            cells = []
+            for mechanism in [name for name in NAMES if name != "dp_sgd"]:
+                equal = equal_utility(found[f"{optimizer} {mechanism}{schedule}"], reference)
                 interval = " to ".join(dict.fromkeys((_epsilon(equal.least), _epsilon(equal.most))))
-                words = _epsilon(equal.epsilon) + ", outside of the measured range" * (equal.epsilon in (BELOW, ABOVE))
-                lines.append([name, f"{target:g}", f"{reference.mean:.3f}", NAMES[mechanism], words, interval])
-    return table(("optimiser", "epsilon of DP-SGD", "its loss", "mechanism", "its epsilon", "nine of ten in"), lines)
+                cells.append(f"{_epsilon(equal.epsilon)} ({interval})")
+            lines.append([*words, f"{target:g}", f"{reference.mean:.3f}", *cells])
+    others = [name for mechanism, name in NAMES.items() if mechanism != "dp_sgd"]
+    return table(("optimiser", "schedule", "epsilon of DP-SGD", "its loss", *others), lines)
 
 
 def _epsilon(value: float) -> str:
@@ -201,7 +209,8 @@ def release_table(rows: Rows) -> str:
     lines = []
     for words, name in AFTER.items():
         variant = next(v for v in VARIANTS if v.name == name.removesuffix(AVERAGED))
-        decay = f", decay {chosen_decay(rows, variant)}" if name.endswith(AVERAGED) else ""
+        rates = ", ".join(f"{chosen_rate(rows, variant, epsilon):g}" for epsilon in EPSILONS)
+        decays = ", ".join(chosen_decay(rows, variant, epsilon) for epsilon in EPSILONS if name.endswith(AVERAGED))
         cells = []
         for epsilon in EPSILONS:
             of = found.get(name, {}).get(epsilon)
@@ -209,8 +218,8 @@ def release_table(rows: Rows) -> str:
             if of is not None and of != reference[epsilon]:
                 less = difference(of, reference[epsilon])
                 cells[-1] += f" ({less.mean:+.3f} ± {less.spread:.3f})"
-        lines.append([words + decay, f"{chosen_rate(rows, variant):g}", *cells])
-    return table(["", "learning rate", *(f"epsilon {epsilon:g}" for epsilon in EPSILONS)], lines)
+        lines.append([words, rates, decays, *cells])
+    return table(["", "learning rates", "decays", *(f"epsilon {epsilon:g}" for epsilon in EPSILONS)], lines)
 
 
 def corpus_table(rows: Rows, corpus: Rows) -> str:
@@ -219,14 +228,13 @@ def corpus_table(rows: Rows, corpus: Rows) -> str:
     for row in corpus:
         for mechanism in [name for name in NAMES if name in row and name != "dp_sgd"]:
             cells = [f"{row[mechanism]:.2f}", f"{row[mechanism + '_last']:.2f}"]
-            for optimizer in ("sgd", "adamw"):
-                curve = found.get(f"{optimizer} {mechanism}", {})
-                reference = found[f"{optimizer} dp_sgd"]
+            for optimizer, schedule in OPTIMIZERS:
+                curve, reference = (found[f"{optimizer} {name}{schedule}"] for name in (mechanism, "dp_sgd"))
                 cells.append(_gain(curve.get(row["epsilon"]), reference.get(row["epsilon"])))
             name = f"BandMF, {row['bands']} bands" if mechanism == "bandmf" else NAMES[mechanism]
             lines.append([f"{row['epsilon']:g}", name, *cells])
-    head = ("epsilon", "mechanism", "noise in the sums", "in the last weights", "loss, SGD", "loss, AdamW")
-    return table(head, lines)
+    head = [f"loss, {optimizer}, {schedule}" for optimizer, schedule in OPTIMIZERS.values()]
+    return table(("epsilon", "mechanism", "noise in the sums", "in the last weights", *head), lines)
 
 
 def _gain(of: Losses | None, reference: Losses | None) -> str:

@@ -70,7 +70,7 @@ ACCOUNT_MUTATIONS = (
     Mutation(
         "account_settles_the_living",
         "a run that is still going is settled",
-        _ACCOUNT,
+        _FILE,
         "fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)",
         "pass",
         ACCOUNT + PAYING,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 import uuid
@@ -13,7 +12,19 @@ from typing import Any
 from dpft.errors import BudgetExceededError, LedgerError, PrivacyConfigError
 from dpft.privacy.account import file as files
 from dpft.privacy.account.composition import uses_epsilon
-from dpft.privacy.account.events import Protects, Release, Use, check_header, check_item, check_use, less, one_training
+from dpft.privacy.account.events import (
+    Protects,
+    Release,
+    Use,
+    check_header,
+    check_item,
+    check_use,
+    check_words,
+    less,
+    one_training,
+    released_by,
+    whole,
+)
 from dpft.privacy.account.file import AccountContent, Entry
 from dpft.privacy.account.filter import PrivacyFilter, check_budget
 from dpft.privacy.account.statement import account_markdown, stated, stated_use
@@ -48,6 +59,8 @@ class Account:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """As :meth:`open`."""
         self.path = Path(path)
+        # Where ledgers are found from. Behind a link, ".." would be another folder than the one that was meant.
+        self._folder = Path(os.path.realpath(path)).parent
         header = files.read(self.path).header
         try:
             self.account_id, self.records = str(header["account_id"]), str(header["records"])
@@ -153,14 +166,13 @@ class Account:
             AccountingError: no theorem composes it with this account, or the account protects another unit.
             LedgerError: the account is missing, damaged or an old copy, or could not be written.
         """
-        where = None if ledger is None else os.path.relpath(Path(ledger).absolute(), self.path.absolute().parent)
+        where = None if ledger is None else os.path.relpath(os.path.realpath(ledger), self._folder)
         uses, released = one_training(uses), one_training(released)
         self._reserve(files.reservation(name, what, tuple(uses), where, item=item), uses, released, item)
 
     def _reserve(self, line: dict[str, Any], uses: Sequence[Use], released: Sequence[Use], item: UnitName) -> None:
         name, what = line["reserve"], line["what"]
-        if type(what) is not str or not what.strip() or "\n" in what or "|" in what:
-            raise PrivacyConfigError(f"what={what!r}; expected a few words on one line: what pays from the account.")
+        check_words(name, what)
         check_item(uses, self.protects, item)
         with files.locked(self.path) as (fd, content):
             if content.header["account_id"] != self.account_id:
@@ -181,9 +193,10 @@ class Account:
         """Replace a reservation by what was released; the rest is free again. ``uses`` counts whatever it says.
 
         Raises:
+            AccountingError: a number of releases that is none.
             LedgerError: no such reservation, it has ended with more releases, or the account could not be written.
         """
-        uses = one_training(uses)
+        uses = released_by(uses)
         with files.locked(self.path) as (fd, content):
             if (before := content.entry(name)) is None:
                 raise LedgerError(f"the account {self.path} has no use named {name!r}; it may be an old copy.")
@@ -199,9 +212,9 @@ class Account:
             )
         if not before.open or before.ledger is None or ledger is None:
             return
-        first = self.path.parent / before.ledger
+        first = self._folder / before.ledger
         try:
-            copied = not first.samefile(self.path.parent / ledger) and Ledger.read(first).run_id == before.name
+            copied = not first.samefile(self._folder / ledger) and Ledger.read(first).run_id == before.name
         except (OSError, LedgerError):
             return
         if copied:
@@ -224,7 +237,7 @@ class Account:
         Raises:
             BudgetExceededError, AccountingError, LedgerError: as :meth:`reserve`; nothing may be released.
         """
-        name, uses = str(uuid.uuid4()), list(uses)
+        name, uses = str(uuid.uuid4()), whole(uses)
         self._reserve(files.reservation(name, what, tuple(uses), None, open_=False, item=item), uses, (), item)
         return name
 
@@ -239,30 +252,16 @@ class Account:
         """
         settled = []
         for entry in files.read(self.path).entries:
-            if entry.open and entry.ledger is not None and self._settle(entry, self.path.parent / entry.ledger):
+            if entry.open and entry.ledger is not None and self._settle(entry, self._folder / entry.ledger):
                 settled.append(entry.name)
         return settled
 
     def _settle(self, entry: Entry, ledger: Path) -> bool:
-        try:
-            fd = os.open(ledger, os.O_RDONLY)
-        except OSError:
-            return False
-        try:
-            # Held until the line is written, so that the run cannot be resumed in between.
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            content = Ledger.read(ledger)
-        except (BlockingIOError, LedgerError):
-            os.close(fd)
-            return False
-        try:
-            if content.run_id != entry.name:
+        with files.at_rest(ledger) as content:  # so that it cannot be resumed before the line is written
+            if content is None or content.run_id != entry.name:
                 return False
             self.finish(entry.name, [event for event in content.events if event[1] > 0])
             return True
-        finally:
-            fcntl.flock(fd, fcntl.LOCK_UN)
-            os.close(fd)
 
     def _check_fits(self, others: list[Use], uses: Sequence[Use], what: str, content: AccountContent) -> None:
         for use in uses:
@@ -372,7 +371,7 @@ class Account:
         low = high / 2
         while fits(low) and low > 0.05:
             low, high = low / 2, low
-        while high / low > 1 + rel_tol:
+        while high / low > 1 + max(rel_tol, 1e-9):
             middle = math.sqrt(low * high)
             low, high = (low, middle) if fits(middle) else (middle, high)
         return high

@@ -95,6 +95,8 @@ def _pld_epsilon(events: tuple[accounting.Event, ...], pure: tuple[tuple[float, 
     accounting.check_events(events, delta, "pld", one_unit=False)
     if not events and not pure:
         return 0.0
+    if pure and delta < accounting.least_delta(events, sum(count for _, count in pure)):
+        return _pld_epsilon(events, (), delta) + sum(epsilon * count for epsilon, count in pure)  # basic composition
     module = import_package("dp_accounting.pld.privacy_loss_distribution")
     common = import_package("dp_accounting.pld.common")
     finest = min((epsilon for epsilon, _ in pure), default=math.inf) / 16

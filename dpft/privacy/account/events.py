@@ -19,7 +19,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from dpft.privacy.accounting import accountant as accounting
 from dpft.privacy.mechanism import AccountantName, AdjacencyName, Mechanism, UnitName
 
 TrialsName = Literal["poisson", "negative_binomial"]
+MOST_RELEASES = 10**18
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class PureRelease:
     """A release that is epsilon-DP with delta 0, such as a sparse vector, under the account's adjacency and unit.
 
     Attributes:
-        epsilon: > 0.
+        epsilon: > 0, at most 700: more protects nothing, and its exponential leaves the range of float64.
 
     Raises:
         PrivacyConfigError: out of range.
@@ -44,8 +45,8 @@ class PureRelease:
     epsilon: float
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.epsilon) and self.epsilon > 0):
-            raise PrivacyConfigError(f"a pure release with epsilon={self.epsilon!r}; expected a finite number > 0.")
+        if not 0 < self.epsilon <= 700:
+            raise PrivacyConfigError(f"a pure release with epsilon={self.epsilon!r}; expected a number in (0, 700].")
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Protects(NamedTuple):
 # --------------------------------------------------------------------------------------------------- as data
 def use_to_json(use: Use) -> list[Any]:
     """A use as JSON-serialisable list ``[kind, constants, count]``."""
-    release, count = use
+    release, count = use[0], int(use[1])
     if isinstance(release, Mechanism):
         return ["mechanism", release.to_dict(), count]
     if isinstance(release, PureRelease):
@@ -131,20 +132,22 @@ def use_from_json(values: Any) -> Use:
 
 
 def described(release: Release) -> str:
-    """A release in a few words, with its constants."""
+    """A release in a few words, with its constants, to as many digits as it takes to compute its epsilon again."""
     if isinstance(release, Mechanism):
         left_out = ("sampler", "unit", "strategy")
         constants = {name: value for name, value in release.to_dict().items() if name not in left_out}
-        shown = ", ".join(f"{name} {value:g}" for name, value in constants.items())
+        shown = ", ".join(f"{name} {value:.10g}" for name, value in constants.items())
         if release.strategy is None:
             return f"{release.sampler} Gaussian ({shown})"
         strategy = ", ".join(f"{name} {value}" for name, value in release.strategy.to_dict().items() if name != "kind")
         return f"step of a training with correlated noise, {release.strategy.kind} ({shown}; {strategy})"
     if isinstance(release, PureRelease):
-        return f"pure epsilon {release.epsilon:g}"
-    law = "Poisson" if release.distribution == "poisson" else f"truncated negative binomial, shape {release.shape:g}"
+        return f"pure epsilon {release.epsilon:.10g}"
+    law = (
+        "Poisson" if release.distribution == "poisson" else f"truncated negative binomial, shape {release.shape:.10g}"
+    )
     trial = "; ".join(f"{count} x {described(inner)}" for inner, count in release.trial)
-    return f"best of a random number of trials (mean {release.trials:g}, {law}), each: {trial}"
+    return f"best of a random number of trials (mean {release.trials:.10g}, {law}), each: {trial}"
 
 
 def counted(uses: Sequence[Use]) -> Counter[Release]:
@@ -155,12 +158,40 @@ def counted(uses: Sequence[Use]) -> Counter[Release]:
     return total
 
 
+def whole(uses: Sequence[Use]) -> list[Use]:
+    """The uses with their numbers as ``int``, so that a file that they are written to can be read again.
+
+    Raises:
+        AccountingError: a number that is not whole, or below 0.
+    """
+    uses = list(uses)  # an iterator would be read once
+    for _, count in uses:
+        check_count(count)
+    return [(release, int(count)) for release, count in uses]
+
+
 def one_training(uses: Sequence[Use]) -> list[Use]:
-    """The uses of one run, whose correlated noise goes on over its starts: their steps are added up."""
-    uses = list(uses)  # not an iterator, of which the second pass would find nothing
+    """The uses of one run, whose correlated noise goes on over its starts: their steps are added up.
+
+    Raises:
+        AccountingError: as :func:`whole`.
+    """
+    uses = whole(uses)
     mechanisms = [(release, count) for release, count in uses if isinstance(release, Mechanism)]
     others: list[Use] = [use for use in uses if not isinstance(use[0], Mechanism)]
     return [*accounting.of_one_run(mechanisms), *others]
+
+
+def released_by(uses: Sequence[Use]) -> list[Use]:
+    """:func:`one_training` of what a ledger counts, which may be one more than there was: a line that a crash cut off.
+
+    Correlated noise has no step beyond its last one, and no epsilon: the account could not be computed any more.
+    """
+    found: list[Use] = []
+    for release, count in one_training(uses):
+        strategy = release.strategy if isinstance(release, Mechanism) else None
+        found.append((release, count if strategy is None else min(count, strategy.steps)))
+    return found
 
 
 def less(uses: Sequence[Use], others: Sequence[Use]) -> bool:
@@ -170,6 +201,28 @@ def less(uses: Sequence[Use], others: Sequence[Use]) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------- checks
+def check_count(count: Any) -> None:
+    """Refuse what is no number of releases; nothing enforces an annotation at run time.
+
+    Raises:
+        AccountingError: not whole, below 0, or so large that no epsilon could be computed.
+    """
+    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or not 0 <= count <= MOST_RELEASES:
+        raise AccountingError(f"{count!r} releases; expected a whole number >= 0, at most {MOST_RELEASES:.0e}.")
+
+
+def check_words(name: str, what: str) -> None:
+    """Refuse a use that could not be found again by its name, or stated in a table.
+
+    Raises:
+        PrivacyConfigError: saying which.
+    """
+    if type(name) is not str or not name:  # in the file it would be another name, which no later line takes up
+        raise PrivacyConfigError(f"name={name!r} of a use; expected a text that no other use of the account has.")
+    if type(what) is not str or not what.strip() or "\n" in what or "|" in what:
+        raise PrivacyConfigError(f"what={what!r}; expected a few words on one line: what pays from the account.")
+
+
 def check_use(use: Use, protects: Protects, composition: AccountantName) -> None:
     """Refuse what an account cannot compose: another adjacency or unit, no theorem, no noise, no whole number.
 
@@ -178,9 +231,8 @@ def check_use(use: Use, protects: Protects, composition: AccountantName) -> None
     Raises:
         AccountingError: saying what to use instead.
     """
-    release, count = use[0], cast(Any, use[1])  # nothing enforces the annotation at run time
-    if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 0:
-        raise AccountingError(f"{count!r} releases; expected a whole number >= 0.")
+    release, count = use
+    check_count(count)
     if isinstance(release, Selection):
         if composition != "rdp":
             raise AccountingError(

@@ -22,6 +22,7 @@ from typing import Any
 
 from dpft.errors import DPFTError, LedgerError
 from dpft.privacy.account.events import Use, use_from_json, use_to_json
+from dpft.privacy.ledger import Ledger, LedgerContent
 from dpft.privacy.ledger_file import decode, encode, fsync_directory, hour, read_all, write
 
 FORMAT = 1
@@ -72,6 +73,7 @@ def create(file: Path, fields: dict[str, Any]) -> None:
     Raises:
         LedgerError: the file exists, or cannot be written.
     """
+    line = encode({"dpft_account": FORMAT, "created": hour(), **fields})  # what cannot be written leaves no file
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
@@ -83,7 +85,7 @@ def create(file: Path, fields: dict[str, Any]) -> None:
     except OSError as error:
         raise LedgerError(f"cannot create the account {file}: {error}.") from error
     try:
-        write(fd, encode({"dpft_account": FORMAT, "created": hour(), **fields}))
+        write(fd, line)
         fsync_directory(file)
     except OSError as error:
         raise LedgerError(f"cannot create the account {file}: {error}.") from error
@@ -125,6 +127,26 @@ def locked(file: Path) -> Iterator[tuple[int, AccountContent]]:
         yield fd, parse(read_all(fd), file)
     finally:
         fcntl.flock(fd, fcntl.LOCK_UN)  # a child that was forked meanwhile has the descriptor, and would keep the lock
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def at_rest(ledger: Path) -> Iterator[LedgerContent | None]:
+    """The content of a run's ledger, while no run has it open or can open it; None if one has, or it is unreadable."""
+    try:
+        fd = os.open(ledger, os.O_RDONLY)
+    except OSError:
+        yield None
+        return
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            content = Ledger.read(ledger)
+        except (OSError, LedgerError):  # another has the lock, or there are none on this file system
+            content = None
+        yield content
+    finally:
+        fcntl.flock(fd, fcntl.LOCK_UN)  # as in locked()
         os.close(fd)
 
 

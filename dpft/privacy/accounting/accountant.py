@@ -34,7 +34,9 @@ _LARGEST_FINE, _LARGEST_COARSE = 1e-3, 5e-3
 # Number of points of the distribution of one step above which a larger h is taken: about 1 s per epsilon.
 _MOST_POINTS = 100_000
 _MOST_MIXTURE_POINTS = 30_000  # a mixture's losses are inverted one by one, in Python: about 3 s
-_SMALLEST_DELTA = 1e-12  # below it, the rounding error of float64 FFTs is as large as delta itself
+# Below these, rounding of float64 FFTs would count. It grows with the number of compositions: of Gaussians, whose
+# epsilon is known, a delta is off by up to 2.5e-17 for each of up to 1e6 of them.
+_SMALLEST_DELTA, _DELTA_OF_ONE = 1e-12, 1e-14
 
 # Samplers whose batches are no secret: what they compose is a Gaussian without sampling.
 _UNSAMPLED = ("shuffle", "fixed_order")
@@ -209,11 +211,17 @@ def check_events(
     if not 0 < delta < 1:
         raise AccountingError(f"delta={delta!r}; expected a number strictly between 0 and 1.")
     _check_common(events, one_unit)
-    if accountant == "pld" and delta < _SMALLEST_DELTA and all(m.noise_multiplier > 0 for m, _ in events) and events:
+    noisy = bool(events) and all(mechanism.noise_multiplier > 0 for mechanism, _ in events)
+    if accountant == "pld" and noisy and delta < (least := least_delta(events)):
         raise AccountingError(
-            f"delta={delta!r} is below {_SMALLEST_DELTA}, where PLD in float64 gives no bound any more; take "
-            "a larger delta, or accountant='rdp'."
+            f"delta={delta!r} is below {least:g}, where PLD in float64 gives no bound any more (at this number of "
+            "releases); take a larger delta, or accountant='rdp'."
         )
+
+
+def least_delta(events: Sequence[Event], others: int = 0) -> float:
+    """The least delta for which PLD composes these releases, each mechanism with noise, and ``others`` beside them."""
+    return max(_SMALLEST_DELTA, _DELTA_OF_ONE * (others + sum(_as_composition(*event)[1] for event in events)))
 
 
 def _check_common(events: tuple[Event, ...], one_unit: bool) -> None:

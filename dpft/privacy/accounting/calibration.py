@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from dpft.errors import AccountingError, PrivacyConfigError
-from dpft.privacy.accounting.accountant import Event, compose_cached, compose_epsilon, merged
+from dpft.privacy.accounting.accountant import Event, compose_cached, compose_epsilon, least_delta, merged
 from dpft.privacy.mechanism import AccountantName, Mechanism
 
 _SMALLEST_NOISE, _LARGEST_NOISE = 0.05, 1e5
@@ -49,7 +49,7 @@ def calibrate_noise_multiplier(
         raise PrivacyConfigError(f"steps={steps!r}; expected a whole number >= 1 to calibrate the noise for.")
     if not (math.isfinite(target_epsilon) and target_epsilon > 0):
         raise PrivacyConfigError(f"target_epsilon={target_epsilon!r}; expected a finite number > 0.")
-    past = tuple(merged(history))
+    past, rel_tol = tuple(merged(history)), max(rel_tol, 1e-9)  # a search for less might never end
     return _calibrate(
         mechanism.with_noise(1.0), steps, float(target_epsilon), float(delta), accountant, past, rel_tol, coarse
     )
@@ -75,7 +75,8 @@ def max_steps_within(
         limit: largest number that is considered.
 
     Returns:
-        A number in [0, limit]; 0 if the history alone has spent the budget, or without noise.
+        A number in [0, limit]; 0 if the history alone has spent the budget, or without noise. At most so many as PLD
+        composes at this delta.
 
     Raises:
         AccountingError: as :func:`compose_epsilon`.
@@ -84,7 +85,10 @@ def max_steps_within(
     history = tuple(history)  # it is read again for each number of steps
 
     def within(steps: int) -> bool:
-        return compose_epsilon([*history, (mechanism, steps)], delta, accountant=accountant) <= target_epsilon
+        events = merged([*history, (mechanism, steps)])
+        if steps > 1 and accountant == "pld" and mechanism.noise_multiplier > 0 and least_delta(events) > delta:
+            return False  # more than have a bound
+        return compose_epsilon(events, delta, accountant=accountant) <= target_epsilon
 
     if mechanism.strategy is not None:
         limit = min(limit, mechanism.strategy.steps)  # it has no more

@@ -51,7 +51,9 @@ class EpsilonMeter:
         self.history = tuple(history)
 
     def at(self, steps: int) -> float:
-        """An upper bound on :meth:`exact`, at most a few per cent above it, and equal to it at the horizon.
+        """An upper bound on :meth:`exact`, and equal to it at the horizon.
+
+        It is a few per cent above under Poisson sampling, and more where epsilon rises in jumps (balls and bins, BLT).
 
         Args:
             steps: releases so far, >= 0.

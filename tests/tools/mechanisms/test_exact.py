@@ -62,9 +62,10 @@ def test_the_bands_that_are_trained_leave_the_least_noise_in_the_last_weights() 
 
 
 @pytest.mark.slow
-def test_each_variant_trains_and_spends_its_epsilon() -> None:
-    found = [train(Training(variant, 8.0, 5e-3, SEEDS[0]), 16) for variant in VARIANTS[-3:]]
-    for variant, row in zip(VARIANTS[-3:], found, strict=True):
+def test_each_kind_of_variant_trains_and_spends_its_epsilon() -> None:
+    names = ("adamw_bc dp_sgd floor 1", "adamw bandmf constant", "adamw balls_and_bins")
+    for variant in (variant for variant in VARIANTS if variant.name in names):
+        row = train(Training(variant, 8.0, 5e-3, SEEDS[0]), 16)
         assert row["variant"] == variant.name and 7.9 < row["epsilon_of_schedule"] <= 8
         assert row["loss"] < row["loss_before"]
     assert privacy_config("bandmf", 8.0).bands == BANDS[8.0]

@@ -13,12 +13,13 @@ from tools.mechanisms.settings import (
     EPSILONS,
     RATES,
     SEEDS,
-    TUNED_EPSILON,
     TUNED_SEED,
     VARIANTS,
+    Training,
     Variant,
     chosen_decay,
     chosen_rate,
+    key_of,
     measured,
     tuning,
 )
@@ -81,19 +82,26 @@ def test_the_spread_of_both_goes_into_the_interval() -> None:
     assert equal_utility(curve, of(5.5, 0.0)).epsilon == BELOW
 
 
-def test_rates_are_tuned_once_and_again_at_an_end() -> None:
+def test_rates_are_tuned_at_each_epsilon_until_no_end_is_the_best() -> None:
     rows = tuned()
     assert tuning(rows) == []
     assert {training.seed for training in tuning([])} == {TUNED_SEED} and TUNED_SEED not in SEEDS
     first = VARIANTS[0]
-    assert chosen_rate(rows, first) == RATES[first.optimizer][1]
+    assert chosen_rate(rows, first, 3.0) == RATES[first.optimizer][1]
     largest = max(RATES[first.optimizer])
-    best = [{**r, "loss": 1.0} if (r["variant"], r["learning_rate"]) == (first.name, largest) else r for r in rows]
-    (more,) = tuning(best)
-    assert (more.variant, more.learning_rate) == (first, 2 * largest)
-    best.append(row(first, TUNED_EPSILON, 2 * largest, TUNED_SEED, 0.5))
-    assert tuning(best) == [] and chosen_rate(best, first) == 2 * largest
-    assert chosen_decay(rows, next(v for v in VARIANTS if v.averaged)) == "0.9"
+
+    def at(rate: float, loss: float) -> dict[str, Any]:
+        return row(first, 3.0, rate, TUNED_SEED, loss)
+
+    best = [r for r in rows if key_of(r)[:3] != (first.name, 3.0, largest)] + [at(largest, 1.0)]
+    for factor, loss in ((2, 0.5), (4, 0.4)):
+        (more,) = tuning(best)
+        assert more == Training(first, 3.0, factor * largest, TUNED_SEED)
+        best.append(at(factor * largest, loss))
+    best.append(at(8 * largest, 0.6))
+    assert tuning(best) == [] and chosen_rate(best, first, 3.0) == 4 * largest
+    assert chosen_rate(best, first, 1.0) == RATES[first.optimizer][1]
+    assert chosen_decay(rows, next(v for v in VARIANTS if v.averaged), 1.0) == "0.9"
 
 
 def test_what_is_measured_is_left_after_what_is_done() -> None:
@@ -110,7 +118,7 @@ def test_what_is_measured_is_left_after_what_is_done() -> None:
 
 def test_tables_are_of_the_chosen_rate_and_of_other_seeds() -> None:
     rows, variant = tuned(), next(v for v in VARIANTS if v.averaged)
-    rate = chosen_rate(rows, variant)
+    rate = chosen_rate(rows, variant, 1.0)
     rows += [row(variant, 1.0, rate, seed, 4.0 + seed) for seed in SEEDS]
     rows.append(row(variant, 1.0, rate * 2, 0, 100.0))
     found = losses(rows)
