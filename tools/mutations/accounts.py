@@ -79,8 +79,9 @@ ACCOUNT_MUTATIONS = (
         "account_frees_the_crashed",
         "a training whose ledger is gone is settled with no release",
         _ACCOUNT,
-        "        except OSError:\n            return False\n        try:\n            #",
-        "        except OSError:\n            return not self.finish(entry.name, [])\n        try:\n            #",
+        "            if content is None or content.run_id",
+        "            if not ledger.exists():\n                return not self.finish(entry.name, [])\n"
+        "            if content is None or content.run_id",
         ACCOUNT,
     ),
     Mutation(
