@@ -289,6 +289,13 @@ def test_noise_reaches_every_parameter_once_with_its_deviation(path: Path) -> No
     assert abs(torch.corrcoef(torch.stack([flat, second - flat]))[0, 1]) < 5 / math.sqrt(flat.numel())
 
 
+@pytest.mark.parametrize("secure", [False, True])
+def test_a_training_draws_the_noise_that_it_states(path: Path, secure: bool) -> None:
+    training = Training(path, test_seed=None, changes={"secure_rng": secure})
+    noise = training.optimizer.optimizer.noise
+    assert noise.secure == secure and not noise.known_secret
+
+
 def test_schedulers_count_logical_batches(path: Path) -> None:
     training = Training(path, max_physical_batch_size=1, changes={"num_steps": 5})
     scheduler = training.accelerator.prepare(get_scheduler("linear", training.optimizer, 0, 5))

@@ -207,18 +207,22 @@ def test_a_ledger_of_other_examples_is_refused(path: Path) -> None:
 
 @pytest.mark.parametrize("sampler", ["shuffle", "balls_and_bins"])
 def test_a_resumed_run_counts_its_epochs_and_stays_in_its_budget(sampler: str, tmp_path: Path, path: Path) -> None:
-    """Every start begins an epoch, so an example may be in more batches than were planned."""
-    changes = {"sampler": sampler, "num_steps": 4}
+    """Every start begins an epoch, in one batch of which each example is: in more batches than were planned."""
+    changes = {"sampler": sampler, "num_steps": 6}  # three epochs of two batches
     first = Training(path, changes=changes, test_seed=None)
     first.train(1)
     first.accelerator.save_state(str(tmp_path / "state"))
     first.close()
     second = Training(path, changes=changes, test_seed=None)
     second.accelerator.load_state(str(tmp_path / "state"))
+    drawn = []
     try:
-        second.train()
+        for batch in second.physical():
+            drawn += [tuple(row.tolist()) for row in batch["input_ids"][batch["example_weight"] > 0]]
     except BudgetExceededError:
-        assert second.run.steps < 4
+        assert second.run.steps < 6
+    epochs = [drawn[start : start + EXAMPLES] for start in range(0, len(drawn), EXAMPLES)]
+    assert epochs and all(len(set(epoch)) == EXAMPLES for epoch in epochs)
     spent = float(second.run.report()["epsilon_spent"])
     assert spent <= second.run.schedule.epsilon * (1 + 1e-9)
     assert second.run.epsilon() >= spent * (1 - 1e-9)

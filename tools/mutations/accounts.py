@@ -76,6 +76,15 @@ ACCOUNT_MUTATIONS = (
         ACCOUNT + PAYING,
     ),
     Mutation(
+        "account_frees_the_crashed",
+        "a training whose ledger is gone is settled with no release",
+        _ACCOUNT,
+        "            if content is None or content.run_id",
+        "            if not ledger.exists():\n                return not self.finish(entry.name, [])\n"
+        "            if content is None or content.run_id",
+        ACCOUNT,
+    ),
+    Mutation(
         "account_old_ledger",
         "an old copy of a ledger takes the place of the newer count",
         _ACCOUNT,

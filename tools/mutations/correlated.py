@@ -68,6 +68,22 @@ CORRELATED_MUTATIONS = (
         LAW,
     ),
     Mutation(
+        "correlated_buffers_forgotten",
+        "the buffers of a BLT begin at zero after a resume",
+        _NOISE,
+        "for step in range(secret.first, end):",
+        'for step in range(end if self.strategy.kind == "blt" else secret.first, end):',
+        LAW,
+    ),
+    Mutation(
+        "correlated_groups_drift",
+        "an example's group comes a step earlier in each turn, nearer to its last step than the bands",
+        "dpft/privacy/samplers/cyclic_samplers.py",
+        "self._groups[step % self.cycle]",
+        "self._groups[(step + step // self.cycle) % self.cycle]",
+        ("tests/privacy/test_cyclic_samplers.py",),
+    ),
+    Mutation(
         "correlated_order_forgotten",
         "a resume may have the examples in another order, nearer to their earlier steps",
         "dpft/engines/correlated.py",

@@ -65,6 +65,14 @@ MECHANISM_MUTATIONS = (
         SECURE,
     ),
     Mutation(
+        "secure_rng_ignored",
+        "secure noise is stated, and a training draws the other one",
+        _PREPARE,
+        "secure=run.schedule.secure_rng",
+        "secure=False",
+        PREPARE,
+    ),
+    Mutation(
         "noise_copied",
         "a source of noise can be copied",
         _NOISE,
@@ -178,6 +186,14 @@ MECHANISM_MUTATIONS = (
         SAMPLER,
     ),
     Mutation(
+        "epoch_goes_on_in_another_order",
+        "a resume in the middle of an epoch draws examples of its first part again, in an epoch that is counted once",
+        _PREPARE,
+        "first_step=run.steps,",
+        "first_step=0,",
+        PREPARE,
+    ),
+    Mutation(
         "lengths_change_the_draw",
         "positions in the sorted batch are taken for examples",
         _SAMPLER,
@@ -283,12 +299,12 @@ MECHANISM_MUTATIONS = (
         ("tests/test_prepare_spending.py",),
     ),
     Mutation(
-        "rows_for_users",
-        "each record of a user is clipped apart, and a user protected by the epsilon of one record",
+        "rows_for_documents",
+        "each row of a document is clipped apart, and a document protected by the epsilon of one row",
         "recipes/finetune/data/examples.py",
         "torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p) for p in parts]))",
         "torch.arange(len(rows))",
-        ("tests/recipes/test_users.py",),
+        ("tests/recipes/test_documents.py",),
     ),
     # the loop
     Mutation(

@@ -49,6 +49,22 @@ USER_MUTATIONS = (
         GROUPS,
     ),
     Mutation(
+        "users_clipped_row_by_row",
+        "each row of a user is clipped to C by itself, and not the gradient of all of them",
+        _USERS,
+        "torch.arange(len(users)).repeat_interleave(counts)",
+        "torch.arange(int(counts.sum()))",
+        USERS,
+    ),
+    Mutation(
+        "rows_for_users",
+        "a recipe clips each record of a user apart, and a user is protected by the epsilon of one record",
+        "recipes/finetune/data/users.py",
+        "torch.arange(len(users)).repeat_interleave(counts)",
+        "torch.arange(int(counts.sum()))",
+        ("tests/recipes/test_users.py",),
+    ),
+    Mutation(
         "unit_user_of_users",
         "a dataset of users is taken for one of examples of users",
         _USERS,
