@@ -124,6 +124,7 @@ def test_bytes_of_a_value_are_those_of_the_operations(name: str, tmp_path: Path)
     noise, values = training.optimizer.optimizer.noise, torch.zeros(1000)
     for _ in range(6):
         counted = Bytes()
+        training.run.ledger.record()
         with noise.release(), counted:
             noise.add_(values, 1.0)
     training.close()

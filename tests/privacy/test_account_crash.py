@@ -11,13 +11,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from dpft.privacy import Account, Ledger, Mechanism
-from finetune import output
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 QUERY = Mechanism(sampler="poisson", noise_multiplier=15.0, sample_rate=1.0)
@@ -159,18 +157,3 @@ def test_two_that_settle_and_one_that_resumes_at_once(tmp_path: Path) -> None:
         run.record()
     assert one.uses() == [(QUERY, 2), (QUERY, 3)]
     assert len(one.settle()) == 1 and other.settle() == [] and other.uses() == [(QUERY, 2), (QUERY, 1)]
-
-
-@pytest.mark.parametrize("releases", [0, 2])
-def test_a_recipe_that_starts_anew_leaves_no_reservation_of_the_run_that_died(tmp_path: Path, releases: int) -> None:
-    """Its ledger goes, or gets another name: settle() would not find it any more."""
-    account, folder = Account.create(tmp_path / "account.jsonl", epsilon=3.0, delta=1e-5), tmp_path / "run"
-    with Ledger.open(folder / output.LEDGER, "new", mechanism=QUERY) as ledger:
-        account.reserve(ledger.run_id, [(QUERY, 5)], "a training", ledger=ledger.path)
-        for _ in range(releases):
-            ledger.record()
-    options: Any = SimpleNamespace(
-        output_dir=str(folder), overwrite_output_dir=True, resume_from_checkpoint=None, account=str(account.path)
-    )
-    assert output._choose_output(options, "llama_dp") == folder and not ledger.path.exists()
-    assert [(entry.open, sum(count for _, count in entry.uses)) for entry in account.entries()] == [(False, releases)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from datasets import load_dataset
 
 import dpft
 import synthesize_dp
-from finetune.output import ACCOUNT, DISTRIBUTION, LEDGER, _clear
+from finetune.output import ACCOUNT, DISTRIBUTION, LEDGER, _choose_output, _clear
 from finetune.private import privacy_config
 from finetune.synthetic import histogram
 from finetune.synthetic.conditions import in_proportion
@@ -99,6 +100,22 @@ def test_starting_anew_replaces_no_earlier_ledger_or_account(tmp_path: Path) -> 
         **{f"earlier-{place}-{LEDGER}": number + 1 for place, number in ((1, 2), (2, 1), (3, 3))},
         **{f"earlier-{place}-{ACCOUNT}": str(number) for place, number in ((1, 2), (2, 1), (3, 3))},
     }
+
+
+@pytest.mark.parametrize("releases", [0, 2])
+def test_starting_anew_leaves_no_reservation_of_the_run_that_died(tmp_path: Path, releases: int) -> None:
+    """Its ledger goes, or gets another name: settle() would not find it any more."""
+    account, folder = dpft.Account.create(tmp_path / "account.jsonl", epsilon=3.0, delta=1e-5), tmp_path / "run"
+    mechanism = schedule(noise_multiplier=15.0).mechanism
+    with dpft.privacy.Ledger.open(folder / LEDGER, "new", mechanism=mechanism) as ledger:
+        account.reserve(ledger.run_id, [(mechanism, 5)], "a training", ledger=ledger.path)
+        for _ in range(releases):
+            ledger.record()
+    options: Any = SimpleNamespace(
+        output_dir=str(folder), overwrite_output_dir=True, resume_from_checkpoint=None, account=str(account.path)
+    )
+    assert _choose_output(options, "llama_dp") == folder and not ledger.path.exists()
+    assert [(entry.open, sum(count for _, count in entry.uses)) for entry in account.entries()] == [(False, releases)]
 
 
 def test_a_user_counts_for_the_rows_that_the_noise_is_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

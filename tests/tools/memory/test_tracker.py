@@ -7,6 +7,7 @@ import functools
 import gc
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -222,12 +223,14 @@ def test_the_tracker_changes_nothing(name: str, checkpointing: bool) -> None:
             mark()
             trainer.train_step(ids)
             mark()
+        # But for numbers, of 8 bytes each: how many of Opacus' are alive at the peak changes from run to run.
+        events = allocator._profile.kineto_results.events()
+        events = [event for event in events if event.name() != "[memory]" or abs(event.nbytes()) > 8]
+        allocator._profile = SimpleNamespace(kineto_results=SimpleNamespace(events=functools.partial(list, events)))
         allocator.finish(0)
         height = allocator.readings[0].height
         assert height is not None
         peaks.append(height.total)
         left.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    # But for numbers, of 8 bytes each, which die a moment earlier or later from run to run: one, and some of Opacus'.
-    assert abs(peaks[0] - peaks[1]) <= (64 if name.startswith("opacus") else 8)
-    assert peaks[0] > 4 * PARAMETERS
+    assert peaks[0] == peaks[1] > 4 * PARAMETERS
     assert torch.equal(*left)
