@@ -14,6 +14,7 @@ from datasets import load_dataset
 
 import dpft
 import synthesize_dp
+from dpft.privacy import Ledger
 from finetune.output import ACCOUNT, DISTRIBUTION, LEDGER, _choose_output, _clear
 from finetune.private import privacy_config
 from finetune.synthetic import histogram
@@ -107,7 +108,7 @@ def test_starting_anew_leaves_no_reservation_of_the_run_that_died(tmp_path: Path
     """Its ledger goes, or gets another name: settle() would not find it any more."""
     account, folder = dpft.Account.create(tmp_path / "account.jsonl", epsilon=3.0, delta=1e-5), tmp_path / "run"
     mechanism = schedule(noise_multiplier=15.0).mechanism
-    with dpft.privacy.Ledger.open(folder / LEDGER, "new", mechanism=mechanism) as ledger:
+    with Ledger.open(folder / LEDGER, "new", mechanism=mechanism) as ledger:
         account.reserve(ledger.run_id, [(mechanism, 5)], "a training", ledger=ledger.path)
         for _ in range(releases):
             ledger.record()

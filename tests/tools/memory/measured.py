@@ -25,7 +25,7 @@ def measured(name: str, **changes: Any) -> dict[str, Any]:
 
 @functools.cache
 def _measured(name: str, setup: Setup) -> dict[str, Any]:
-    # What oneDNN's kernels take for themselves depends on the processor's instructions, and so would the peak's moment.
+    # What oneDNN's kernels take for themselves depends on the processor, and so would the moment of the peak.
     with torch.backends.mkldnn.flags(enabled=False):
         found = measure_memory(setup, name)
     assert found["status"] == "ok", found["reason"]
