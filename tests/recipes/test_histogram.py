@@ -14,13 +14,13 @@ from datasets import load_dataset
 
 import dpft
 import synthesize_dp
-from dpft.privacy import Ledger
 from finetune.output import ACCOUNT, DISTRIBUTION, LEDGER, _choose_output, _clear
 from finetune.private import privacy_config
 from finetune.synthetic import histogram
 from finetune.synthetic.conditions import in_proportion
 from finetune.synthetic.options import SynthesisOptions
 from tests.recipes.test_synthesize import SMALL
+from tests.training import Training
 
 NAMES = ["label: a\n", "label: b\n", "label: c\n"]
 
@@ -106,16 +106,15 @@ def test_starting_anew_replaces_no_earlier_ledger_or_account(tmp_path: Path) -> 
 @pytest.mark.parametrize("releases", [0, 2])
 def test_starting_anew_leaves_no_reservation_of_the_run_that_died(tmp_path: Path, releases: int) -> None:
     """Its ledger goes, or gets another name: settle() would not find it any more."""
-    account, folder = dpft.Account.create(tmp_path / "account.jsonl", epsilon=3.0, delta=1e-5), tmp_path / "run"
-    mechanism = schedule(noise_multiplier=15.0).mechanism
-    with Ledger.open(folder / LEDGER, "new", mechanism=mechanism) as ledger:
-        account.reserve(ledger.run_id, [(mechanism, 5)], "a training", ledger=ledger.path)
-        for _ in range(releases):
-            ledger.record()
+    account, folder = dpft.Account.create(tmp_path / "account.jsonl", epsilon=30.0, delta=1e-3), tmp_path / "run"
+    training = Training(folder / LEDGER, account=account, test_seed=None)
+    if releases:
+        training.train(releases)
+    training.run.ledger.close()  # which is all that the end of a process does
     options: Any = SimpleNamespace(
         output_dir=str(folder), overwrite_output_dir=True, resume_from_checkpoint=None, account=str(account.path)
     )
-    assert _choose_output(options, "llama_dp") == folder and not ledger.path.exists()
+    assert _choose_output(options, "llama_dp") == folder and not (folder / LEDGER).exists()
     assert [(entry.open, sum(count for _, count in entry.uses)) for entry in account.entries()] == [(False, releases)]
 
 
