@@ -205,6 +205,19 @@ def test_a_ledger_of_other_examples_is_refused(path: Path) -> None:
     assert again.run.report()["neighbours"] == f"one {users} is added or removed"
 
 
+def test_the_statement_says_that_earlier_releases_were_clipped_otherwise(path: Path) -> None:
+    """Noise is relative to C, so that epsilon is the same; the statement has one C."""
+    for changes in ({"max_grad_norm": 0.5}, {}, {"clip_groups": {"model": 1.0, "lm_head": 1.0}}):
+        training = Training(path, changes=changes, continue_ledger=True).train(1)
+        report = training.run.report()
+        training.close()
+    assert [line for line in report["assumptions"] if "clipped with" in line] == [
+        "1 of the releases were clipped with max_grad_norm 0.5, clip_groups None; epsilon is that of all",
+        "1 of the releases were clipped with clip_groups None; epsilon is that of all",
+    ]
+    assert report["max_grad_norm"] == 1.0 and "with max_grad_norm 0.5" in dpft.privacy_statement_markdown(report)
+
+
 @pytest.mark.parametrize("sampler", ["shuffle", "balls_and_bins"])
 def test_a_resumed_run_counts_its_epochs_and_stays_in_its_budget(sampler: str, tmp_path: Path, path: Path) -> None:
     """Every start begins an epoch, in one batch of which each example is: in more batches than were planned."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,7 @@ class SharedLedger:
         """The content of the file, for a report."""
         *before, (mechanism, count) = self._content.events
         events = (*before, (mechanism, count + self._released))
-        of_file, norms = self._content, tuple(self._clip_norms)
-        return LedgerContent(self.run_id, of_file.header, events, of_file.torn, of_file.unterminated, norms)
+        return replace(self._content, events=events, clip_norms=tuple(self._clip_norms))
 
     def clip_norm_after(self, count: int) -> float | None:
         """As :meth:`Ledger.clip_norm_after`: the same on all ranks."""

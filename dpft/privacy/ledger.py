@@ -49,6 +49,7 @@ class LedgerContent:
         unterminated: whether the last line lacks its newline.
         clip_norms: for each release, the clip norm of the next one; None before one was recorded. A torn line keeps
             the one before: the releases that follow it were made with it, or were not made.
+        schedules: what each segment planned, as :meth:`PrivacySchedule.to_dict` has it; None where it does not say.
     """
 
     run_id: str
@@ -57,6 +58,7 @@ class LedgerContent:
     torn: int
     unterminated: bool
     clip_norms: tuple[float | None, ...] = ()
+    schedules: tuple[dict[str, Any] | None, ...] = ()
 
     @property
     def count(self) -> int:
@@ -333,6 +335,7 @@ def _parse(data: bytes, file: Path) -> LedgerContent:
     try:
         mechanisms, counts, torn = [Mechanism.from_dict(header["mechanism"])], [0], 0
         norms: list[float | None] = []
+        schedules = [header.get("schedule")]
         for number, raw in enumerate(lines[1:], start=2):
             line = decode(raw)
             if line is None:
@@ -356,6 +359,7 @@ def _parse(data: bytes, file: Path) -> LedgerContent:
             elif line.get("segment") == len(counts):
                 mechanisms.append(Mechanism.from_dict(line["mechanism"]))
                 counts.append(0)
+                schedules.append(line.get("schedule"))
             else:
                 raise LedgerError(_damaged(file, number, "is not one that this version writes"))
         run_id = str(header["run_id"])
@@ -364,7 +368,7 @@ def _parse(data: bytes, file: Path) -> LedgerContent:
     except (DPFTError, KeyError, TypeError, AttributeError) as error:
         raise LedgerError(f"the ledger {file} is damaged: {error!r}. Restore it from a backup.") from error
     events = tuple(zip(mechanisms, counts, strict=True))
-    return LedgerContent(run_id, header, events, torn, unterminated, tuple(norms))
+    return LedgerContent(run_id, header, events, torn, unterminated, tuple(norms), tuple(schedules))
 
 
 def _clip_norm(line: dict[str, Any], file: Path, number: int) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from importlib import metadata
 from typing import Any
@@ -40,6 +41,7 @@ PAID_FROM = (
     "other uses of these records are not counted here; this training is one of those that were paid from the account "
     "{account}, whose statement counts them all"
 )
+_CLIPPING = ("max_grad_norm", "clip_function", "clip_gamma", "clip_groups")
 _LIBRARIES = ("dpft", "dp-accounting", "numpy", "scipy", "torch", "accelerate", "transformers")
 
 
@@ -131,7 +133,7 @@ def privacy_report(
         "discretization": max(grids, default=None),
         "planned_mechanism": mechanism.to_dict(),
         "segments": [{"mechanism": m.to_dict(), "releases": count} for m, count in events or []],
-        "assumptions": [*schedule.assumptions, *notes],
+        "assumptions": [*schedule.assumptions, *_clipped_otherwise(schedule, ledger), *notes],
         "tuning": tuning or "the choice of hyperparameters is not accounted for",
         "noise_rng": _noise_rng(schedule, noise_seed_known),
         "sampling_rng": "fixed seed" if sampling_seed_known else "PCG64DXSM seeded by the operating system",
@@ -266,6 +268,20 @@ def _next_clip_norm(schedule: PrivacySchedule, ledger: Ledger | LedgerContent | 
     if schedule.adaptive_clip is None or not isinstance(ledger, (Ledger, LedgerContent)) or not ledger.count:
         return None
     return ledger.clip_norm_after(ledger.count)
+
+
+def _clipped_otherwise(schedule: PrivacySchedule, ledger: Ledger | LedgerContent | int | None) -> list[str]:
+    """Starts of the run with another clipping than is stated: a ledger allows it, as the noise is relative to C."""
+    if not isinstance(ledger, LedgerContent):
+        return []
+    stated, found = json.loads(json.dumps(schedule.to_dict())), []  # as it would be read
+    for (_, count), other in zip(ledger.events, ledger.schedules, strict=False):
+        if not count or other is None:
+            continue
+        differ = [f"{name} {other.get(name)}" for name in _CLIPPING if other.get(name) != stated[name]]
+        if differ:
+            found.append(f"{count} of the releases were clipped with {', '.join(differ)}; epsilon is that of all")
+    return found
 
 
 def _noise_rng(schedule: PrivacySchedule, seed_known: bool) -> str:
