@@ -209,6 +209,8 @@ def rdp_event(m: dict[str, Any], steps: int) -> tuple[Any, int]:
         return dp_accounting.GaussianDpEvent(_whole_training(m, steps)), 1
     if sampler == "cyclic_poisson":
         steps = math.ceil(steps / m["strategy"]["min_separation"])
+    elif sampler != "poisson" or m.get("examples_per_user"):
+        raise ValueError(f"{sampler} has no RDP here")
     return dp_accounting.PoissonSampledDpEvent(m["sample_rate"], dp_accounting.GaussianDpEvent(sigma)), steps
 
 

@@ -149,3 +149,7 @@ def test_noise_that_no_theorem_covers_is_refused(script: ModuleType) -> None:
         script.epsilon([(m, 5)], 1e-5, "pld")
     with pytest.raises(ValueError, match="come round earlier"):
         script.epsilon([({**buffered, "strategy": {**strategy, "min_separation": 11}}, 20)], 1e-5, "pld")
+    cut = {"noise_multiplier": 1.0, "sample_rate": 0.1, "dataset_size": 1000}
+    mixed = [({**cut, "sampler": "truncated_poisson", "max_batch_size": 120}, 5), ({**cut, "sampler": "poisson"}, 5)]
+    with pytest.raises(ValueError, match="truncated_poisson has no RDP here"):
+        script.epsilon(mixed, 1e-5, "rdp")
