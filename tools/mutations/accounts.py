@@ -71,7 +71,7 @@ ACCOUNT_MUTATIONS = (
         "account_settles_the_living",
         "a run that is still going is settled",
         _FILE,
-        "fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "lock(fd, ledger)",
         "pass",
         ACCOUNT + PAYING,
     ),

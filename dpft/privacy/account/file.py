@@ -23,7 +23,7 @@ from typing import Any
 from dpft.errors import DPFTError, LedgerError
 from dpft.privacy.account.events import Use, use_from_json, use_to_json
 from dpft.privacy.ledger import Ledger, LedgerContent
-from dpft.privacy.ledger_file import decode, encode, fsync_directory, hour, read_all, write
+from dpft.privacy.ledger_file import decode, encode, fsync_directory, hour, lock, read_all, write
 
 FORMAT = 1
 _TORN = b"#torn"
@@ -140,9 +140,9 @@ def at_rest(ledger: Path) -> Iterator[LedgerContent | None]:
         return
     try:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(fd, ledger)
             content = Ledger.read(ledger)
-        except (OSError, LedgerError):  # another has the lock, or there are none on this file system
+        except LedgerError:
             content = None
         yield content
     finally:
